@@ -1,0 +1,118 @@
+"""What a KV-cache method is, and what it may look at when it decides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kvbench.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+
+class Family(StrEnum):
+    """The paper's families (section 3): when memory is freed, and by which choice."""
+
+    FULL = "full"
+    DYNAMIC_SPARSITY = "dynamic sparsity"
+    RECENCY = "recency"
+    POST_FILL = "post-fill"
+    HEAD_SPLIT = "head split"
+
+
+@dataclass(frozen=True)
+class Window:
+    """A streaming KV head: it keeps the first `sinks` entries and the most recent `size`."""
+
+    sinks: int
+    size: int
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """The shape of a model's KV cache: layers, KV heads a layer, query heads, head size."""
+
+    layers: int
+    kv_heads: int
+    query_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head (G)."""
+        return self.query_heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer of one row, just after a prefill chunk has attended and before it is evicted.
+
+    K counts the KV heads that are scored (all of a layer's, or a head split's retrieval heads), E
+    the resident entries: those kept of earlier chunks, then the `new` entries of this chunk, then,
+    where the chunk was patched, the patched entries. Queries and keys are after RoPE.
+    """
+
+    keys: "Tensor"  # [K, E, D]
+    values: "Tensor"  # [K, E, D]
+    positions: "Tensor"  # [K, E], position in the text of each entry
+    queries: "Tensor"  # [K, G, W, D], the observation window's; W = 0 if the method has none
+    query_positions: "Tensor"  # [W]
+    scaling: float  # what attention multiplies logits by
+    kv_heads: tuple[int, ...]  # which KV heads of the layer the K are
+    layer: int
+    layers: int
+    budget: float
+    prompt: int  # n, tokens of the whole prompt
+    new: int  # T, entries that may be evicted now (of a prompt read at once: all of them)
+    patched: int  # entries at the end that stand for the prompt's last tokens and will be dropped
+    last: bool  # whether this is the prompt's last chunk
+    generator: "Generator"  # for methods that draw; seeded by row, layer and chunk, on the CPU
+
+
+@dataclass(frozen=True)
+class Method:
+    """A rule for what stays in the KV cache; its fields are its options.
+
+    A post-fill method overrides `scores`; recency and head splits override `windows`. What neither
+    overrides keeps everything. A budget of 1 never reaches a method: nothing is evicted.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[Family]
+
+    @property
+    def observation_window(self) -> int:
+        """W, how many of the prompt's last queries `scores` looks at, always kept themselves."""
+        return 0
+
+    def windows(
+        self, shape: KVShape, budget: float, prompt: int
+    ) -> Sequence[Sequence[Window | None]] | None:
+        """For every layer and KV head the window it keeps, None for a head that keeps all.
+
+        None for all heads together means that none streams.
+        """
+        return None
+
+    def scores(self, view: LayerView) -> "Tensor | None":
+        """[K, E], larger for the entries to keep; None for a method that scores nothing.
+
+        Only the scores of the `view.new` entries of this chunk are used.
+        """
+        return None
+
+    def capacity(self, view: LayerView) -> int:
+        """How many of the `view.new` entries stay, the observation window included."""
+        return round(view.budget * view.new)
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Option names and their defaults (None where the option must be given)."""
+        return {f.name: f.default for f in fields(cls) if f.init}
+
+    @classmethod
+    def check(cls, condition: bool, message: str) -> None:
+        """Raise InputError(`message`) unless `condition`; for `__post_init__`."""
+        if not condition:
+            raise InputError(f"{getattr(cls, 'name', cls.__name__)}: {message}")

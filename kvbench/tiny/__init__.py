@@ -1,0 +1,1 @@
+"""The embedded model: where it lies, how it is trained, what it scores."""
