@@ -31,6 +31,28 @@ class Sample:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One question about a context.
+
+    `answer_prefix` starts the answer and belongs to the prompt; `answer` is what a perfect model
+    writes after it.
+    """
+
+    question: str
+    answer_prefix: str
+    answer: str
+    reference: Any
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A context and the turns about it: a sample has one turn, training text has many."""
+
+    context: str
+    turns: tuple[Turn, ...]
+
+
 class Task(ABC):
     """A family of samples and its metric (ALGORITHMS, section 8)."""
 

@@ -1,0 +1,102 @@
+"""HTML to TSV: the rows hidden in a noisy web page, written out as a table (LongProc)."""
+
+import random
+
+from kvbench.registry import register_task
+from kvbench.task import Episode, Sample, Turn
+from kvbench.tasks._synthetic import SyntheticTask, distinct, normalised
+from kvbench.tasks._words import ADJECTIVES, CITIES, FILLER, NOUNS, TOPICS
+
+COLUMNS = ("name", "price", "city", "ref")
+TOKENS_A_ROW = 12  # about what one row of the answer takes; only sets how many rows a sample has
+ROW_SHARE = {"short": 1 / 32, "medium": 1 / 16, "long": 1 / 8}  # of the context, for the answer
+
+
+@register_task("html_to_tsv")
+class HtmlToTsv(SyntheticTask):
+    """Write the items of a web page as tab-separated rows; answers of three lengths."""
+
+    metric = "row-level F1"
+    subtasks = tuple(ROW_SHARE)
+
+    def episode(self, rng: random.Random, subtask: str, units: int, turns: int) -> Episode:
+        """One unit is one item or one piece of noise, two items in five."""
+        return self.page(rng, rows=max(1, round(0.4 * units)), pieces=units)
+
+    def episode_for(
+        self, rng: random.Random, subtask: str, units: int, context: int
+    ) -> Episode:
+        """A page with the rows that the subtask asks for, filled up with noise."""
+        return self.page(rng, self.rows(subtask, context), units)
+
+    def rows(self, subtask: str, context: int) -> int:
+        """How many rows a sample of `context` tokens has."""
+        return max(1, round(context * ROW_SHARE[subtask] / TOKENS_A_ROW))
+
+    def page(self, rng: random.Random, rows: int, pieces: int) -> Episode:
+        """A page of `rows` items among `pieces - rows` pieces of noise."""
+        names = [" ".join(words).title() for words in distinct(rng, rows, ADJECTIVES, NOUNS)]
+        refs = rng.sample(range(16**4), rows)
+        table = [
+            (name, f"${rng.randrange(10, 100)}", rng.choice(CITIES), f"{ref:04x}")
+            for name, ref in zip(names, refs, strict=True)
+        ]
+        body = [item(rng, row) for row in table]
+        for _ in range(pieces - rows):
+            body.insert(rng.randrange(len(body) + 1), noise(rng))
+        return Episode(
+            "Below is the source of a web page that offers items for sale. Write the items as "
+            "tab-separated values, one line for each item in the order of the page, with the "
+            "columns name, price, city and ref. Leave out everything else.\n\n"
+            f"<html><head><title>{rng.choice(TOPICS).title()}</title></head>\n<body>\n"
+            + "".join(body)
+            + "</body></html>\n",
+            (
+                Turn(
+                    "\nThe items as tab-separated values:\n",
+                    "\t".join(COLUMNS) + "\n",
+                    "\n".join("\t".join(row) for row in table),
+                    [list(row) for row in table],
+                ),
+            ),
+        )
+
+    def smallest(self, subtask: str) -> int:
+        """One piece, however many rows the sample asks for."""
+        return 1
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        """F1 of the rows, a row counting if all its normalised cells match; order is ignored."""
+        expected = {row_key(row) for row in sample.reference}
+        lines = [line.split("\t") for line in prediction.splitlines() if line.strip()]
+        found = {row_key(line) for line in lines} - {row_key(COLUMNS)}
+        return 2 * len(expected & found) / (len(expected) + len(found)) if expected else 0.0
+
+
+def row_key(cells: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """The normalised cells of a row."""
+    return tuple(normalised(cell) for cell in cells)
+
+
+def item(rng: random.Random, row: tuple[str, str, str, str]) -> str:
+    """The markup of one item; its attributes vary and mean nothing."""
+    name, price, city, ref = row
+    kind = rng.choice(("item", "item new", "item sale"))
+    return (
+        f'<div class="{kind}"><b>{name}</b> <i class="price">{price}</i> <span>{city}</span> '
+        f"<code>{ref}</code></div>\n"
+    )
+
+
+def noise(rng: random.Random) -> str:
+    """A piece of the page that holds no item."""
+    word = rng.choice(TOPICS)
+    return rng.choice(
+        (
+            f"<p>{rng.choice(FILLER)}</p>\n",
+            f'<a href="/{word}">{word.title()}</a>\n',
+            f"<!-- {word} -->\n",
+            f'<img src="{word}.png" alt="{word}">\n',
+            f'<div class="ad"><i>{rng.choice(FILLER)}</i></div>\n',
+        )
+    )

@@ -1,0 +1,59 @@
+"""RAG: a question answered by one fact of one passage among many."""
+
+import random
+
+from kvbench.registry import register_task
+from kvbench.task import Episode, Sample, Turn
+from kvbench.tasks._synthetic import SyntheticTask, distinct, normalised
+from kvbench.tasks._words import CITIES, FILLER, FIRST_NAMES, INSTRUMENTS, LAST_NAMES, PROFESSIONS
+
+# relation: (the fact as a passage states it, the question, the values)
+RELATIONS = {
+    "birthplace": ("{name} was born in", "In which city was {name} born?", CITIES),
+    "profession": ("{name} earned a living as a", "What was the profession of {name}?", PROFESSIONS),
+    "instrument": ("{name} liked to play the", "Which instrument did {name} play?", INSTRUMENTS),
+}
+
+
+@register_task("rag")
+class Rag(SyntheticTask):
+    """Answer a question about a person from passages about many people who share names."""
+
+    metric = "substring exact match"
+    subtasks = tuple(RELATIONS)
+
+    def episode(self, rng: random.Random, subtask: str, units: int, turns: int) -> Episode:
+        """One unit is one passage: a person, three facts in any order, and a filler sentence."""
+        people = [" ".join(words) for words in distinct(rng, units, FIRST_NAMES, LAST_NAMES)]
+        passages, questions = [], []
+        for number, name in enumerate(people, start=1):
+            facts = []
+            for relation, (fact, question, values) in RELATIONS.items():
+                start, value = fact.format(name=name), rng.choice(values)
+                facts.append(f"{start} {value}.")
+                if relation == subtask:
+                    questions.append(
+                        Turn(
+                            f"\nQuestion: {question.format(name=name)}\n",
+                            f"Answer: {start}",
+                            f" {value}.",
+                            [value],
+                        )
+                    )
+            facts.insert(rng.randrange(4), rng.choice(FILLER))
+            rng.shuffle(facts)
+            passages.append(f"Passage {number}: {' '.join(facts)}\n")
+        return Episode(
+            "Answer the question at the end with the help of the passages below. Only one of them "
+            "holds the answer.\n\n" + "".join(passages),
+            tuple(rng.sample(questions, min(turns, units))),
+        )
+
+    def smallest(self, subtask: str) -> int:
+        """One passage."""
+        return 1
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        """1 if any reference answer occurs in the prediction, both normalised (HELMET)."""
+        text = normalised(prediction)
+        return float(any(normalised(answer) in text for answer in sample.reference))

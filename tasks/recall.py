@@ -1,0 +1,137 @@
+"""Recall: one record among many alike has to be found by its key."""
+
+import random
+from collections.abc import Callable
+
+from kvbench.registry import register_task
+from kvbench.task import Episode, Sample, Turn
+from kvbench.tasks._synthetic import SyntheticTask, code, distinct
+from kvbench.tasks._words import ADJECTIVES, NOUNS, SECRETS
+
+ORDINALS = ("first", "second", "third")
+
+
+@register_task("recall")
+class Recall(SyntheticTask):
+    """Find values by key: JSON records, needles among needles, several values of one key."""
+
+    metric = "substring exact match"
+    subtasks = ("json_kv", "mk_2", "mk_3", "mv")
+
+    def episode(self, rng: random.Random, subtask: str, units: int, turns: int) -> Episode:
+        """One unit is one record; `mv` has three records a key."""
+        build: dict[str, Callable[[random.Random, int, int], Episode]] = {
+            "json_kv": json_episode,
+            "mk_2": word_episode,
+            "mk_3": code_episode,
+            "mv": multi_value_episode,
+        }
+        return build[subtask](rng, units, turns)
+
+    def smallest(self, subtask: str) -> int:
+        """One record, or the three of one key."""
+        return len(ORDINALS) if subtask == "mv" else 1
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        """The fraction of the reference's values that occur in the prediction (RULER, HELMET)."""
+        values: list[str] = sample.reference
+        return sum(value.lower() in prediction.lower() for value in values) / len(values)
+
+
+def json_episode(rng: random.Random, units: int, turns: int) -> Episode:
+    """A JSON object from two-word names to codes."""
+    names = [" ".join(words) for words in distinct(rng, units, ADJECTIVES, NOUNS)]
+    values = [code(rng) for _ in names]
+    records = ",\n".join(f'"{n}": "{v}"' for n, v in zip(names, values, strict=True))
+    return Episode(
+        "The JSON object below maps names to codes. Read it, then answer with the code of the name "
+        f"that is asked for.\n\n{{{records}}}\n",
+        tuple(
+            Turn(
+                f'\nQuestion: Which code belongs to "{names[i]}"?\n',
+                f'Answer: "{names[i]}":',
+                f' "{values[i]}"',
+                [values[i]],
+            )
+            for i in rng.sample(range(units), min(turns, units))
+        ),
+    )
+
+
+def word_episode(rng: random.Random, units: int, turns: int) -> Episode:
+    """Needles among needles: a secret word for each two-word name (RULER's mk_2)."""
+    names = [" ".join(words) for words in distinct(rng, units, ADJECTIVES, NOUNS)]
+    values = [rng.choice(SECRETS) for _ in names]
+    facts = [f"The secret word for {n} is {v}." for n, v in zip(names, values, strict=True)]
+    return needles(
+        facts,
+        [
+            Turn(
+                f"\nQuestion: What is the secret word for {name}?\n",
+                f"Answer: The secret word for {name} is",
+                f" {value}.",
+                [value],
+            )
+            for name, value in zip(names, values, strict=True)
+        ],
+        rng,
+        turns,
+    )
+
+
+def code_episode(rng: random.Random, units: int, turns: int) -> Episode:
+    """Needles among needles with UUID-like keys and values (RULER's mk_3)."""
+    keys = list(dict.fromkeys(code(rng) for _ in range(units)))
+    values = [code(rng) for _ in keys]
+    facts = [f"The access code for {k} is {v}." for k, v in zip(keys, values, strict=True)]
+    return needles(
+        facts,
+        [
+            Turn(
+                f"\nQuestion: What is the access code for {key}?\n",
+                f"Answer: The access code for {key} is",
+                f" {value}.",
+                [value],
+            )
+            for key, value in zip(keys, values, strict=True)
+        ],
+        rng,
+        turns,
+    )
+
+
+def multi_value_episode(rng: random.Random, units: int, turns: int) -> Episode:
+    """Three values of every key, scattered; all three of one key are asked for (RULER's mv)."""
+    names = [" ".join(w) for w in distinct(rng, units // len(ORDINALS), ADJECTIVES, NOUNS)]
+    values = [rng.sample(SECRETS, len(ORDINALS)) for _ in names]
+    facts = [
+        f"The {ordinal} secret word for {name} is {value}."
+        for name, words in zip(names, values, strict=True)
+        for ordinal, value in zip(ORDINALS, words, strict=True)
+    ]
+    rng.shuffle(facts)
+    questions = []
+    for name, words in zip(names, values, strict=True):
+        answers = [
+            f"The {ordinal} secret word for {name} is {value}."
+            for ordinal, value in zip(ORDINALS, words, strict=True)
+        ]
+        prefix = f"The {ORDINALS[0]} secret word for {name} is"
+        questions.append(
+            Turn(
+                f"\nQuestion: What are the first, second and third secret words for {name}?\n",
+                f"Answer: {prefix}",
+                " ".join(answers).removeprefix(prefix),
+                words,
+            )
+        )
+    return needles(facts, questions, rng, turns)
+
+
+def needles(facts: list[str], questions: list[Turn], rng: random.Random, turns: int) -> Episode:
+    """A text of nothing but needles, one a line, and some of the questions about it."""
+    return Episode(
+        "Each line below states one fact. Remember them all, then answer the question at the end "
+        "in the words of the text.\n\n" + "\n".join(facts) + "\n",
+        tuple(rng.sample(questions, min(turns, len(questions)))),
+    )

@@ -1,0 +1,68 @@
+"""Rerank: documents put in order of their graded relevance to a query."""
+
+import random
+import re
+
+from kvbench.registry import register_task
+from kvbench.task import Episode, Sample, Turn
+from kvbench.tasks._synthetic import SyntheticTask
+from kvbench.tasks._words import FILLER, TOPICS
+
+# how a document treats its topic, by grade of relevance
+TREATMENTS = {3: "a complete guide to", 2: "a short introduction to", 1: "a passing remark about"}
+
+
+@register_task("rerank")
+class Rerank(SyntheticTask):
+    """Rank the documents on a topic by how thoroughly they treat it, among other topics'."""
+
+    metric = "NDCG@10"
+    subtasks = ("graded",)
+
+    def episode(self, rng: random.Random, subtask: str, units: int, turns: int) -> Episode:
+        """One unit is one topic, with a document of each grade; all are shuffled together."""
+        topics = (rng.sample(TOPICS, len(TOPICS)) * (units // len(TOPICS) + 1))[:units]
+        documents = [(topic, grade) for topic in topics for grade in TREATMENTS]
+        ids = rng.sample(range(1, max(100, len(documents) + 1)), len(documents))
+        relevance: dict[str, dict[str, int]] = {topic: {} for topic in topics}
+        lines = []
+        for (topic, grade), number in zip(documents, ids, strict=True):
+            relevance[topic][f"ID{number}"] = grade
+            lines.append(
+                f"Document: {rng.choice(FILLER)} Here is {TREATMENTS[grade]} {topic} [ID{number}]\n"
+            )
+        rng.shuffle(lines)
+        asked = rng.sample(sorted(relevance), min(turns, len(relevance)))
+        return Episode(
+            "Below are documents, each with its ID in brackets. A complete guide to the topic of a "
+            "query is the most useful document, a short introduction comes next, then a passing "
+            "remark; documents on other topics are useless. Write the IDs of the useful documents "
+            "in order, the most useful first, like this: ID3 > ID1 > ID2\n\n" + "".join(lines),
+            tuple(
+                Turn(
+                    f"\nQuery: {topic}\n",
+                    f"Ranking for {topic}:",
+                    " "
+                    + " > ".join(
+                        sorted(relevance[topic], key=lambda i: (-relevance[topic][i], i))  # noqa: B023
+                    ),
+                    relevance[topic],
+                )
+                for topic in asked
+            ),
+        )
+
+    def smallest(self, subtask: str) -> int:
+        """One topic."""
+        return 1
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        """NDCG@10 by trec_eval, over the IDs in the order in which they are first written."""
+        import pytrec_eval
+
+        ranking = list(dict.fromkeys(f"ID{n}" for n in re.findall(r"ID\s*(\d+)", prediction)))
+        if not ranking:
+            return 0.0
+        run = {document: float(len(ranking) - place) for place, document in enumerate(ranking)}
+        evaluator = pytrec_eval.RelevanceEvaluator({"q": sample.reference}, {"ndcg_cut.10"})
+        return float(evaluator.evaluate({"q": run})["q"]["ndcg_cut_10"])
