@@ -10,8 +10,8 @@ from kvbench.tasks._words import CITIES, FILLER, FIRST_NAMES, INSTRUMENTS, LAST_
 # relation: (the fact as a passage states it, the question, the values)
 RELATIONS = {
     "birthplace": ("{name} was born in", "In which city was {name} born?", CITIES),
-    "profession": ("{name} earned a living as a", "What was the profession of {name}?", PROFESSIONS),
-    "instrument": ("{name} liked to play the", "Which instrument did {name} play?", INSTRUMENTS),
+    "profession": ("{name} worked as a", "What was the profession of {name}?", PROFESSIONS),
+    "instrument": ("{name} played the", "Which instrument did {name} play?", INSTRUMENTS),
 }
 
 
