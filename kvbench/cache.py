@@ -29,6 +29,8 @@ class HeadGroup:
         self.meter = meter
         self.length = 0
         self.hole: int | None = None
+        if window is not None:
+            self._newest = window.sinks + window.size  # where a full window's newest entry lies
         self.keys: Tensor
         self.values: Tensor
         self.positions: Tensor
@@ -72,18 +74,10 @@ class HeadGroup:
         """After a decoded token: evict the oldest entry of a full window, leaving its place free."""
         if self.window is None or self.length <= self.window.sinks + self.window.size:
             return
-        places = self.length - self.window.sinks
-        newest = self._newest
-        self.hole = self.window.sinks + (newest - self.window.sinks + 1) % places
+        sinks, places = self.window.sinks, self.window.size + 1
+        self.hole = sinks + (self._newest - sinks + 1) % places
         self._newest = self.hole
         self.meter.hold(-len(self.keys))
-
-    _newest: int  # where the next `slide` finds the entry that was added last
-
-    def start_ring(self) -> None:
-        """Say that prefill is over: entries lie in order, the newest last."""
-        if self.window is not None:
-            self._newest = self.window.sinks + self.window.size
 
     def _move(self, keys: Tensor, values: Tensor, chosen: slice | Tensor, capacity: int) -> None:
         """Move the `chosen` entries to new storage, keys before values to keep the peak low."""
@@ -129,12 +123,6 @@ class RowCache:
                     for kind in kinds
                 ]
             )
-
-    def start_decode(self) -> None:
-        """Say that prefill is over."""
-        for groups in self.layers:
-            for group in groups:
-                group.start_ring()
 
     def kept(self, layer: int) -> dict[int, list[int]]:
         """The positions that each KV head of a layer holds, sorted."""

@@ -1,7 +1,7 @@
 """What a KV-cache method is, and what it may look at when it decides."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -109,10 +109,15 @@ class Method:
     @classmethod
     def options(cls) -> dict[str, Any]:
         """Option names and their defaults (None where the option must be given)."""
-        return {f.name: f.default for f in fields(cls) if f.init}
+        return {option_name(f): f.default for f in fields(cls) if f.init}
 
     @classmethod
     def check(cls, condition: bool, message: str) -> None:
         """Raise InputError(`message`) unless `condition`; for `__post_init__`."""
         if not condition:
             raise InputError(f"{getattr(cls, 'name', cls.__name__)}: {message}")
+
+
+def option_name(field: "Field[Any]") -> str:
+    """What a user calls a field of a method: its name, unless its metadata name an `option`."""
+    return str(field.metadata.get("option", field.name))

@@ -1,0 +1,248 @@
+"""Loading a model, untouched, with its attention routed through the KV cache of the harness."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+
+from kvbench.attention import BACKENDS, Backend
+from kvbench.card import ModelCard, model_folder, read_card
+from kvbench.errors import InputError, did_you_mean
+from kvbench.method import KVShape
+
+ATTENTION = "kvbench"
+# What some models ask of attention beyond softmax(QK)V, by the name of the argument.
+UNSUPPORTED = {"softcap": "soft-capped logits", "s_aux": "attention sinks of its own"}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer, and what the harness must know of it."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    shape: KVShape
+    max_context: int
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    fingerprint: str
+    card: ModelCard = field(default_factory=ModelCard)
+
+    @property
+    def backend(self) -> Backend:
+        """The attention backend that `attention` names."""
+        return BACKENDS[self.attention]
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        ids = self.model.generation_config.eos_token_id
+        if ids is None:
+            ids = self.tokenizer.eos_token_id
+        if ids is None:
+            return frozenset()
+        return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def routed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    kv: Any = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: query [B, H, T, D] -> [B, T, H, Dv]."""
+    for name, what in UNSUPPORTED.items():
+        if others.get(name) is not None:
+            raise InputError(
+                f"the model's attention has {what} ({name}), which kvbench does not compute"
+            )
+    if kv is None:
+        raise InputError("the model does not hand its keyword arguments on to its attention")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    out = kv.attend(module.layer_idx, query, key, value, scaling, sliding_window)
+    return out.transpose(1, 2), None
+
+
+def no_mask(*_: Any, **__: Any) -> None:
+    """Attention masks by itself: it knows the position of every entry."""
+
+
+AttentionInterface.register(ATTENTION, routed_attention)
+AttentionMaskInterface.register(ATTENTION, no_mask)
+
+
+def load_model(
+    name: str, *, device: str = "auto", dtype: str = "auto", attention: str = "auto"
+) -> LoadedModel:
+    """Load `tiny`, a local folder or a model of the hub.
+
+    `dtype` auto is float32 on a CPU and the checkpoint's own on a GPU. InputError for whatever
+    prevents it: no such model, no hub, no GPU, weights that are not safetensors, an architecture
+    whose attention is not the plain one.
+    """
+    where = resolve_device(device)
+    kind = resolve_dtype(dtype, where)
+    backend = resolve_attention(attention)
+    folder = model_folder(name)
+    source = str(folder) if folder else name
+    quiet()
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            attn_implementation=ATTENTION,
+            dtype=kind,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:240]
+        hint = (
+            "is it a model folder with config.json, safetensors weights and a tokenizer?"
+            if folder
+            else "is the name right, and is the hub within reach?"
+        )
+        raise InputError(f"model '{name}' cannot be loaded ({hint}): {reason}") from None
+    except Exception as error:  # tokenizers and safetensors raise bare exceptions of their own
+        reason = " ".join(str(error).split())[:240]
+        raise InputError(f"model '{name}' has a broken file: {reason}") from None
+    model.eval().to(where)
+    return wrap_model(
+        model,
+        tokenizer,
+        name=name,
+        attention=backend,
+        fingerprint=fingerprint(folder, config),
+        card=read_card(folder) if folder else ModelCard(),
+    )
+
+
+def wrap_model(
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    attention: str = "sdpa",
+    fingerprint: str = "",
+    card: ModelCard | None = None,
+) -> LoadedModel:
+    """A LoadedModel of a model that exists already, whose attention is switched to ours."""
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"model '{name}' is an encoder-decoder; kvbench measures decoders")
+    try:
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shape = KVShape(config.num_hidden_layers, kv_heads, heads, head_dim)
+        limit = config.max_position_embeddings
+    except AttributeError as error:
+        raise InputError(f"model '{name}' is not an attention-only decoder: {error}") from None
+    model.set_attn_implementation(ATTENTION)
+    weight = next(model.parameters())
+    return LoadedModel(
+        name,
+        model,
+        tokenizer,
+        shape,
+        int(limit),
+        weight.device,
+        weight.dtype,
+        attention,
+        fingerprint,
+        card or ModelCard(),
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that `--device` names; InputError if the machine has none such."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"unknown device '{device}': use auto, cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device '{device}': no GPU that this PyTorch can use; use --device cpu")
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(f"device '{device}' is not supported: use auto, cpu, cuda or cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device '{device}': there are {torch.cuda.device_count()} GPUs")
+    return found
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """The dtype that `--dtype` names, 'auto' where the checkpoint decides."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype '{dtype}': {did_you_mean(dtype, ['auto', *DTYPES])}")
+    return DTYPES[dtype]
+
+
+def resolve_attention(attention: str) -> str:
+    """The attention backend that `--attention` names."""
+    if attention == "auto":
+        return "sdpa"
+    if attention == "flash":
+        raise InputError("attention 'flash' is not there yet: use auto or sdpa")
+    if attention not in BACKENDS:
+        raise InputError(
+            f"unknown attention '{attention}': {did_you_mean(attention, ['auto', *BACKENDS])}"
+        )
+    return attention
+
+
+def fingerprint(folder: Path | None, config: Any) -> str:
+    """A hash of the configuration and of the weight files, or of the hub's commit."""
+    digest = hashlib.sha256()
+    if folder is None:
+        digest.update(str(getattr(config, "_commit_hash", None)).encode())
+        digest.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
+        return digest.hexdigest()[:16]
+    for path in sorted(folder.iterdir()):
+        if path.name == "config.json" or path.name.startswith("tokenizer"):
+            digest.update(path.read_bytes())
+        elif path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def quiet() -> None:
+    """Keep transformers' own progress bars and notes out of the harness's output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def unvisited(layers: Sequence[bool]) -> list[int]:
+    """The layers that did not reach our attention."""
+    return [index for index, reached in enumerate(layers) if not reached]

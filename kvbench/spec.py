@@ -1,0 +1,210 @@
+"""A method as it is named on the command line: a registered one, chunked, combined, with options.
+
+`snapkv-patched` is post-fill eviction after every prefill chunk; `prulong+snapkv` a head split whose
+retrieval heads are evicted by a post-fill method.
+"""
+
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from kvbench.errors import InputError, did_you_mean
+from kvbench.method import Family, Method, option_name
+from kvbench.registry import methods
+
+
+class Chunking(StrEnum):
+    """When a post-fill method evicts, and whose queries it observes (ALGORITHMS, section 5)."""
+
+    NONE = "none"  # once, after the whole prompt
+    NAIVE = "naive"  # after each prefill chunk, by the chunk's own last queries
+    PATCHED = "patched"  # after each prefill chunk, by the prompt's last queries
+
+
+POST_FILL_BUDGET = "post_fill_budget"
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method ready to run.
+
+    `method` decides, unless `post_fill` does for the heads that `method` lets keep everything, with
+    a budget of its own.
+    """
+
+    name: str
+    method: Method
+    chunking: Chunking = Chunking.NONE
+    post_fill: Method | None = None
+    post_fill_budget: float = 0.5
+
+    @property
+    def scorer(self) -> Method | None:
+        """The method that scores entries, if any does."""
+        if self.post_fill is not None:
+            return self.post_fill
+        return self.method if self.method.family is Family.POST_FILL else None
+
+    def scorer_budget(self, budget: float) -> float:
+        """The share of entries that the scorer keeps at a budget of the whole method."""
+        return budget if self.post_fill is None else self.post_fill_budget
+
+    @property
+    def observation_window(self) -> int:
+        """W of the scorer, 0 if nothing is observed."""
+        return self.scorer.observation_window if self.scorer else 0
+
+    @property
+    def family(self) -> str:
+        """The paper's family, chunked eviction with the variant."""
+        if self.chunking is not Chunking.NONE and self.post_fill is None:
+            return f"chunked eviction ({self.chunking})"
+        return str(self.method.family)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options, for the record; of a file its name and a hash of its content."""
+        options = recorded(self.method)
+        if self.post_fill is not None:
+            options |= {f"post_fill.{key}": v for key, v in recorded(self.post_fill).items()}
+            options[POST_FILL_BUDGET] = self.post_fill_budget
+        return options
+
+    @property
+    def depends_on_chunk(self) -> bool:
+        """Whether results depend on the size of the prefill chunk."""
+        streams = self.method.family in (Family.RECENCY, Family.HEAD_SPLIT)
+        return streams or self.chunking is not Chunking.NONE
+
+
+def recorded(method: Method) -> dict[str, Any]:
+    """A method's options, JSON-serialisable."""
+    options = {}
+    for field in fields(method):
+        value = getattr(method, field.name)
+        if isinstance(value, Path):
+            value = f"{value.name} sha256:{hashlib.sha256(value.read_bytes()).hexdigest()[:12]}"
+        options[option_name(field)] = value
+    return options
+
+
+def method_names() -> list[str]:
+    """Every method that can be named without combining: registered ones and their chunked forms."""
+    names = []
+    for name in methods.names():
+        names.append(name)
+        if methods.get(name).family is Family.POST_FILL:
+            names.append(f"{name}-{Chunking.NAIVE}")
+            if has_observation_window(name):
+                names.append(f"{name}-{Chunking.PATCHED}")
+    return sorted(names)
+
+
+def has_observation_window(name: str) -> bool:
+    """Whether the post-fill method `name` looks at queries by default."""
+    return methods.get(name)().observation_window > 0
+
+
+def parse_method(
+    name: str,
+    options: Mapping[str, Any],
+    card_options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> MethodSpec:
+    """The method called `name` with its options; InputError if name or options are not usable.
+
+    `options` apply to every method that has them; `snapkv.window` to one. `card_options` are a
+    model's defaults, by registered name; they yield to `options`.
+    """
+    if name in methods.names():
+        return MethodSpec(name, build(name, options, card_options))
+    split, plus, rest = name.partition("+")
+    if plus:
+        if split not in methods.names() or methods.get(split).family is not Family.HEAD_SPLIT:
+            raise InputError(f"method '{name}': '{split}' is not a head split")
+        inner = parse_method(rest, options, card_options)
+        if inner.scorer is None:
+            raise InputError(f"method '{name}': '{rest}' is not a post-fill method")
+        own = options.get(f"{split}.{POST_FILL_BUDGET}", options.get(POST_FILL_BUDGET, 0.5))
+        budget = convert(float, own, f"{name}: option {POST_FILL_BUDGET}")
+        if not 0 < budget <= 1:
+            raise InputError(f"{name}: {POST_FILL_BUDGET} must be above 0 and at most 1, not {own}")
+        method = build(split, options, card_options)
+        return MethodSpec(name, method, inner.chunking, inner.method, budget)
+    base, dash, variant = name.rpartition("-")
+    if dash and base in methods.names() and variant in (Chunking.NAIVE, Chunking.PATCHED):
+        method = build(base, options, card_options)
+        if method.family is not Family.POST_FILL:
+            raise InputError(f"method '{name}': only post-fill methods are chunked, not '{base}'")
+        if variant == Chunking.PATCHED and not method.observation_window:
+            raise InputError(
+                f"method '{name}': '{base}' observes no queries, so patching would change nothing; "
+                f"use {base}-{Chunking.NAIVE}"
+            )
+        return MethodSpec(name, method, Chunking(variant))
+    raise InputError(f"unknown method '{name}': {did_you_mean(name, method_names())}")
+
+
+def check_option_names(options: Mapping[str, Any], specs: list[MethodSpec]) -> None:
+    """InputError for an option that no method of a sweep has."""
+    used: set[str] = set()
+    for spec in specs:
+        for method in (spec.method, spec.post_fill):
+            if method is not None:
+                used |= set(type(method).options())
+                used |= {f"{method.name}.{key}" for key in type(method).options()}
+        if spec.post_fill is not None:
+            used |= {POST_FILL_BUDGET, f"{spec.method.name}.{POST_FILL_BUDGET}"}
+    for key in options:
+        if key not in used:
+            hint = did_you_mean(key, used) if used else "the chosen methods have no options"
+            raise InputError(f"no chosen method has an option '{key}': {hint}")
+
+
+def build(
+    name: str,
+    options: Mapping[str, Any],
+    card_options: Mapping[str, Mapping[str, Any]] | None,
+) -> Method:
+    """The registered method `name`, options converted to the types of its fields."""
+    cls = methods.get(name)
+    known = cls.options()
+    hints = typing.get_type_hints(cls)
+    given = dict((card_options or {}).get(name, {}))
+    given |= {key: value for key, value in options.items() if key in known}
+    prefix = f"{name}."
+    for key, value in options.items():
+        if key.startswith(prefix):
+            option = key.removeprefix(prefix)
+            if option == POST_FILL_BUDGET:
+                continue
+            if option not in known:
+                raise InputError(f"{name} has no option '{option}': {did_you_mean(option, known)}")
+            given[option] = value
+    names = {option_name(field): field.name for field in fields(cls)}
+    values = {
+        names[key]: convert(hints[names[key]], value, f"{name}: option {key}")
+        for key, value in given.items()
+    }
+    return cls(**values)
+
+
+def convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` (text, or from YAML) as a `kind`; InputError if it is none."""
+    if isinstance(kind, types.UnionType):
+        kinds = [k for k in typing.get_args(kind) if k is not types.NoneType]
+        return None if value is None else convert(kinds[0], value, where)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind is int and isinstance(value, float):
+            raise ValueError
+        return kind(value)
+    except (KeyError, TypeError, ValueError):
+        name = getattr(kind, "__name__", str(kind))
+        raise InputError(f"{where} must be {name}, not {json.dumps(value, default=str)}") from None

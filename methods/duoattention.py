@@ -1,0 +1,12 @@
+"""DuoAttention."""
+
+from dataclasses import dataclass
+
+from kvbench.heads import HeadSplit
+from kvbench.registry import register_method
+
+
+@register_method("duoattention")
+@dataclass(frozen=True)
+class DuoAttention(HeadSplit):
+    """Retrieval heads learnt by distillation on passkeys (Xiao et al., 2410.10819)."""

@@ -1,0 +1,12 @@
+"""PruLong."""
+
+from dataclasses import dataclass
+
+from kvbench.heads import HeadSplit
+from kvbench.registry import register_method
+
+
+@register_method("prulong")
+@dataclass(frozen=True)
+class PruLong(HeadSplit):
+    """Retrieval heads learnt by next-token loss on long text (Bhaskar et al., 2506.17121)."""

@@ -1,0 +1,38 @@
+"""PyramidKV."""
+
+from dataclasses import dataclass
+
+from kvbench.method import LayerView
+from kvbench.methods.snapkv import SnapKV
+from kvbench.registry import register_method
+
+
+@register_method("pyramidkv")
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV with more entries for low layers than for high ones (Cai et al., 2406.02069)."""
+
+    beta: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.beta >= 1, f"beta must be at least 1, not {self.beta}")
+
+    def capacity(self, view: LayerView) -> int:
+        """A line over the layers whose mean is SnapKV's capacity."""
+        mean = super().capacity(view)
+        window = 0 if view.patched else min(self.window, view.new)
+        spread = mean - window
+        if spread <= 0 or view.layers == 1:
+            return mean
+        low = spread // self.beta
+        high = 2 * spread - low
+        if high >= view.new - window:
+            high = view.new - window
+            low = 2 * spread - high
+        fall = (high - low) / (view.layers - 1)
+        # Rounding up to each layer and taking the difference keeps the sum within one entry.
+        below, here = (
+            round(n * high - fall * n * (n - 1) / 2) for n in (view.layer, view.layer + 1)
+        )
+        return window + here - below

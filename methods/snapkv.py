@@ -1,0 +1,46 @@
+"""SnapKV."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+
+from kvbench.attention import observed_attention
+from kvbench.method import Family, LayerView, Method
+from kvbench.registry import register_method
+
+
+@register_method("snapkv")
+@dataclass(frozen=True)
+class SnapKV(Method):
+    """Keep what the prompt's last queries attend to, smoothed (Li et al., 2404.14469)."""
+
+    family = Family.POST_FILL
+    window: int = 64
+    kernel: int = 5
+
+    def __post_init__(self) -> None:
+        self.check(self.window >= 1, f"window must be at least 1, not {self.window}")
+        self.check(
+            self.kernel >= 1 and self.kernel % 2 == 1,
+            f"kernel must be odd and at least 1, not {self.kernel}",
+        )
+
+    @property
+    def observation_window(self) -> int:
+        """W."""
+        return self.window
+
+    def scores(self, view: LayerView) -> Tensor:
+        """[K, E]: attention from the window, average-pooled over the entries it may evict."""
+        attention = observed_attention(
+            view.queries, view.keys, view.query_positions, view.positions, view.scaling
+        )
+        stop = attention.shape[1] - view.patched
+        start = stop - view.new
+        if not view.patched:
+            stop -= view.queries.shape[2]
+        attention[:, start:stop] = avg_pool1d(
+            attention[:, start:stop], self.kernel, stride=1, padding=self.kernel // 2
+        )
+        return attention
