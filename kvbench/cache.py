@@ -86,7 +86,9 @@ class HeadGroup:
         positions = torch.empty((heads, capacity), dtype=torch.int32, device=keys.device)
         for name, like in (("keys", keys), ("values", values)):
             old = getattr(self, name, None)
-            moved = torch.empty((heads, capacity, like.shape[-1]), dtype=like.dtype, device=like.device)
+            moved = torch.empty(
+                (heads, capacity, like.shape[-1]), dtype=like.dtype, device=like.device
+            )
             self.meter.allocate(moved.nbytes)
             if old is not None:
                 kept = _take(old, chosen)

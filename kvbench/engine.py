@@ -10,7 +10,7 @@ from torch import Tensor
 from kvbench.attention import Backend
 from kvbench.cache import RowCache
 from kvbench.errors import InputError
-from kvbench.eviction import Chunk, Evictor, prefill_chunks
+from kvbench.eviction import Chunk, Evictor
 from kvbench.footprint import full_rows
 from kvbench.method import KVShape
 from kvbench.model import LoadedModel, unvisited
@@ -96,14 +96,12 @@ def prefill(model: LoadedModel, row: Row, prefill_chunk: int | None) -> RowState
     """Read a row's prompt, chunk by chunk, and choose its first token."""
     started = time.perf_counter()
     prompt = len(row.prompt)
-    evictor = Evictor(
-        row.spec, row.budget, model.shape, prompt, row.max_new_tokens - 1, row.seed
-    )
+    evictor = Evictor(row.spec, row.budget, model.shape, prompt, row.max_new_tokens - 1, row.seed)
     cache = RowCache(evictor.windows(), model.device)
     state = RowState(row, evictor, cache, [None] * model.shape.layers)
     ids = torch.tensor(row.prompt, device=model.device)
     logits = torch.empty(0)
-    for chunk in prefill_chunks(row.spec, prompt, prefill_chunk):
+    for chunk in evictor.chunks(prefill_chunk):
         own = ids[chunk.start : chunk.start + chunk.length]
         fed = torch.cat([own, ids[prompt - chunk.patched :]]) if chunk.patched else own
         positions = torch.arange(chunk.start, chunk.start + len(fed), device=model.device)

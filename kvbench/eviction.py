@@ -26,18 +26,6 @@ class Chunk:
     last: bool
 
 
-def prefill_chunks(spec: MethodSpec, prompt: int, prefill_chunk: int | None) -> list[Chunk]:
-    """How a prompt of `prompt` tokens is read under a method."""
-    patch = min(spec.observation_window, prompt) if spec.chunking is Chunking.PATCHED else 0
-    result = []
-    start = 0
-    for length in chunks(prompt, prefill_chunk):
-        last = start + length == prompt
-        result.append(Chunk(start, length, 0 if last else patch, last))
-        start += length
-    return result
-
-
 @dataclass(frozen=True)
 class Evictor:
     """A method under a budget, deciding for one row. A budget of 1 evicts nothing."""
@@ -55,6 +43,18 @@ class Evictor:
         if self.budget < 1:
             chosen = self.spec.method.windows(self.shape, self.budget, self.prompt)
         return chosen or [[None] * self.shape.kv_heads] * self.shape.layers
+
+    def chunks(self, prefill_chunk: int | None) -> list[Chunk]:
+        """How the prompt is read, in prefill chunks of that many tokens, None at once."""
+        patched = self.scores and self.spec.chunking is Chunking.PATCHED
+        patch = min(self.spec.observation_window, self.prompt) if patched else 0
+        result = []
+        start = 0
+        for length in chunks(self.prompt, prefill_chunk):
+            last = start + length == self.prompt
+            result.append(Chunk(start, length, 0 if last else patch, last))
+            start += length
+        return result
 
     @property
     def scores(self) -> bool:

@@ -72,9 +72,7 @@ class SyntheticTask(Task):
             metadata={"answer_prefix": turn.answer_prefix, "units": low},
         )
 
-    def episode_for(
-        self, rng: random.Random, subtask: str, units: int, context: int
-    ) -> Episode:
+    def episode_for(self, rng: random.Random, subtask: str, units: int, context: int) -> Episode:
         """The one-turn episode of a sample; a task whose answer scales with `context` overrides."""
         return self.episode(rng, subtask, units, turns=1)
 

@@ -23,9 +23,7 @@ class HtmlToTsv(SyntheticTask):
         """One unit is one item or one piece of noise, two items in five."""
         return self.page(rng, rows=max(1, round(0.4 * units)), pieces=units)
 
-    def episode_for(
-        self, rng: random.Random, subtask: str, units: int, context: int
-    ) -> Episode:
+    def episode_for(self, rng: random.Random, subtask: str, units: int, context: int) -> Episode:
         """A page with the rows that the subtask asks for, filled up with noise."""
         return self.page(rng, self.rows(subtask, context), units)
 

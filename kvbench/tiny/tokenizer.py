@@ -14,9 +14,7 @@ END, PAD = "<|end|>", "<|pad|>"
 # A code's group of four hexadecimal digits, and the space before it by itself so that the group is
 # spelt the same everywhere; then tags, words, numbers of two digits, runs of marks, white space.
 GROUP = r"(?<![0-9A-Za-z])[0-9a-f]{4}(?![0-9A-Za-z])"
-PIECES = (
-    rf"{GROUP}| (?={GROUP})| ?</?[a-z]+>?| ?[A-Za-z]+| ?[0-9]{{1,2}}| ?[^\sA-Za-z0-9]+|\s+"
-)
+PIECES = rf"{GROUP}| (?={GROUP})| ?</?[a-z]+>?| ?[A-Za-z]+| ?[0-9]{{1,2}}| ?[^\sA-Za-z0-9]+|\s+"
 
 
 def build_tokenizer(texts: Iterable[str], least_count: int = 3) -> Any:

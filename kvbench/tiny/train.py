@@ -137,7 +137,9 @@ def prepare_induction(model: LlamaForCausalLM, recipe: Recipe) -> None:
     first = model.model.layers[0].self_attn
     sketches = torch.linalg.qr(torch.randn(hidden, hidden))[0].view(-1, dim, hidden)
     traces = torch.linalg.qr(torch.randn(hidden, hidden))[0].view(-1, dim, hidden)
-    traces = torch.cat([traces, torch.linalg.qr(torch.randn(hidden, hidden))[0].view(-1, dim, hidden)])
+    traces = torch.cat(
+        [traces, torch.linalg.qr(torch.randn(hidden, hidden))[0].view(-1, dim, hidden)]
+    )
     queries = first.q_proj.bias.view(heads, 2, half)
     first.k_proj.bias.view(kv_heads, 2, half)[:, 0] = amplitude
     values = first.v_proj.weight.view(kv_heads, dim, hidden)

@@ -1,0 +1,222 @@
+"""The engine against `generate`, token for token, and its measurements against closed forms."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import ARCHITECTURES, loaded_model, plain_model
+
+from kvbench.attention import attend_reference, attend_sdpa
+from kvbench.engine import Row, run_rows
+from kvbench.errors import InputError
+from kvbench.footprint import (
+    chunked_rows,
+    chunks,
+    entry_rows,
+    full_rows,
+    post_fill_rows,
+    window_rows,
+)
+from kvbench.spec import MethodSpec, method_names, parse_method
+
+LAYERS, KV_HEADS = 3, 2
+
+
+@pytest.fixture(scope="session")
+def scores_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scores") / "scores.tsv"
+    path.write_text("0.9 0.1\n0.2 0.8\n0.7 0.3\n")
+    return path
+
+
+def spec(name: str, scores: Path, **options: Any) -> MethodSpec:
+    if name.startswith(("prulong", "duoattention")):
+        options = {"scores": str(scores), "sinks": 2, "window": 5, **options}
+    if "kv" in name and "window" not in options:
+        options["snapkv.window"] = options["pyramidkv.window"] = 6
+    return parse_method(name, options)
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 199, (count,), generator=generator).tolist()
+
+
+def generated(model: Any, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_budget_of_1_gives_what_generate_gives(architecture: str, scores_file: Path) -> None:
+    prompt = tokens(75)
+    expected = generated(plain_model(architecture), prompt, 12)
+    assert len(set(expected)) > 3  # a model that repeats one token would prove nothing
+    model = loaded_model(architecture)
+    names = [*method_names(), "prulong+snapkv-naive"]
+    for chunk in (None, 20):
+        rows = [Row(prompt, 12, spec(name, scores_file), 1.0) for name in names]
+        for name, outcome in zip(names, run_rows(model, rows, prefill_chunk=chunk), strict=True):
+            assert outcome.tokens == expected, (name, chunk)
+            assert outcome.kv_footprint == 1.0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral-sliding", "gemma3"])
+def test_every_method_agrees_with_the_float64_reference(
+    architecture: str, scores_file: Path
+) -> None:
+    names = [*method_names(), "prulong+snapkv-naive", "duoattention+pyramidkv"]
+    rows = [Row(tokens(90, 1), 10, spec(name, scores_file), 0.4, seed=3) for name in names]
+    fast = run_rows(loaded_model(architecture), rows, prefill_chunk=25)
+    slow = run_rows(loaded_model(architecture, attention="reference"), rows, prefill_chunk=25)
+    for name, a, b in zip(names, fast, slow, strict=True):
+        assert a.tokens == b.tokens, name
+        assert a.resident_rows == b.resident_rows
+
+
+def test_rows_do_not_depend_on_who_they_decode_with(scores_file: Path) -> None:
+    model = loaded_model()
+    rows = [
+        Row(tokens(40 + 7 * i, i), 4 + 3 * i, spec(name, scores_file), 0.3, seed=i)
+        for i, name in enumerate(["full", "recency", "snapkv-patched", "prulong", "random"])
+    ]
+    together = run_rows(model, rows, prefill_chunk=16)
+    for row, outcome in zip(rows, together, strict=True):
+        alone = run_rows(model, [row], prefill_chunk=16)[0]
+        assert outcome.tokens == alone.tokens
+        assert outcome.resident_rows == alone.resident_rows
+        assert outcome.kv_peak == alone.kv_peak
+
+
+@pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "knorm", "random"])
+def test_post_fill_does_not_depend_on_the_prefill_chunk(name: str, scores_file: Path) -> None:
+    model = loaded_model()
+    row = Row(tokens(83), 10, spec(name, scores_file), 0.25, seed=1)
+    outcomes = [run_rows(model, [row], prefill_chunk=c)[0] for c in (None, 80, 17, 3)]
+    if name == "random":  # its draw is made at the chunk's start
+        outcomes = outcomes[:1]
+    assert len({tuple(o.tokens) for o in outcomes}) == 1
+    assert len({o.resident_rows for o in outcomes}) == 1
+
+
+def test_100_entries_resident_over_10_rows_are_1000_entry_rows() -> None:
+    assert entry_rows(100, 10) - entry_rows(0, 10) == 1000
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    prompt=st.integers(2, 90),
+    new=st.integers(1, 9),
+    chunk=st.one_of(st.none(), st.integers(1, 100)),
+    budget=st.floats(0.05, 0.99),
+    window=st.integers(1, 30),
+    sinks=st.integers(0, 6),
+)
+def test_counted_footprints_are_the_closed_forms(
+    prompt: int, new: int, chunk: int | None, budget: float, window: int, sinks: int
+) -> None:
+    scores = Path(__file__).parent / "data" / "scores.tsv"
+    options = {"window": window, "sinks": sinks, "scores": str(scores)}
+    names = ["full", "recency", "snapkv", "snapkv-naive", "snapkv-patched", "knorm", "prulong"]
+    rows = [Row(tokens(prompt), new, parse_method(name, options), budget) for name in names]
+    model = loaded_model()
+    got = dict(zip(names, run_rows(model, rows, prefill_chunk=chunk), strict=True))
+
+    fed, heads = new - 1, LAYERS * KV_HEADS
+    sizes = chunks(prompt, chunk)
+    full = full_rows(prompt, fed)
+    assert all(outcome.full_rows == heads * full for outcome in got.values())
+    assert got["full"].resident_rows == heads * full
+    recent = sinks + max(1, round(budget * prompt) - sinks)
+    assert got["recency"].resident_rows == heads * window_rows(sizes, recent, fed)
+    kept = min(prompt, round(budget * prompt))
+    for name in ("snapkv", "knorm"):
+        assert got[name].resident_rows == heads * post_fill_rows(prompt, fed, kept)
+    stay = [min(size, round(budget * size)) for size in sizes]
+    for name in ("snapkv-naive", "snapkv-patched"):
+        assert got[name].resident_rows == heads * chunked_rows(sizes, stay, fed)
+    assert got["snapkv-patched"].patch_rows == min(window, prompt) * (len(sizes) - 1)
+    retrieval = round(budget * heads)
+    assert got["prulong"].resident_rows == retrieval * full + (heads - retrieval) * window_rows(
+        sizes, sinks + window, fed
+    )
+    for outcome in got.values():
+        assert outcome.kv_reads == outcome.kv_footprint
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    prompt=st.integers(10, 400),
+    budget=st.floats(0.02, 0.99),
+    window=st.integers(1, 80),
+    beta=st.integers(1, 30),
+    layers=st.integers(1, 40),
+)
+def test_pyramidkv_keeps_snapkvs_share_on_average(
+    prompt: int, budget: float, window: int, beta: int, layers: int
+) -> None:
+    from test_selection import view_of
+
+    pyramid = parse_method("pyramidkv", {"window": window, "beta": beta}).method
+    capacities = [
+        pyramid.capacity(view_of(prompt, window, budget, layer, layers)) for layer in range(layers)
+    ]
+    assert abs(sum(capacities) - layers * round(budget * prompt)) <= 1
+    assert all(0 <= c <= prompt for c in capacities)
+    assert all(a >= b - 1 for a, b in zip(capacities, capacities[1:], strict=False))
+
+
+def test_peak_bytes_follow_the_footprint_at_4k_tokens() -> None:
+    scores = Path(__file__).parent / "data" / "scores.tsv"
+    options = {"scores": str(scores), "sinks": 16, "window": 112}
+    rows = [Row(tokens(4096), 8, parse_method(name, options), 0.5) for name in ("full", "prulong")]
+    full, split = run_rows(loaded_model(num_hidden_layers=3), rows, prefill_chunk=256)
+    share = split.kv_bytes_peak / full.kv_bytes_peak
+    assert share == pytest.approx(split.kv_peak / full.kv_peak, rel=0.05)
+    assert 0.5 < share < 0.56
+
+
+def test_rows_that_cannot_be_run_are_refused(scores_file: Path) -> None:
+    model = loaded_model()
+    full = parse_method("full", {})
+    with pytest.raises(InputError, match="more than model 'llama' takes"):
+        run_rows(model, [Row(tokens(4608), 2, full, 1.0)], prefill_chunk=None)
+    with pytest.raises(InputError, match="budget"):
+        run_rows(model, [Row(tokens(8), 2, full, 0.0)], prefill_chunk=None)
+    other = scores_file.with_name("other.json")
+    other.write_text(json.dumps({"scores": [[1.0] * 8] * 32}))
+    split = parse_method("prulong", {"scores": str(other)})
+    with pytest.raises(InputError, match="32 layers of 8 KV heads"):
+        run_rows(model, [Row(tokens(8), 2, split, 0.5)], prefill_chunk=None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    past=st.integers(0, 40),
+    new=st.integers(1, 600),
+    sliding=st.one_of(st.none(), st.integers(1, 50)),
+)
+def test_sdpa_is_the_float64_reference(
+    heads: int, group: int, past: int, new: int, sliding: int | None
+) -> None:
+    generator = torch.Generator().manual_seed(past * 1000 + new)
+    q = torch.randn(heads, group, new, 8, generator=generator)
+    k, v = (torch.randn(heads, past + new, 8, generator=generator) for _ in range(2))
+    positions = torch.arange(past + new).expand(heads, -1)
+    arguments: dict[str, Any] = {
+        "scaling": 0.3,
+        "query_positions": torch.arange(past, past + new),
+        "positions": positions,
+        "sliding": sliding,
+    }
+    expected = attend_reference(q, k, v, **arguments)
+    torch.testing.assert_close(attend_sdpa(q, k, v, **arguments), expected, atol=2e-6, rtol=1e-4)
