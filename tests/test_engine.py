@@ -1,6 +1,7 @@
 """The engine against `generate`, token for token, and its measurements against closed forms."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def test_every_method_agrees_with_the_float64_reference(
     architecture: str, scores_file: Path
 ) -> None:
     names = [*method_names(), "prulong+snapkv-naive", "duoattention+pyramidkv"]
+    if architecture == "gemma3":  # it normalises keys: their norms tie, but for rounding
+        names = [name for name in names if not name.startswith("knorm")]
     rows = [Row(tokens(90, 1), 10, spec(name, scores_file), 0.4, seed=3) for name in names]
     fast = run_rows(loaded_model(architecture), rows, prefill_chunk=25)
     slow = run_rows(loaded_model(architecture, attention="reference"), rows, prefill_chunk=25)
@@ -170,7 +173,7 @@ def test_pyramidkv_keeps_snapkvs_share_on_average(
     ]
     assert abs(sum(capacities) - layers * round(budget * prompt)) <= 1
     assert all(0 <= c <= prompt for c in capacities)
-    assert all(a >= b - 1 for a, b in zip(capacities, capacities[1:], strict=False))
+    assert all(a >= b - 1 for a, b in pairwise(capacities))
 
 
 def test_peak_bytes_follow_the_footprint_at_4k_tokens() -> None:

@@ -7,8 +7,8 @@ of tokens back, heads that match what those found, heads that copy), and context
 """
 
 import json
-
 import random
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvbench.errors import InputError
 from kvbench.registry import tasks
 from kvbench.task import Episode, Tokenizer
 from kvbench.tiny.tokenizer import build_tokenizer
@@ -270,16 +271,35 @@ def examples_for(
     return [maker.make(name, rng, length) for name in chosen]
 
 
-def train(
-    out: Path,
-    recipe: Recipe,
-    report: Callable[[dict[str, Any]], None] = lambda line: None,
-) -> None:
-    """Train for `recipe.minutes` and write the model, its tokenizer and the log to `out`."""
-    out.mkdir(parents=True, exist_ok=True)
+def train(out: Path, *, minutes: float, seed: int) -> None:
+    """`kvbench train tiny`: train with the shipped recipe, a line of progress now and then."""
+
+    def show(line: dict[str, Any]) -> None:
+        if line["step"] % 100 == 0:
+            weakest = min(line["accuracy"], key=line["accuracy"].get)
+            print(
+                f"{line['seconds'] / 60:.1f} of {minutes:g} min, step {line['step']}, "
+                f"{line['length']} tokens, loss {line['loss']:.3f}, "
+                f"weakest {weakest} {line['accuracy'][weakest]:.2f}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    follow(Recipe(minutes=minutes, seed=seed), out, show)
+
+
+def follow(recipe: Recipe, out: Path, report: Callable[[dict[str, Any]], None]) -> None:
+    """Train for `recipe.minutes` and write the model, its tokenizer and the log to `out`.
+
+    InputError if `out` cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write to '{out}': {error}; choose another --out") from None
     tokenizer = tiny_tokenizer(recipe.seed)
     tokenizer.save_pretrained(out)
-    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = tiny_model(recipe, len(tokenizer), end, pad)
     model.train()
