@@ -55,7 +55,7 @@ class HeadGroup:
         self.meter.hold(new * len(self.keys))
 
     def keep(self, chosen: Tensor, reserve: int) -> None:
-        """Keep the entries `chosen` [Kg, c] (indices, in the order to keep) in storage of their own.
+        """Keep the entries `chosen` [Kg, c], indices in the order to keep, in storage of their own.
 
         The storage has room for `reserve` entries, or c if that is more.
         """
@@ -71,7 +71,7 @@ class HeadGroup:
         self.meter.hold(-count * len(self.keys))
 
     def slide(self) -> None:
-        """After a decoded token: evict the oldest entry of a full window, leaving its place free."""
+        """After a decoded token: evict the oldest entry of a full window; its place is the hole."""
         if self.window is None or self.length <= self.window.sinks + self.window.size:
             return
         sinks, places = self.window.sinks, self.window.size + 1

@@ -148,7 +148,8 @@ def forward(model: LoadedModel, ids: Tensor, positions: Tensor, kv: object) -> T
     out = model.model(
         input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1, kv=kv
     )
-    return out.logits[:, -1]  # type: ignore[no-any-return]
+    logits: Tensor = out.logits
+    return logits[:, -1]
 
 
 @dataclass

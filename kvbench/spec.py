@@ -1,7 +1,7 @@
-"""A method as it is named on the command line: a registered one, chunked, combined, with options.
+"""A method as it is named on the command line: registered, chunked or combined, with options.
 
-`snapkv-patched` is post-fill eviction after every prefill chunk; `prulong+snapkv` a head split whose
-retrieval heads are evicted by a post-fill method.
+`snapkv-patched` is post-fill eviction after every prefill chunk; `prulong+snapkv` is a head split
+whose retrieval heads are evicted by a post-fill method.
 """
 
 import hashlib

@@ -1,9 +1,10 @@
 """Train the embedded model: `kvbench train tiny`.
 
 A small Llama learns the four synthetic tasks from their own generators, with loss on the answers
-alone. Three things make it learn on two cores: many turns about each context, an
-initialisation that already holds the parts of an induction circuit (heads that look a fixed number
-of tokens back, heads that match what those found, heads that copy), and contexts that grow when the model has learnt the present length.
+alone. Three things make it learn on two cores: many turns about each context; an initialisation
+that already holds the parts of an induction circuit (heads that look a fixed number of tokens back,
+heads that match what those found, heads that copy); and contexts that grow when the model has learnt
+the present length.
 """
 
 import json
@@ -320,7 +321,7 @@ def follow(recipe: Recipe, out: Path, report: Callable[[dict[str, Any]], None]) 
             examples = examples_for(recipe, progress, maker, names)
             ids, turn = batch(examples, pad)
             loss, share = answer_loss(model, ids, turn)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
