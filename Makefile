@@ -1,0 +1,40 @@
+# `make demo` measures the embedded model, `make test` runs the tests; both set everything up first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/ready
+DEMO := results/runs/demo
+
+.PHONY: demo test lint reproduce setup clean
+
+demo: $(READY)
+	$(BIN)/kvbench run --out $(DEMO) --budgets 0.1,0.3,0.5,0.7,0.9 --samples 16
+	$(BIN)/kvbench report $(DEMO)
+	@echo "The curves are in $(DEMO)"
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Types are checked across kvbench, methods and tasks as they lie once installed.
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typed && mkdir -p build/typed
+	cp -r kvbench build/typed/ && cp -r methods tasks build/typed/kvbench/
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+
+reproduce: $(READY)
+	$(BIN)/kvbench reproduce
+
+setup: $(READY)
+
+# Versions are pinned, so that what was tested is what is installed.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvbench needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf .venv build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
