@@ -3,8 +3,8 @@
 A small Llama learns the four synthetic tasks from their own generators, with loss on the answers
 alone. Three things make it learn on two cores: many turns about each context; an initialisation
 that already holds the parts of an induction circuit (heads that look a fixed number of tokens back,
-heads that match what those found, heads that copy); and contexts that grow when the model has learnt
-the present length.
+heads that match what those found, heads that copy); and contexts that grow once the present length
+is learnt.
 """
 
 import json

@@ -1,0 +1,106 @@
+"""Naming methods and their options, and what is said of names and options that are wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from kvbench.card import ModelCard, model_folder, read_card
+from kvbench.errors import InputError
+from kvbench.heads import read_scores
+from kvbench.spec import Chunking, check_option_names, parse_method
+
+SCORES = Path(__file__).parent / "data" / "scores.tsv"
+
+
+def test_names_say_method_chunking_and_combination() -> None:
+    spec = parse_method("snapkv-patched", {"window": "8"})
+    assert (spec.chunking, spec.method.observation_window) == (Chunking.PATCHED, 8)
+    assert spec.family == "chunked eviction (patched)"
+    both = parse_method("prulong+pyramidkv-naive", {"scores": str(SCORES), "beta": 10})
+    assert both.scorer is both.post_fill
+    assert both.options["post_fill.beta"] == 10
+    assert both.scorer_budget(0.3) == 0.5
+    assert both.depends_on_chunk
+    assert not parse_method("snapkv", {}).depends_on_chunk
+
+
+def test_options_beat_the_card_and_the_card_the_defaults() -> None:
+    card = {"snapkv": {"window": 16}}
+    assert parse_method("snapkv", {}).options == {"window": 64, "kernel": 5}
+    assert parse_method("snapkv", {}, card).options["window"] == 16
+    assert parse_method("snapkv", {"window": 9}, card).options["window"] == 9
+    options = {"window": 9, "snapkv.window": 7}
+    assert parse_method("snapkv", options, card).options["window"] == 7
+    assert parse_method("pyramidkv", options, card).options["window"] == 9
+
+
+def test_a_score_file_is_recorded_by_its_content(tmp_path: Path) -> None:
+    copy = tmp_path / "scores.tsv"
+    copy.write_bytes(SCORES.read_bytes())
+    here, there = (parse_method("prulong", {"scores": str(p)}).options for p in (SCORES, copy))
+    assert here == there
+    copy.write_text("0.1 0.2\n")
+    assert parse_method("prulong", {"scores": str(copy)}).options != here
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("snapk", {}, "did you mean 'snapkv'"),
+        ("snapkv-patch", {}, "did you mean 'snapkv-patched'"),
+        ("recency-naive", {}, "only post-fill"),
+        ("knorm-patched", {}, "use knorm-naive"),
+        ("snapkv+prulong", {}, "not a head split"),
+        ("prulong+recency", {}, "not a post-fill"),
+        ("snapkv", {"window": "many"}, 'must be int, not "many"'),
+        ("snapkv", {"window": 0}, "window must be at least 1"),
+        ("snapkv", {"kernel": 4}, "kernel must be odd"),
+        ("snapkv", {"snapkv.windw": 4}, "did you mean 'window'"),
+        ("pyramidkv", {"beta": 0}, "beta must be at least 1"),
+        ("recency", {"sinks": -1}, "sinks must be at least 0"),
+        ("prulong", {"scores": "no/such.tsv"}, "cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_said(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        parse_method(name, options)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_option_that_no_method_has_is_refused() -> None:
+    specs = [parse_method("snapkv", {}), parse_method("recency", {})]
+    check_option_names({"window": 3, "recency.sinks": 2}, specs)
+    with pytest.raises(InputError, match="did you mean 'window'"):
+        check_option_names({"windw": 3}, specs)
+
+
+def test_head_scores_of_either_format(tmp_path: Path) -> None:
+    table = [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]
+    assert read_scores(SCORES) == table
+    file = tmp_path / "scores.json"
+    file.write_text('{"scores": [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], "seed": 1}')
+    assert read_scores(file) == table
+    for broken in ('{"scores": "x"}', "[1", '{"scores": [[1, 2], [3]]}', '{"scores": [[NaN]]}'):
+        file.write_text(broken)
+        with pytest.raises(InputError, match="head scores"):
+            read_scores(file)
+
+
+def test_score_files_beside_a_model_become_defaults(tmp_path: Path) -> None:
+    (tmp_path / "scores-prulong.tsv").write_bytes(SCORES.read_bytes())
+    card = read_card(tmp_path)
+    assert parse_method("prulong", {}, card.options).options["scores"].startswith("scores-prulong")
+    assert read_card(tmp_path / "nowhere") == ModelCard()
+    (tmp_path / "kvbench.json").write_text('{"contxt": 3}')
+    with pytest.raises(InputError, match="not a model card"):
+        read_card(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tinyy", "./none", "/no/such/folder", "a/b/c"])
+def test_models_that_are_not_there(name: str) -> None:
+    with pytest.raises(InputError, match="no model"):
+        model_folder(name)
+
+
+def test_a_hub_id_is_left_to_the_hub() -> None:
+    assert model_folder("organisation/name") is None
