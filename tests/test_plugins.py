@@ -44,12 +44,14 @@ print("works")
 """
 
 
-def python(code: str, *paths: Path) -> str:
+def python(code: str, folder: Path) -> str:
+    """Run code that finds what lies in `folder` first."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": ":".join(map(str, [*paths, ROOT / "tests"])), "PATH": "/usr/bin"},
+        cwd=folder,
+        env={"PYTHONPATH": f"{folder}:{ROOT / 'tests'}", "PATH": "/usr/bin"},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
