@@ -7,8 +7,8 @@ from kvbench.task import Episode, Sample, Turn
 from kvbench.tasks._synthetic import SyntheticTask, distinct, normalised
 from kvbench.tasks._words import ADJECTIVES, CITIES, FILLER, NOUNS, TOPICS
 
-COLUMNS = ("name", "price", "city", "ref")
-TOKENS_A_ROW = 12  # about what one row of the answer takes; only sets how many rows a sample has
+COLUMNS = ("no", "name", "price", "city", "ref")
+TOKENS_A_ROW = 13  # about what one row of the answer takes; only sets how many rows a sample has
 ROW_SHARE = {"short": 1 / 32, "medium": 1 / 16, "long": 1 / 8}  # of the context, for the answer
 
 
@@ -20,8 +20,8 @@ class HtmlToTsv(SyntheticTask):
     subtasks = tuple(ROW_SHARE)
 
     def episode(self, rng: random.Random, subtask: str, units: int, turns: int) -> Episode:
-        """One unit is one item or one piece of noise, two items in five."""
-        return self.page(rng, rows=max(1, round(0.4 * units)), pieces=units)
+        """One unit is one item or one piece of noise, up to a third of them items."""
+        return self.page(rng, rows=rng.randint(1, max(1, units // 3)), pieces=units)
 
     def episode_for(self, rng: random.Random, subtask: str, units: int, context: int) -> Episode:
         """A page with the rows that the subtask asks for, filled up with noise."""
@@ -36,18 +36,27 @@ class HtmlToTsv(SyntheticTask):
         names = [" ".join(words).title() for words in distinct(rng, rows, ADJECTIVES, NOUNS)]
         refs = rng.sample(range(16**4), rows)
         table = [
-            (name, f"${rng.randrange(10, 100)}", rng.choice(CITIES), f"{ref:04x}")
-            for name, ref in zip(names, refs, strict=True)
+            (str(no), name, f"${rng.randrange(10, 100)}", rng.choice(CITIES), f"{ref:04x}")
+            for no, (name, ref) in enumerate(zip(names, refs, strict=True), start=1)
         ]
         body = [item(rng, row) for row in table]
+        outside = []
         for _ in range(pieces - rows):
-            body.insert(rng.randrange(len(body) + 1), noise(rng))
+            if rng.random() < 0.3:
+                body.insert(rng.randrange(len(body) + 1), row_noise(rng))
+            else:
+                outside.append(page_noise(rng))
+        before = rng.randint(0, len(outside))
         return Episode(
-            "Below is the source of a web page that offers items for sale. Write the items as "
+            "Below is the source of a web page with a table of items for sale. Write the items as "
             "tab-separated values, one line for each item in the order of the page, with the "
-            "columns name, price, city and ref. Leave out everything else.\n\n"
+            "columns no, name, price, city and ref. Leave out everything else.\n\n"
             f"<html><head><title>{rng.choice(TOPICS).title()}</title></head>\n<body>\n"
+            + "".join(outside[:before])
+            + "<table>\n"
             + "".join(body)
+            + "</table>\n"
+            + "".join(outside[before:])
             + "</body></html>\n",
             (
                 Turn(
@@ -76,24 +85,29 @@ def row_key(cells: tuple[str, ...] | list[str]) -> tuple[str, ...]:
     return tuple(normalised(cell) for cell in cells)
 
 
-def item(rng: random.Random, row: tuple[str, str, str, str]) -> str:
+def item(rng: random.Random, row: tuple[str, ...]) -> str:
     """The markup of one item; its attributes vary and mean nothing."""
-    name, price, city, ref = row
-    kind = rng.choice(("item", "item new", "item sale"))
-    return (
-        f'<div class="{kind}"><b>{name}</b> <i class="price">{price}</i> <span>{city}</span> '
-        f"<code>{ref}</code></div>\n"
+    start = rng.choice(("<tr>", '<tr class="new">', '<tr class="sale">'))
+    return start + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n"
+
+
+def row_noise(rng: random.Random) -> str:
+    """A piece of the table that is no item."""
+    return rng.choice(
+        (
+            f'<tr class="ad"><td>{rng.choice(FILLER)}</td></tr>\n',
+            f"<!-- {rng.choice(TOPICS)} -->\n",
+        )
     )
 
 
-def noise(rng: random.Random) -> str:
-    """A piece of the page that holds no item."""
+def page_noise(rng: random.Random) -> str:
+    """A piece of the page outside its table."""
     word = rng.choice(TOPICS)
     return rng.choice(
         (
             f"<p>{rng.choice(FILLER)}</p>\n",
             f'<a href="/{word}">{word.title()}</a>\n',
-            f"<!-- {word} -->\n",
             f'<img src="{word}.png" alt="{word}">\n',
             f'<div class="ad"><i>{rng.choice(FILLER)}</i></div>\n',
         )

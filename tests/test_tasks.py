@@ -99,15 +99,16 @@ def test_rerank_is_ndcg_at_10() -> None:
 
 def test_html_rows_count_whole_and_in_any_order() -> None:
     reference = sample(
-        "html_to_tsv", [["Red Lamp", "$12", "Oslo", "0a"], ["Old Cup", "$5", "Rome", "ff"]]
+        "html_to_tsv",
+        [["1", "Red Lamp", "$12", "Oslo", "0a"], ["2", "Old Cup", "$5", "Rome", "ff"]],
     )
     score = task("html_to_tsv").score
-    assert score("old cup\t$5\tROME\tff\nRed Lamp\t$12\tOslo\t0a\n", reference) == 1.0
-    assert score("Red Lamp\t$12\tOslo\t0a", reference) == pytest.approx(2 / 3)
-    assert score("name\tprice\tcity\tref\nRed Lamp\t$12\tOslo\t0a", reference) == pytest.approx(
-        2 / 3
-    )
-    assert score("Red Lamp\t$12\tOslo\nOld Cup\t$5\tRome\tfe", reference) == 0.0
+    assert score("2\told cup\t$5\tROME\tff\n1\tRed Lamp\t$12\tOslo\t0a\n", reference) == 1.0
+    assert score("1\tRed Lamp\t$12\tOslo\t0a", reference) == pytest.approx(2 / 3)
+    assert score(
+        "no\tname\tprice\tcity\tref\n1\tRed Lamp\t$12\tOslo\t0a", reference
+    ) == pytest.approx(2 / 3)
+    assert score("1\tRed Lamp\t$12\tOslo\n2\tOld Cup\t$5\tRome\tfe", reference) == 0.0
 
 
 @settings(max_examples=60, deadline=None)
