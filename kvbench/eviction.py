@@ -118,9 +118,8 @@ class Evictor:
     ) -> LayerView:
         seen = chunk.start + chunk.length + chunk.patched
         grouped = queries.unflatten(0, (self.shape.kv_heads, self.shape.group))[group.heads]
-        generator = torch.Generator().manual_seed(
-            (self.seed * 1_000_003 + layer) * 1_000_003 + chunk.start
-        )
+        place = (self.seed * 1_000_003 + layer) * 1_000_003 + chunk.start
+        generator = torch.Generator().manual_seed(place % 2**62)
         return LayerView(
             keys=group.keys[:, : group.length],
             values=group.values[:, : group.length],

@@ -161,4 +161,4 @@ def _legend(figure: Figure, groups: dict[str, list[Line2D]]) -> None:
         labelspacing=0.35,
     )
     for index in headings:
-        legend.get_texts()[index].set_weight("bold")
+        legend.get_texts()[index].set_fontweight("bold")

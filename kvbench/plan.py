@@ -21,7 +21,10 @@ BASELINE = "full"
 ANSWER_PREFIX = "answer_prefix"
 
 # Modules that show, store or order results; every other module of kvbench can change one.
-_NOT_MEASURING = {"__main__", "cli", "errors", "figures", "progress", "report", "results", "tables"}
+_NOT_MEASURING = {
+    *("__main__", "cli", "errors", "figures", "listing", "progress"),
+    *("report", "results", "run", "tables"),
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def make_plan(
                 "common": common,
                 "task": [task.name, _file_hash(type(task))],
                 "sample": index,
-                "prompt": _digest(prompt),
+                "prompt": digest(prompt),
                 "max_new_tokens": sample.max_new_tokens,
             }
             for spec, budget, chunk in _variants(specs, settings):
@@ -106,8 +109,8 @@ def make_plan(
                     "budget": budget,
                     "prefill_chunk": chunk,
                 }
-                fingerprint = _digest({**what, **how})
-                seed = int(_digest([settings.seed, task.name, index])[:8], 16)
+                fingerprint = digest({**what, **how})
+                seed = int(digest([settings.seed, task.name, index])[:8], 16)
                 cells.append(Cell(fingerprint, sample, prompt, spec, budget, chunk, seed))
     return cells
 
@@ -148,9 +151,7 @@ def _in_chat(tokenizer: Any, content: str, answer: str) -> list[int]:
     return list(tokenizer.encode(text + answer, add_special_tokens=False))
 
 
-def _check_length(
-    model: "LoadedModel", task: Task, sample: Sample, prompt: Sequence[int]
-) -> None:
+def _check_length(model: "LoadedModel", task: Task, sample: Sample, prompt: Sequence[int]) -> None:
     needed = len(prompt) + sample.max_new_tokens
     if needed > model.max_context:
         raise InputError(
@@ -159,7 +160,8 @@ def _check_length(
         )
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """A hash of JSON-serialisable data, 20 hexadecimal digits."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 

@@ -10,8 +10,8 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -162,9 +162,7 @@ class RunWriter:
 
     def __init__(self, folder: Path, common: dict[str, Any], invocation: dict[str, Any]) -> None:
         self.folder = folder
-        known = read_settings(folder)
-        if known is not None:
-            _refuse_conflict(folder, known["common"], common)
+        known = check_common(folder, common)
         invocations = [] if known is None else known["invocations"]
         self._created = known is None
         self._new_folders = [f for f in (folder, *folder.parents) if not f.exists()]
@@ -227,13 +225,18 @@ class RunWriter:
                     return
 
 
-def _refuse_conflict(folder: Path, known: dict[str, Any], wanted: dict[str, Any]) -> None:
-    different = [key for key in wanted if known.get(key) != wanted[key]]
-    if different:
-        changes = "; ".join(f"{key} was {known.get(key)}, now {wanted[key]}" for key in different)
-        raise InputError(
-            f"{folder} holds a run with other settings ({changes}); choose another --out"
-        )
+def check_common(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The contents of `run.json` if there is one; InputError if its records differ in `wanted`."""
+    contents = read_settings(folder)
+    if contents is not None:
+        known = contents["common"]
+        different = [key for key in wanted if known.get(key) != wanted[key]]
+        if different:
+            changes = "; ".join(f"{k} was {known.get(k)}, now {wanted[k]}" for k in different)
+            raise InputError(
+                f"{folder} holds a run with other settings ({changes}); choose another --out"
+            )
+    return contents
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -245,5 +248,3 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError:
         draft.unlink(missing_ok=True)
         raise
-
-

@@ -1,37 +1,37 @@
 """Runs the cells of a plan in batches, scores them and stores a record as each batch finishes."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import groupby
-from typing import TYPE_CHECKING
 
+import torch
+
+from kvbench.engine import Outcome, Row, run_rows
+from kvbench.model import LoadedModel
 from kvbench.plan import Cell
 from kvbench.results import Record, RunWriter
 from kvbench.task import Task
 
-if TYPE_CHECKING:
-    from kvbench.engine import Outcome, Row
-    from kvbench.model import LoadedModel
-
 PROMPT_TAIL = 240  # characters of the prompt kept in a record
 MOST_ROWS = 64  # more rows in a batch gain nothing on any machine seen so far
 
-RunRows = Callable[..., list["Outcome"]]
+RunRows = Callable[..., list[Outcome]]
 
 
 @dataclass(frozen=True)
 class Sweep:
     """What a sweep needs beside its cells."""
 
-    model: "LoadedModel"
+    model: LoadedModel
     tasks: Mapping[str, Task]
     seed: int
     context: int
     prefill_chunk: int  # tokens; for methods that do not depend on it
     batch_rows: int
-    run_rows: RunRows  # kvbench.engine.run_rows
+    run_rows: RunRows = run_rows
 
     def run(
         self, cells: Sequence[Cell], writer: RunWriter, progress: Callable[[Cell], None]
@@ -62,9 +62,7 @@ class Sweep:
             ]
         return [record for cell in batch for record in self._measure([cell])]
 
-    def _outcomes(self, batch: Sequence[Cell]) -> list["Outcome"]:
-        from kvbench.engine import Row
-
+    def _outcomes(self, batch: Sequence[Cell]) -> list[Outcome]:
         rows = [
             Row(cell.prompt, cell.sample.max_new_tokens, cell.spec, cell.budget, cell.seed)
             for cell in batch
@@ -72,7 +70,7 @@ class Sweep:
         chunk = _chunk(batch[-1], self.prefill_chunk)
         return self.run_rows(self.model, rows, prefill_chunk=chunk)
 
-    def _scored(self, cell: Cell, outcome: "Outcome") -> Record:
+    def _scored(self, cell: Cell, outcome: Outcome) -> Record:
         prediction = self.model.tokenizer.decode(outcome.tokens, skip_special_tokens=True)
         try:
             score = float(self.tasks[cell.sample.task].score(prediction, cell.sample))
@@ -109,9 +107,7 @@ def _chunk(cell: Cell, default: int) -> int:
     return default if cell.prefill_chunk is None else cell.prefill_chunk
 
 
-def batches(
-    cells: Sequence[Cell], batch_rows: int, prefill_chunk: int
-) -> Iterator[list[Cell]]:
+def batches(cells: Sequence[Cell], batch_rows: int, prefill_chunk: int) -> Iterator[list[Cell]]:
     """Cut cells into batches of at most `batch_rows`, each of one task and one prefill chunk.
 
     The cells of a sample stay together where they fit, since they share a prompt. Cells that do not
@@ -137,23 +133,19 @@ def batches(
     yield from open_batches.values()
 
 
-def row_bytes(model: "LoadedModel", tokens: int) -> int:
+def row_bytes(model: LoadedModel, tokens: int) -> int:
     """Bytes of the KV cache of one row of `tokens` tokens when nothing is evicted."""
     shape = model.shape
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * model.dtype.itemsize * tokens
 
 
-def default_batch_rows(model: "LoadedModel", tokens: int) -> int:
+def default_batch_rows(model: LoadedModel, tokens: int) -> int:
     """Rows whose whole caches fill at most a quarter of the memory that is free now."""
     free = _free_bytes(model) // 4
     return max(1, min(MOST_ROWS, free // max(1, row_bytes(model, tokens))))
 
 
-def _free_bytes(model: "LoadedModel") -> int:
-    import os
-
-    import torch
-
+def _free_bytes(model: LoadedModel) -> int:
     if model.device.type == "cuda":
         return int(torch.cuda.mem_get_info(model.device)[0])
     try:

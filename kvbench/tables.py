@@ -3,13 +3,18 @@
 import csv
 import io
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
+from statistics import fmean
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from kvbench.report import Curve, Report, Setting, Status
+from kvbench.results import Record
+
+WIDTH_OF_A_FILE = 120  # columns, where stdout is no terminal
 
 CSV_FIELDS = (
     "model",
@@ -143,3 +148,47 @@ def _latex(text: str) -> str:
     elif text.startswith("~"):
         text = r"$\approx$" + text[1:]
     return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
+
+
+def print_report(report: Report, form: str) -> None:
+    """Write a report to stdout as `form`: table, json, csv, markdown or latex."""
+    if form == "table":
+        width = None if sys.stdout.isatty() else WIDTH_OF_A_FILE
+        print_tables(report, Console(width=width))
+        return
+    text = {"json": to_json, "csv": to_csv, "markdown": to_markdown, "latex": to_latex}[form]
+    print(text(report).rstrip("\n"))
+
+
+def print_summary(records: Sequence[Record]) -> None:
+    """Score and footprint of every method and budget, a table a task, on stdout."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+    for task in dict.fromkeys(r.task for r in records):
+        of_task = [r for r in records if r.task == task]
+        budgets = sorted({r.budget for r in of_task})
+        table = Table(
+            box=SIMPLE_HEAD, title=f"{task}: score @ KV footprint %", title_justify="left"
+        )
+        table.add_column("method", no_wrap=True)
+        for budget in budgets:
+            table.add_column(f"{budget:g}", justify="right", no_wrap=True)
+        for method, chunk in dict.fromkeys((r.method, r.prefill_chunk) for r in of_task):
+            several = len({r.prefill_chunk for r in of_task if r.method == method}) > 1
+            row = []
+            for budget in budgets:
+                cells = [
+                    r
+                    for r in of_task
+                    if (r.method, r.prefill_chunk, r.budget) == (method, chunk, budget)
+                ]
+                row.append(_mean_text(cells))
+            table.add_row(f"{method} (chunk {chunk})" if several else method, *row)
+        console.print(table)
+
+
+def _mean_text(records: Sequence[Record]) -> str:
+    if not records:
+        return ""
+    score = fmean(r.score or 0.0 for r in records)
+    footprint = fmean(r.kv_footprint or 0.0 for r in records)
+    return f"{score:.2f}@{100 * footprint:.0f}"

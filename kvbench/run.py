@@ -1,0 +1,254 @@
+"""`kvbench run`: from the command line's choices to a finished sweep."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvbench.card import ModelCard, model_folder, read_card
+from kvbench.errors import InputError
+from kvbench.method import Family
+from kvbench.plan import BASELINE, Cell, Settings, common_settings, digest, get_tasks, make_plan
+from kvbench.progress import duration, show_progress
+from kvbench.registry import tasks as task_registry
+from kvbench.results import Record, RunWriter, check_common, read_records
+from kvbench.spec import MethodSpec, check_option_names, method_names, parse_method
+
+if TYPE_CHECKING:
+    from kvbench.model import LoadedModel
+
+CONTEXT = 8192  # tokens, for a model whose card says nothing
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the command line gave, checked for form alone."""
+
+    model: str
+    method: tuple[str, ...] | None
+    task: tuple[str, ...] | None
+    budgets: tuple[float, ...]
+    samples: int
+    context: int | None
+    prefill_chunk: tuple[int, ...] | None
+    seed: int
+    out: Path | None
+    device: str
+    dtype: str
+    attention: str
+    option: dict[str, str]
+    chat_template: str
+    batch_rows: int | None
+    dry_run: bool
+
+
+def run_sweep(choices: Choices, home: Path) -> int:
+    """Measure what is not measured yet; the exit code. InputError before anything is written.
+
+    The run directory is `choices.out`, or one in `home` named by the model and the settings that
+    all records of a run share, so that the same command continues the same run.
+    """
+    tasks = get_tasks(choices.task or task_registry.names())
+    folder = model_folder(choices.model)
+    specs = choose_methods(choices, read_card(folder) if folder else ModelCard())
+
+    from kvbench.model import load_model
+
+    model = load_model(
+        choices.model, device=choices.device, dtype=choices.dtype, attention=choices.attention
+    )
+    settings = choose_settings(choices, model)
+    check_shapes(specs, model, settings)
+    common = common_settings(model, settings)
+    out = choices.out or home / run_name(model, common)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; name a folder")
+    check_common(out, common)
+    cells = make_plan(model, tasks, specs, settings)
+    known = {r.fingerprint: r for r in read_records(out)} if out.is_dir() else {}
+    open_cells = [c for c in cells if c.fingerprint not in known or known[c.fingerprint].error]
+    if choices.dry_run:
+        print_plan(cells, open_cells, out, known)
+        return 0
+    if not open_cells:
+        say(f"all {len(cells)} cells are measured already")
+        return finish(out, [])
+    return measure(choices, model, settings, common, open_cells, out, len(cells))
+
+
+def measure(
+    choices: Choices,
+    model: "LoadedModel",
+    settings: Settings,
+    common: dict[str, Any],
+    open_cells: Sequence[Cell],
+    out: Path,
+    planned: int,
+) -> int:
+    """Measure the open cells into the run directory `out`."""
+    from kvbench.sweep import Sweep, default_batch_rows
+
+    if len(open_cells) < planned:
+        say(f"continuing {out}: {planned - len(open_cells)} of {planned} cells are there")
+    sweep = Sweep(
+        model=model,
+        tasks={task.name: task for task in get_tasks(choices.task or task_registry.names())},
+        seed=settings.seed,
+        context=settings.context,
+        prefill_chunk=settings.prefill_chunks[0],
+        batch_rows=choices.batch_rows or default_batch_rows(model, settings.context),
+    )
+    with RunWriter(out, common, invocation(choices)) as writer:
+        try:
+            with show_progress(open_cells) as progress:
+                failed = sweep.run(open_cells, writer, progress)
+        except KeyboardInterrupt:
+            say(f"interrupted; what is finished is in {out}, the same command continues it")
+            return 130
+    return finish(out, failed)
+
+
+def finish(out: Path, failed: Sequence[Record]) -> int:
+    """Show what the run directory holds, and name the cells that failed; the exit code."""
+    from kvbench.tables import print_summary
+
+    print_summary([record for record in read_records(out) if record.error is None])
+    say(f"records are in {out}; pictures: kvbench report {out}")
+    counts = Counter((r.method, r.budget, r.task, r.error) for r in failed)
+    for (method, budget, task, error), count in counts.items():
+        say(f"failed: {method} at budget {budget:g} on {task}, {count} samples: {error}")
+    return 1 if failed else 0
+
+
+def choose_methods(choices: Choices, card: ModelCard) -> list[MethodSpec]:
+    """The baseline and the methods asked for; without any, all that have what they need."""
+    names = choices.method or tuple(method_names())
+    specs = [parse_method(BASELINE, {}, card.options)]
+    left_out = []
+    for name in names:
+        spec = parse_method(name, choices.option, card.options)
+        if spec.method.family is Family.HEAD_SPLIT and spec.options["scores"] is None:
+            if choices.method:
+                raise InputError(
+                    f"{name} needs head scores, which model '{choices.model}' does not come with: "
+                    f"give --option {spec.method.name}.scores=FILE"
+                )
+            left_out.append(name)
+        elif spec.name != BASELINE:
+            specs.append(spec)
+    check_option_names(choices.option, specs)
+    if left_out:
+        say(f"left out for want of head scores (--option scores=FILE): {', '.join(left_out)}")
+    return specs
+
+
+def choose_settings(choices: Choices, model: "LoadedModel") -> Settings:
+    """The settings of a sweep, from the command line, the model's card, or its limits."""
+    context = choices.context or model.card.context or min(model.max_context, CONTEXT)
+    if context > model.max_context:
+        raise InputError(
+            f"--context {context} is more than model '{model.name}' takes: at most "
+            f"{model.max_context}"
+        )
+    default = model.card.prefill_chunk if not choices.context else 0
+    has_template = getattr(model.tokenizer, "chat_template", None) is not None
+    if choices.chat_template == "on" and not has_template:
+        raise InputError(f"model '{model.name}' has no chat template; use --chat-template off")
+    return Settings(
+        context=context,
+        seed=choices.seed,
+        samples=choices.samples,
+        prefill_chunks=choices.prefill_chunk or (default or max(1, context // 4),),
+        budgets=choices.budgets,
+        chat_template=has_template and choices.chat_template != "off",
+    )
+
+
+def check_shapes(specs: Sequence[MethodSpec], model: "LoadedModel", settings: Settings) -> None:
+    """InputError, before anything is measured, if a method does not fit the model's shape."""
+    for spec in specs:
+        spec.method.windows(model.shape, min(settings.budgets), settings.context)
+
+
+def run_name(model: "LoadedModel", common: dict[str, Any]) -> str:
+    """A name for the run directory that equal settings share."""
+    return f"{Path(model.name).name}-{common['context']}-{digest(common)[:8]}"
+
+
+def invocation(choices: Choices) -> dict[str, Any]:
+    """This process, for `run.json`: settings, versions, hardware, commit."""
+    import torch
+
+    settings = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(choices).items()}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": settings,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit that the code is at, '+' if it was changed since; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        return commit + ("+" if _git(here, "status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()
+
+
+def print_plan(
+    cells: Sequence[Cell], open_cells: Sequence[Cell], out: Path, known: dict[str, Record]
+) -> None:
+    """Show what a run would measure, and what it would cost by what is measured already."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "method", "budgets", "chunks", "cells", "tokens", box=None)
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in open_cells:
+        groups.setdefault((cell.sample.task, cell.spec.name), []).append(cell)
+    for (task, method), group in groups.items():
+        table.add_row(
+            task,
+            method,
+            ", ".join(f"{b:g}" for b in sorted({c.budget for c in group})),
+            ", ".join(str(c) for c in sorted({c.prefill_chunk or 0 for c in group}) if c) or "any",
+            str(len(group)),
+            str(sum(c.tokens for c in group)),
+        )
+    console = Console()
+    console.print(table)
+    tokens = sum(c.tokens for c in open_cells)
+    done = [r for r in known.values() if r.error is None and r.prefill_seconds is not None]
+    line = f"{len(open_cells)} of {len(cells)} cells to measure, {tokens} tokens at most, in {out}"
+    if done:
+        spent = sum((r.prefill_seconds or 0) + (r.decode_seconds or 0) for r in done)
+        fed = sum((r.prompt_tokens or 0) + (r.new_tokens or 0) for r in done)
+        line += f", about {duration(tokens * spent / max(1, fed))} by what is measured already"
+    console.print(line, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """A line for the user, on stderr."""
+    print(f"kvbench: {text}", file=sys.stderr, flush=True)
