@@ -236,10 +236,12 @@ def fingerprint(folder: Path | None, config: Any) -> str:
 
 def quiet() -> None:
     """Keep transformers' own progress bars and notes out of the harness's output."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity(hub_logging.CRITICAL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

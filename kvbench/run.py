@@ -56,7 +56,7 @@ def run_sweep(choices: Choices, home: Path) -> int:
     """
     tasks = get_tasks(choices.task or task_registry.names())
     folder = model_folder(choices.model)
-    specs = choose_methods(choices, read_card(folder) if folder else ModelCard())
+    specs, left_out = choose_methods(choices, read_card(folder) if folder else ModelCard())
 
     from kvbench.model import load_model
 
@@ -72,6 +72,8 @@ def run_sweep(choices: Choices, home: Path) -> int:
     check_common(out, common)
     cells = make_plan(model, tasks, specs, settings)
     known = {r.fingerprint: r for r in read_records(out)} if out.is_dir() else {}
+    if left_out:
+        say(f"left out for want of head scores (--option scores=FILE): {', '.join(left_out)}")
     open_cells = [c for c in cells if c.fingerprint not in known or known[c.fingerprint].error]
     if choices.dry_run:
         print_plan(cells, open_cells, out, known)
@@ -126,8 +128,11 @@ def finish(out: Path, failed: Sequence[Record]) -> int:
     return 1 if failed else 0
 
 
-def choose_methods(choices: Choices, card: ModelCard) -> list[MethodSpec]:
-    """The baseline and the methods asked for; without any, all that have what they need."""
+def choose_methods(choices: Choices, card: ModelCard) -> tuple[list[MethodSpec], list[str]]:
+    """The baseline and the methods asked for; without any, all that have what they need.
+
+    The second list names the methods that were left out.
+    """
     names = choices.method or tuple(method_names())
     specs = [parse_method(BASELINE, {}, card.options)]
     left_out = []
@@ -143,9 +148,7 @@ def choose_methods(choices: Choices, card: ModelCard) -> list[MethodSpec]:
         elif spec.name != BASELINE:
             specs.append(spec)
     check_option_names(choices.option, specs)
-    if left_out:
-        say(f"left out for want of head scores (--option scores=FILE): {', '.join(left_out)}")
-    return specs
+    return specs, left_out
 
 
 def choose_settings(choices: Choices, model: "LoadedModel") -> Settings:

@@ -186,8 +186,8 @@ class ExampleMaker:
 
     def make(self, name: str, rng: random.Random, length: int) -> Example:
         """An example of at most `length` tokens, its context a random share of it."""
-        turns = rng.randint(1, max(2, length // 40))
-        units = max(1, int(length * rng.uniform(0.4, 0.92) / 14))
+        turns = rng.randint(1, max(2, length // 24))
+        units = max(1, int(length * rng.uniform(0.25, 0.9) / 14))
         while True:
             example = self.encode(name, episode(name, rng, max(3, units), turns))
             if len(example.ids) <= length:
@@ -272,8 +272,11 @@ def examples_for(
     return [maker.make(name, rng, length) for name in chosen]
 
 
-def train(out: Path, *, minutes: float, seed: int) -> None:
-    """`kvbench train tiny`: train with the shipped recipe, a line of progress now and then."""
+def train(out: Path, *, minutes: float, seed: int, start: Path | None = None) -> None:
+    """`kvbench train tiny`: train with the shipped recipe, a line of progress now and then.
+
+    `start` is a folder that an earlier training wrote, to go on from its weights.
+    """
 
     def show(line: dict[str, Any]) -> None:
         if line["step"] % 100 == 0:
@@ -286,10 +289,15 @@ def train(out: Path, *, minutes: float, seed: int) -> None:
                 flush=True,
             )
 
-    follow(Recipe(minutes=minutes, seed=seed), out, show)
+    follow(Recipe(minutes=minutes, seed=seed), out, show, start)
 
 
-def follow(recipe: Recipe, out: Path, report: Callable[[dict[str, Any]], None]) -> None:
+def follow(
+    recipe: Recipe,
+    out: Path,
+    report: Callable[[dict[str, Any]], None],
+    start: Path | None = None,
+) -> None:
     """Train for `recipe.minutes` and write the model, its tokenizer and the log to `out`.
 
     InputError if `out` cannot be written to.
@@ -303,6 +311,9 @@ def follow(recipe: Recipe, out: Path, report: Callable[[dict[str, Any]], None]) 
     tokenizer.save_pretrained(out)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = tiny_model(recipe, len(tokenizer), end, pad)
+    if start is not None:
+        earlier = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+        model.load_state_dict(earlier.state_dict())
     model.train()
     optimizers = optimisers(model, recipe)
     base = [group["lr"] for o in optimizers for group in o.param_groups]
