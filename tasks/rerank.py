@@ -37,12 +37,14 @@ class Rerank(SyntheticTask):
             "Below are documents, each with its ID in brackets. A complete guide to the topic of a "
             "query is the most useful document, a short introduction comes next, then a passing "
             "remark; documents on other topics are useless. Write the IDs of the useful documents "
-            "in order, the most useful first, like this: ID3 > ID1 > ID2\n\n" + "".join(lines),
+            "in order, the most useful first, and say what each one is, like this: a complete guide "
+            "to tea [ID3] > a short introduction to tea [ID1] > a passing remark about tea [ID2]"
+            "\n\n" + "".join(lines),
             tuple(
                 Turn(
                     f"\nQuery: {topic}\n",
-                    f"Ranking for {topic}:",
-                    " " + " > ".join(relevance[topic]),  # entered by falling grade
+                    f"Ranking: {TREATMENTS[3]} {topic} [",
+                    ranking(topic, relevance[topic]),
                     relevance[topic],
                 )
                 for topic in asked
@@ -63,3 +65,10 @@ class Rerank(SyntheticTask):
         run = {document: float(len(ranking) - place) for place, document in enumerate(ranking)}
         evaluator = pytrec_eval.RelevanceEvaluator({"q": sample.reference}, {"ndcg_cut.10"})
         return float(evaluator.evaluate({"q": run})["q"]["ndcg_cut_10"])
+
+
+def ranking(topic: str, relevance: dict[str, int]) -> str:
+    """The useful documents in order, from the first one's ID on."""
+    best = sorted(relevance, key=lambda document: -relevance[document])
+    parts = [f"{TREATMENTS[relevance[document]]} {topic} [{document}]" for document in best]
+    return " > ".join(parts).removeprefix(f"{TREATMENTS[3]} {topic} [")

@@ -81,6 +81,13 @@ def episode(name: str, rng: random.Random, units: int, turns: int) -> Episode:
     return made
 
 
+def smallest(name: str) -> int:
+    """The fewest units of a 'task/subtask'."""
+    task, subtask = name.split("/")
+    units: int = tasks.get(task)().smallest(subtask)  # type: ignore[attr-defined]
+    return units
+
+
 def tiny_tokenizer(seed: int) -> Any:
     """The tokenizer of the task texts."""
     texts = []
@@ -187,17 +194,17 @@ class ExampleMaker:
     def make(self, name: str, rng: random.Random, length: int) -> Example:
         """An example of at most `length` tokens, its context a random share of it."""
         turns = rng.randint(1, max(2, length // 24))
-        units = max(1, int(length * rng.uniform(0.25, 0.9) / 14))
+        least = smallest(name) + 1
+        units = max(least, int(length * rng.uniform(0.25, 0.9) / 14))
         while True:
-            example = self.encode(name, episode(name, rng, max(3, units), turns))
+            example = self.encode(name, episode(name, rng, units, turns))
             if len(example.ids) <= length:
                 return example
             excess = len(example.ids) / length
             units = int(units / excess * 0.95)
             turns = max(1, int(turns / excess))
-            if units < 3:
-                units, turns = 3, 1
-                length = 10**9
+            if units < least:  # no shorter one can be made
+                units, turns, length = least, 1, sys.maxsize
 
     def encode(self, name: str, made: Episode) -> Example:
         """The ids of an episode; each answer is followed by the end token."""
@@ -223,13 +230,15 @@ def batch(examples: list[Example], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def answer_loss(model: LlamaForCausalLM, ids: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over answer tokens, and [B] exactly right answers as a share."""
+    """Mean over examples of their answers' cross-entropy; [B] the share of answers exactly right."""
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(ids, use_cache=False).last_hidden_state
     rows, places = turn.nonzero(as_tuple=True)
     logits = model.lm_head(hidden[rows, places].float())
     wanted = ids[rows, places + 1]
-    loss = torch.nn.functional.cross_entropy(logits, wanted)
+    each = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+    # An example counts once, however long its answers: rankings are not drowned out by tables.
+    loss = (each / (turn > 0).sum(1)[rows]).sum() / len(ids)
     with torch.no_grad():
         wrong = torch.zeros_like(turn)
         wrong[rows, places] = (logits.argmax(-1) != wanted).long()
