@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvbench.errors import InputError
 from kvbench.registry import tasks
@@ -230,7 +230,7 @@ def batch(examples: list[Example], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def answer_loss(model: LlamaForCausalLM, ids: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over examples of their answers' cross-entropy; [B] the share of answers exactly right."""
+    """Mean over examples of the answers' cross-entropy; [B] the share of answers all right."""
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(ids, use_cache=False).last_hidden_state
     rows, places = turn.nonzero(as_tuple=True)
@@ -284,7 +284,7 @@ def examples_for(
 def train(out: Path, *, minutes: float, seed: int, start: Path | None = None) -> None:
     """`kvbench train tiny`: train with the shipped recipe, a line of progress now and then.
 
-    `start` is a folder that an earlier training wrote, to go on from its weights.
+    `start` is a folder that an earlier training wrote, to go on from its weights and tokenizer.
     """
 
     def show(line: dict[str, Any]) -> None:
@@ -316,7 +316,10 @@ def follow(
         (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     except OSError as error:
         raise InputError(f"cannot write to '{out}': {error}; choose another --out") from None
-    tokenizer = tiny_tokenizer(recipe.seed)
+    if start is None:
+        tokenizer = tiny_tokenizer(recipe.seed)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
     tokenizer.save_pretrained(out)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = tiny_model(recipe, len(tokenizer), end, pad)
