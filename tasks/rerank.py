@@ -37,9 +37,9 @@ class Rerank(SyntheticTask):
             "Below are documents, each with its ID in brackets. A complete guide to the topic of a "
             "query is the most useful document, a short introduction comes next, then a passing "
             "remark; documents on other topics are useless. Write the IDs of the useful documents "
-            "in order, the most useful first, and say what each is, like this: a complete guide "
-            "to tea [ID3] > a short introduction to tea [ID1] > a passing remark about tea [ID2]"
-            "\n\n" + "".join(lines),
+            "in order, the most useful first, and say what each one is, like this: a complete "
+            "guide to tea [ID3] > a short introduction to tea [ID1] > a passing remark about tea "
+            "[ID2]\n\n" + "".join(lines),
             tuple(
                 Turn(
                     f"\nQuery: {topic}\n",
