@@ -236,7 +236,9 @@ def list_command(kinds: tuple[str, ...] | None, form: str) -> int:
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=60.0,
               show_default=True, help="How long to train.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-def train(what: str, out: Path, minutes: float, seed: int) -> int:
+@click.option("--start", type=click.Path(path_type=Path, exists=True, file_okay=False),
+              help="Folder of an earlier training to go on from.")  # fmt: skip
+def train(what: str, out: Path, minutes: float, seed: int, start: Path | None) -> int:
     """Learn the embedded model anew."""
     if what not in TRAINABLE:
         raise InputError(f"nothing called '{what}' to train: {did_you_mean(what, TRAINABLE)}")
@@ -247,7 +249,7 @@ def train(what: str, out: Path, minutes: float, seed: int) -> int:
         )
     from kvbench.tiny.train import train as train_tiny
 
-    train_tiny(out, minutes=minutes, seed=seed)
+    train_tiny(out, minutes=minutes, seed=seed, start=start)
     return 0
 
 

@@ -34,6 +34,7 @@ class Style:
 STYLES = {
     "recency": Style(GREY, "v", "-"),
     "random": Style(BLACK, "x", ":"),
+    "knorm": Style(GREEN, "P", ":", filled=False),
     "quest": Style(ORANGE, "P", "-"),
     "snapkv": Style(SKY, "s", ":", filled=False),
     "snapkv-naive": Style(SKY, "D", "--", filled=False),
