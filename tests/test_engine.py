@@ -223,3 +223,36 @@ def test_sdpa_is_the_float64_reference(
     }
     expected = attend_reference(q, k, v, **arguments)
     torch.testing.assert_close(attend_sdpa(q, k, v, **arguments), expected, atol=2e-6, rtol=1e-4)
+
+
+def refusal(model: Any) -> str:
+    from models import NoTokenizer
+
+    from kvbench.model import wrap_model
+
+    def attempt() -> None:
+        wrapped = wrap_model(model.eval(), NoTokenizer(), name="odd")
+        run_rows(wrapped, [Row(tokens(8), 2, parse_method("full", {}), 1.0)], prefill_chunk=None)
+
+    with pytest.raises(InputError) as caught:
+        attempt()
+    return str(caught.value)
+
+
+def test_models_that_attend_in_other_ways_are_refused() -> None:
+    from models import SIZES
+    from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        MambaConfig,
+        MambaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    capped = Gemma2ForCausalLM(Gemma2Config(**{**SIZES, "head_dim": 8}))
+    assert "soft-capped" in refusal(capped)
+    small = {"vocab_size": 199, "hidden_size": 16, "num_hidden_layers": 2}
+    assert "not an attention-only decoder" in refusal(MambaForCausalLM(MambaConfig(**small)))
+    both = T5ForConditionalGeneration(T5Config(vocab_size=199, d_model=16, d_ff=16, num_layers=1))
+    assert "encoder-decoder" in refusal(both)
