@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -237,11 +238,11 @@ def fingerprint(folder: Path | None, config: Any) -> str:
 def quiet() -> None:
     """Keep transformers' own progress bars and notes out of the harness's output."""
     from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub_logging.set_verbosity(hub_logging.CRITICAL)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity(logging.CRITICAL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
