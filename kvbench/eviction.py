@@ -118,7 +118,9 @@ class Evictor:
     ) -> LayerView:
         seen = chunk.start + chunk.length + chunk.patched
         grouped = queries.unflatten(0, (self.shape.kv_heads, self.shape.group))[group.heads]
-        place = (self.seed * 1_000_003 + layer) * 1_000_003 + chunk.start
+        # Without chunking the choice must not depend on how the prompt was cut into chunks.
+        start = chunk.start if self.spec.chunking is not Chunking.NONE else 0
+        place = (self.seed * 1_000_003 + layer) * 1_000_003 + start
         generator = torch.Generator().manual_seed(place % 2**62)
         return LayerView(
             keys=group.keys[:, : group.length],

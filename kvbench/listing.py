@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import MISSING
 from typing import Any
 
 from kvbench.card import EMBEDDED, read_card
@@ -36,7 +37,10 @@ def list_methods() -> list[dict[str, Any]]:
             "method": name,
             "variants": [n for n in names if n.rpartition("-")[0] == name],
             "family": str(methods.get(name).family),
-            "options": {k: v and str(v) for k, v in methods.get(name).options().items()},
+            "options": {
+                k: None if v in (None, MISSING) else str(v)
+                for k, v in methods.get(name).options().items()
+            },
             "about": first_line(methods.get(name)),
         }
         for name in methods.names()

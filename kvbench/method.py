@@ -108,7 +108,7 @@ class Method:
 
     @classmethod
     def options(cls) -> dict[str, Any]:
-        """Option names and their defaults (None where the option must be given)."""
+        """Option names and their defaults, dataclasses.MISSING where one must be given."""
         return {option_name(f): f.default for f in fields(cls) if f.init}
 
     @classmethod

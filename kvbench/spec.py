@@ -9,7 +9,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,8 @@ def method_names() -> list[str]:
 
 
 def has_observation_window(name: str) -> bool:
-    """Whether the post-fill method `name` looks at queries by default."""
-    return methods.get(name)().observation_window > 0
+    """Whether the post-fill method `name` looks at queries."""
+    return methods.get(name).observation_window is not Method.observation_window
 
 
 def parse_method(
@@ -191,6 +191,9 @@ def build(
         names[key]: convert(hints[names[key]], value, f"{name}: option {key}")
         for key, value in given.items()
     }
+    missing = [key for key, default in known.items() if default is MISSING and key not in given]
+    if missing:
+        raise InputError(f"{name} needs --option {missing[0]}=...")
     return cls(**values)
 
 
