@@ -9,7 +9,7 @@ from kvbench.tasks._words import ADJECTIVES, CITIES, FILLER, NOUNS, TOPICS
 
 COLUMNS = ("no", "name", "price", "city", "ref")
 TOKENS_A_ROW = 13  # about what one row of the answer takes; only sets how many rows a sample has
-ROW_SHARE = {"short": 1 / 32, "medium": 1 / 16, "long": 1 / 8}  # of the context, for the answer
+ROW_SHARE = {"short": 1 / 48, "medium": 1 / 24, "long": 1 / 16}  # of the context, for the answer
 
 
 @register_task("html_to_tsv")
