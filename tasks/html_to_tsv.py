@@ -20,8 +20,8 @@ class HtmlToTsv(SyntheticTask):
     subtasks = tuple(ROW_SHARE)
 
     def episode(self, rng: random.Random, subtask: str, units: int, turns: int) -> Episode:
-        """One unit is one item or one piece of noise, up to a third of them items."""
-        return self.page(rng, rows=rng.randint(1, max(1, units // 3)), pieces=units)
+        """One unit is one item or one piece of noise, up to a sixth of them items."""
+        return self.page(rng, rows=rng.randint(1, max(1, units // 6)), pieces=units)
 
     def episode_for(self, rng: random.Random, subtask: str, units: int, context: int) -> Episode:
         """A page with the rows that the subtask asks for, filled up with noise."""
