@@ -60,7 +60,7 @@ class HtmlToTsv(SyntheticTask):
             + "</body></html>\n",
             (
                 Turn(
-                    "\nThe items as tab-separated values:\n",
+                    f"\nThe table ({rows} items) as tab-separated values:\n",
                     "\t".join(COLUMNS) + "\n",
                     "\n".join("\t".join(row) for row in table),
                     [list(row) for row in table],
