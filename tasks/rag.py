@@ -17,7 +17,10 @@ RELATIONS = {
 
 @register_task("rag")
 class Rag(SyntheticTask):
-    """Answer a question about a person from passages about many people who share names."""
+    """Answer a question about a person from passages about many people who share names.
+
+    The answer restates the fact, so the value is looked up while decoding, after any eviction.
+    """
 
     metric = "substring exact match"
     subtasks = tuple(RELATIONS)
@@ -35,8 +38,8 @@ class Rag(SyntheticTask):
                     questions.append(
                         Turn(
                             f"\nQuestion: {question.format(name=name)}\n",
-                            f"Answer: {start}",
-                            f" {value}.",
+                            "Answer:",
+                            f" {start} {value}.",
                             [value],
                         )
                     )

@@ -13,7 +13,10 @@ ORDINALS = ("first", "second", "third")
 
 @register_task("recall")
 class Recall(SyntheticTask):
-    """Find values by key: JSON records, needles among needles, several values of one key."""
+    """Find values by key: JSON records, needles among needles, several values of one key.
+
+    Answers restate the key, so the values are looked up while decoding, after any eviction.
+    """
 
     metric = "substring exact match"
     subtasks = ("json_kv", "mk_2", "mk_3", "mv")
@@ -49,8 +52,8 @@ def json_episode(rng: random.Random, units: int, turns: int) -> Episode:
         tuple(
             Turn(
                 f'\nQuestion: Which code belongs to "{names[i]}"?\n',
-                f'Answer: "{names[i]}":',
-                f' "{values[i]}"',
+                "Answer:",
+                f' "{names[i]}": "{values[i]}"',
                 [values[i]],
             )
             for i in rng.sample(range(units), min(turns, units))
@@ -68,8 +71,8 @@ def word_episode(rng: random.Random, units: int, turns: int) -> Episode:
         [
             Turn(
                 f"\nQuestion: What is the secret word for {name}?\n",
-                f"Answer: The secret word for {name} is",
-                f" {value}.",
+                "Answer:",
+                f" The secret word for {name} is {value}.",
                 [value],
             )
             for name, value in zip(names, values, strict=True)
@@ -89,8 +92,8 @@ def code_episode(rng: random.Random, units: int, turns: int) -> Episode:
         [
             Turn(
                 f"\nQuestion: What is the access code for {key}?\n",
-                f"Answer: The access code for {key} is",
-                f" {value}.",
+                "Answer:",
+                f" The access code for {key} is {value}.",
                 [value],
             )
             for key, value in zip(keys, values, strict=True)
@@ -116,12 +119,11 @@ def multi_value_episode(rng: random.Random, units: int, turns: int) -> Episode:
             f"The {ordinal} secret word for {name} is {value}."
             for ordinal, value in zip(ORDINALS, words, strict=True)
         ]
-        prefix = f"The {ORDINALS[0]} secret word for {name} is"
         questions.append(
             Turn(
                 f"\nQuestion: What are the first, second and third secret words for {name}?\n",
-                f"Answer: {prefix}",
-                " ".join(answers).removeprefix(prefix),
+                "Answer:",
+                "".join(f" {answer}" for answer in answers),
                 words,
             )
         )

@@ -43,7 +43,7 @@ class Rerank(SyntheticTask):
             tuple(
                 Turn(
                     f"\nQuery: {topic}\n",
-                    f"Ranking: {TREATMENTS[3]} {topic} [",
+                    "Ranking:",
                     ranking(topic, relevance[topic]),
                     relevance[topic],
                 )
@@ -68,7 +68,7 @@ class Rerank(SyntheticTask):
 
 
 def ranking(topic: str, relevance: dict[str, int]) -> str:
-    """The useful documents in order, from the first one's ID on."""
+    """The useful documents in order, each with what it is."""
     best = sorted(relevance, key=lambda document: -relevance[document])
     parts = [f"{TREATMENTS[relevance[document]]} {topic} [{document}]" for document in best]
-    return " > ".join(parts).removeprefix(f"{TREATMENTS[3]} {topic} [")
+    return " " + " > ".join(parts)
