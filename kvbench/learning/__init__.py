@@ -1,0 +1,1 @@
+"""Learning which KV heads need the whole cache (ALGORITHMS, section 6)."""

@@ -1,0 +1,102 @@
+"""Where long documents come from: a folder, a dataset, or the standard library's own sources.
+
+Documents come in an order that a seed fixes, so that every process reads the same.
+"""
+
+import random
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvbench.errors import InputError
+
+TEXT_SUFFIXES = frozenset(
+    ".txt .md .rst .tex .html .json .jsonl .yaml .toml .py .pyi .c .h .cc .cpp .hpp .cu .rs .go "
+    ".java .js .ts .rb .sh .sql .r .jl .lua .swift .kt .scala .hs .ml".split()
+)
+STANDARD_LIBRARY = "stdlib"
+DATASET = "datasets:"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A source of documents: `stdlib`, a folder or file, or `datasets:NAME` (its column `text`).
+
+    `datasets:NAME@CONFIG#SPLIT` names a configuration and a split; without them the dataset's
+    default configuration and `train`.
+    """
+
+    name: str
+
+    def documents(self, seed: int) -> Iterator[str]:
+        """All documents once, in an order of the seed's. InputError if there are none."""
+        if self.name.startswith(DATASET):
+            yield from dataset_documents(self.name.removeprefix(DATASET), seed)
+            return
+        groups = (
+            packages(Path(sysconfig.get_path("stdlib")))
+            if self.name == STANDARD_LIBRARY
+            else files(Path(self.name).expanduser())
+        )
+        random.Random(f"corpus/{seed}").shuffle(groups)
+        for paths in groups:
+            text = "\n".join(path.read_text("utf-8", errors="replace") for path in paths)
+            if text.strip():
+                yield text
+
+
+def packages(root: Path) -> list[list[Path]]:
+    """The Python sources of each package right under `root`, and each module alone."""
+    found = [[path] for path in sorted(root.glob("*.py"))]
+    for folder in sorted(root.iterdir()):
+        if folder.name == "site-packages" or not (folder / "__init__.py").is_file():
+            continue
+        found.append(sorted(folder.rglob("*.py")))
+    if not found:
+        raise InputError(f"no Python sources in {root}; give --data a folder of text or code")
+    return found
+
+
+def files(root: Path) -> list[list[Path]]:
+    """Every text or code file under a folder, each a document; or the one file that it is."""
+    if root.is_file():
+        return [[root]]
+    if not root.is_dir():
+        raise InputError(
+            f"no data '{root}': give a folder of text or code files, '{STANDARD_LIBRARY}', or "
+            f"'{DATASET}NAME'"
+        )
+    found = [[path] for path in sorted(root.rglob("*")) if path.suffix.lower() in TEXT_SUFFIXES]
+    if not found:
+        raise InputError(f"no text or code files in '{root}' (like .txt, .md, .py, .c)")
+    return found
+
+
+def dataset_documents(name: str, seed: int) -> Iterator[str]:
+    """The column `text` of a dataset of the hub or of a local folder, streamed."""
+    name, _, split = name.partition("#")
+    name, _, config = name.partition("@")
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise InputError(
+            f"'{DATASET}{name}' needs the package datasets: pip install 'kvbench[train]'"
+        ) from None
+    try:
+        rows: Any = datasets.load_dataset(
+            name, config or None, split=split or "train", streaming=True
+        )
+    except Exception as error:  # a dataset's builder may raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"dataset '{name}' cannot be read (is its name right, is the hub within reach?): "
+            f"{reason}"
+        ) from None
+    for row in rows.shuffle(seed=seed, buffer_size=100):
+        if not isinstance(row.get("text"), str):
+            raise InputError(
+                f"dataset '{name}' has no column 'text'; its columns: {', '.join(row)}"
+            )
+        yield row["text"]

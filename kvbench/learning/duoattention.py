@@ -1,0 +1,66 @@
+"""DuoAttention: gates learnt by distillation on synthetic passkeys (2410.10819, section 3.2)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvbench.learning.attention import GatedAttention
+from kvbench.learning.objective import forward, padded
+from kvbench.learning.recipe import Recipe
+from kvbench.learning.rows import Row
+from kvbench.method import KVShape
+
+
+class DuoAttention:
+    """One gate in [0, 1] per KV head, 1 at the start, pulled down by an L1 penalty."""
+
+    def __init__(self, shape: KVShape, recipe: Recipe, device: torch.device) -> None:
+        self.recipe = recipe
+        self.gate = torch.ones(shape.layers, shape.kv_heads, device=device, requires_grad=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The gates."""
+        return {"gate": self.gate}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The gates descend."""
+        return [{"params": [self.gate], "rate": 1.0}]
+
+    def data_loss(
+        self, model: Any, rows: Sequence[Row], step: int, indices: Sequence[int]
+    ) -> Tensor:
+        """Mean squared difference to full attention's last hidden states, over the answers."""
+        ids, counts = padded(rows, self.gate.device)
+        sinks, window = self.recipe.sinks, self.recipe.window
+        with torch.no_grad():
+            full = last_hidden(model, ids, GatedAttention(None, sinks, window))
+        mixed = last_hidden(model, ids, GatedAttention(self.gate[:, None], sinks, window))
+        distance = (mixed.float() - full.float()).square().mean(-1)
+        return ((distance * counts).sum(1) / counts.sum(1).clamp(min=1)).sum()
+
+    def penalty(self, step: int) -> Tensor:
+        """L1, normalised by the number of heads, so that it means the same for any model."""
+        assert self.recipe.l1 is not None
+        return self.recipe.l1 * self.gate.abs().mean()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Keep the gates in [0, 1]."""
+        self.gate.clamp_(0, 1)
+
+    def scores(self) -> Tensor:
+        """The gates."""
+        return self.gate.detach()
+
+    def state(self, step: int) -> dict[str, float]:
+        """The sparsity that the gates amount to: one minus their mean."""
+        return {"sparsity": 1 - self.gate.mean().item()}
+
+
+def last_hidden(model: Any, ids: Tensor, attention: GatedAttention) -> Tensor:
+    """The last hidden states [B, T, hidden], after the final norm."""
+    out = forward(model, ids, attention, output_hidden_states=True, logits_to_keep=1)
+    states: Tensor = out.hidden_states[-1]
+    return states
