@@ -38,9 +38,7 @@ class GatedAttention:
         full = full_attention(query, key, value, scaling, sliding)
         if self.gates is None:
             return full
-        streamed = streaming_attention(
-            query, key, value, scaling, self.sinks, self.window, sliding
-        )
+        streamed = streaming_attention(query, key, value, scaling, self.sinks, self.window, sliding)
         gate = self.gates[layer].to(full.dtype)
         gate = gate.repeat_interleave(query.shape[1] // key.shape[1], dim=-1)[:, :, None, None]
         return gate * full + (1 - gate) * streamed

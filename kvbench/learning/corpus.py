@@ -12,10 +12,11 @@ from typing import Any
 
 from kvbench.errors import InputError
 
-TEXT_SUFFIXES = frozenset(
-    ".txt .md .rst .tex .html .json .jsonl .yaml .toml .py .pyi .c .h .cc .cpp .hpp .cu .rs .go "
-    ".java .js .ts .rb .sh .sql .r .jl .lua .swift .kt .scala .hs .ml".split()
-)
+TEXT_SUFFIXES = {
+    *(".txt", ".md", ".rst", ".tex", ".html", ".json", ".jsonl", ".yaml", ".toml"),
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts"),
+    *(".rb", ".sh", ".sql", ".r", ".jl", ".lua", ".swift", ".kt", ".scala", ".hs", ".ml"),
+}
 STANDARD_LIBRARY = "stdlib"
 DATASET = "datasets:"
 

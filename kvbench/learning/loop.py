@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,9 @@ def gradients(
     """Add a step's gradients of this process's rows; return the loss over all processes' rows."""
     mine = range(accelerator.process_index, recipe.batch, accelerator.num_processes)
     total = torch.zeros((), device=accelerator_device(objective))
-    for indices in batched(mine, max(1, AT_ONCE // recipe.length)):
+    together = max(1, AT_ONCE // recipe.length)
+    for first in range(0, len(mine), together):
+        indices = mine[first : first + together]
         made = [rows.row(step, index) for index in indices]
         loss = objective.data_loss(model, made, step, indices) / recipe.batch
         loss.backward()

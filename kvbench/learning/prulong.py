@@ -56,9 +56,7 @@ class PruLong:
         ids, counts = padded(rows, self.log_alpha.device)
         counts &= self.drawn(counts, step)
         places = counts.any(0).nonzero()[:, 0]
-        attention = GatedAttention(
-            self.gates(step, indices), self.recipe.sinks, self.recipe.window
-        )
+        attention = GatedAttention(self.gates(step, indices), self.recipe.sinks, self.recipe.window)
         logits = forward(model, ids, attention, logits_to_keep=places).logits.float()
         wanted = ids[:, places + 1]
         each = torch.nn.functional.cross_entropy(

@@ -148,7 +148,8 @@ def read_tokens(
 def task_filler(tokenizer: Any, tokens: int, seed: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
     """Contexts of the tasks' episodes as one stream of tokens, for the embedded model's filler."""
     maker = ExampleMaker(tokenizer, tokenizer.eos_token_id)
-    names, found = subtasks(), []
+    names = subtasks()
+    found: list[int] = []
     number = 0
     while len(found) < tokens:
         rng = random.Random(f"filler/{seed}/{number}")
