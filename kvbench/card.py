@@ -1,7 +1,7 @@
 """What a model's folder says of itself: a sensible context, chunk and options (`kvbench.json`)."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ CARD = "kvbench.json"
 class ModelCard:
     """Defaults for a model; 0 where it has none.
 
-    `options` are option defaults by registered method. Models of short context scale sinks and
-    windows with it; the scaled values are recorded with every result like any other.
+    `options` are option defaults by registered method, `training` those of `kvbench train`. Models
+    of short context scale sinks and windows with it; the scaled values are recorded with every
+    result like any other.
     """
 
     context: int = 0  # tokens of a prompt and its answer
     prefill_chunk: int = 0  # tokens
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    training: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -62,4 +64,4 @@ def read_card(folder: Path) -> ModelCard:
     for scores in sorted([*folder.glob("scores-*.tsv"), *folder.glob("scores-*.json")]):
         method = scores.stem.removeprefix("scores-")
         options.setdefault(method, {})["scores"] = str(scores)
-    return ModelCard(card.context, card.prefill_chunk, options, card.notes)
+    return replace(card, options=options)

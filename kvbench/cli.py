@@ -6,73 +6,25 @@ stderr; KVBENCH_DEBUG=1 shows the traceback.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 import kvbench
 from kvbench.errors import InputError, did_you_mean
-
-T = TypeVar("T")
+from kvbench.learning.cli import train
+from kvbench.options import CommaList, Commands, budget, key_value, tokens
 
 RUNS = Path("results/runs")
 DEFAULT_BUDGETS = "0.1,0.2,0.3,0.5,0.7,0.9"
 KINDS = ("methods", "tasks", "models")
-TRAINABLE = ("prulong", "duoattention", "tiny")
-NEEDED_TO_RUN = {"torch", "transformers", "tokenizers", "safetensors", "pytrec_eval"}
-
-
-class CommaList(click.ParamType[Any]):
-    """`a,b,c` as a tuple of `item`s, repeated ones once; empty lists are refused."""
-
-    def __init__(self, name: str, item: Callable[[str], Any] = str) -> None:
-        self.name = name
-        self.item = item
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Any, ...]:
-        """The tuple of a string; a tuple is returned as it is."""
-        if isinstance(value, tuple):
-            return value
-        texts = [text.strip() for text in str(value).split(",")]
-        if not all(texts):
-            self.fail(f"'{value}' has an empty entry; write {self.name} with commas between")
-        try:
-            return tuple(dict.fromkeys(self.item(text) for text in texts))
-        except ValueError as error:
-            self.fail(str(error))
-
-
-def budget(text: str) -> float:
-    """A budget, greater than 0 and at most 1; ValueError says so."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 1:
-        raise ValueError(
-            f"'{text}' is not a budget: a share of the cache, more than 0 and at most 1, like 0.3"
-        )
-    return value
-
-
-def chunk(text: str) -> int:
-    """A prefill chunk, in tokens, at least 1; ValueError says so."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise ValueError(f"'{text}' is not a number of tokens of at least 1, like 4096")
-    return int(text)
-
-
-def key_value(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> dict[str, str]:
-    """`key=value` texts as a dictionary; the last of equal keys wins."""
-    for text in value:
-        name, equals, _ = text.partition("=")
-        if not name.strip() or not equals:
-            raise click.BadParameter(f"'{text}' is not key=value, like window=32")
-    return {text.partition("=")[0].strip(): text.partition("=")[2].strip() for text in value}
+# what a missing package is installed with
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors", "pytrec_eval"), "run"),
+    "accelerate": "train",
+}
 
 
 def read_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
@@ -112,19 +64,6 @@ def _config_value(file: Path, name: str, value: Any) -> Any:
     return value
 
 
-class Commands(click.Group):
-    """A group that names the nearest command for a misspelt one."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, with a suggestion in the error."""
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
-            hint = did_you_mean(args[0], self.commands)
-            raise click.UsageError(f"no command '{args[0]}': {hint}")
-        return super().resolve_command(ctx, args)
-
-
 @click.group(cls=Commands, invoke_without_command=True)
 @click.version_option(kvbench.__version__, prog_name="kvbench")
 @click.pass_context
@@ -147,7 +86,7 @@ def cli(ctx: click.Context) -> int:
               help="Samples a task.")  # fmt: skip
 @click.option("--context", type=click.IntRange(min=1),
               help="Tokens a sample, prompt and answer [default: the model's own].")  # fmt: skip
-@click.option("--prefill-chunk", type=CommaList("chunk sizes", chunk),
+@click.option("--prefill-chunk", type=CommaList("chunk sizes", tokens),
               help="Tokens a prefill chunk [default: the model's own, or context / 4]; "
               "several sizes are compared.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
@@ -230,36 +169,15 @@ def list_command(kinds: tuple[str, ...] | None, form: str) -> int:
 
 
 @cli.command()
-@click.argument("what", metavar="[prulong|duoattention|tiny]")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True,
-              help="Folder to write to.")  # fmt: skip
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=60.0,
-              show_default=True, help="How long to train.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--start", type=click.Path(path_type=Path, exists=True, file_okay=False),
-              help="Folder of an earlier training to go on from.")  # fmt: skip
-def train(what: str, out: Path, minutes: float, seed: int, start: Path | None) -> int:
-    """Learn the embedded model anew."""
-    if what not in TRAINABLE:
-        raise InputError(f"nothing called '{what}' to train: {did_you_mean(what, TRAINABLE)}")
-    if what != "tiny":
-        raise InputError(
-            f"kvbench {kvbench.__version__} cannot learn head scores; give {what} a file of them: "
-            f"kvbench run --method {what} --option scores=FILE"
-        )
-    from kvbench.tiny.train import train as train_tiny
-
-    train_tiny(out, minutes=minutes, seed=seed, start=start)
-    return 0
-
-
-@cli.command()
 def reproduce() -> int:
     """The paper's tables beside the paper's own numbers."""
     raise InputError(
         f"kvbench {kvbench.__version__} cannot reproduce the paper's tables; "
         "'kvbench run' and 'kvbench report' measure the embedded model"
     )
+
+
+cli.add_command(train)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -281,8 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, ModuleNotFoundError) and error.name in NEEDED_TO_RUN:
-            return _fail(f"this needs {error.name}: pip install 'kvbench[run]'", 2)
+        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+            extra = EXTRAS[error.name]
+            return _fail(f"this needs {error.name}: pip install 'kvbench[{extra}]'", 2)
         return _fail(
             f"{type(error).__name__}: {error} (KVBENCH_DEBUG=1 shows where this happened)", 1
         )

@@ -1,47 +1,101 @@
-"""Head splits: some KV heads keep every entry, the others stream, by scores read from a file."""
+"""Head splits: some KV heads keep every entry, the others stream, by scores of the heads."""
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvbench.errors import InputError
 from kvbench.method import Family, KVShape, Method, Window
 
+Table = list[list[float]]  # [L][K], a score for each KV head
+
 
 @dataclass(frozen=True)
 class HeadSplit(Method):
-    """A method that is a file of learnt head scores (ALGORITHMS, section 6).
+    """A method that orders a model's KV heads (ALGORITHMS, section 6).
 
     A budget b makes the `round(b * L * K)` heads of highest score retrieval heads.
     """
 
     family = Family.HEAD_SPLIT
-    scores_file: Path | None = field(default=None, metadata={"option": "scores"})
     sinks: int = 128
     window: int = 1024
 
     def __post_init__(self) -> None:
         self.check(self.sinks >= 0, f"sinks must be at least 0, not {self.sinks}")
         self.check(self.window >= 1, f"window must be at least 1, not {self.window}")
-        if self.scores_file is not None:
-            read_scores(self.scores_file)
+
+    def head_scores(self, shape: KVShape, budget: float) -> Table:
+        """Scores [L][K], larger for heads that need every entry; InputError if there are none."""
+        raise NotImplementedError
 
     def windows(
         self, shape: KVShape, budget: float, prompt: int
     ) -> Sequence[Sequence[Window | None]]:
         """None for retrieval heads, sinks and window for streaming heads."""
-        if self.scores_file is None:
-            raise InputError(f"{self.name} needs head scores: give --option scores=FILE")
+        retrieval = retrieval_heads(self.head_scores(shape, budget), budget)
         window = Window(self.sinks, self.window)
-        return split_windows(self.scores_file, shape, budget, window)
+        return [
+            [None if (layer, head) in retrieval else window for head in range(shape.kv_heads)]
+            for layer in range(shape.layers)
+        ]
 
 
-def read_scores(path: Path) -> list[list[float]]:
-    """Scores [L][K] of a file: JSON with a `scores` table, or a TSV of L rows by K columns.
+@dataclass(frozen=True)
+class LearntHeads(HeadSplit):
+    """A head split by a file of learnt scores."""
 
-    The TSV is what DuoAttention publishes. InputError if it cannot be read as such a table.
+    scores_file: Path | None = field(default=None, metadata={"option": "scores"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scores_file is not None:
+            read_scores(self.scores_file)
+
+    def missing(self) -> str | None:
+        """Head scores, where no file is given."""
+        if self.scores_file is not None:
+            return None
+        return (
+            f"head scores: give --option {self.name}.scores=FILE, learnt by "
+            f"'kvbench train {self.name}'"
+        )
+
+    def remarks(self) -> dict[str, Any]:
+        """The sparsities that the scores were learnt for; one serves every budget."""
+        if self.scores_file is None:
+            return {}
+        return {"score_targets": [each.target for each in read_scores(self.scores_file)]}
+
+    def head_scores(self, shape: KVShape, budget: float) -> Table:
+        """The scores learnt for the sparsity nearest to 1 - budget."""
+        if self.scores_file is None:
+            raise InputError(f"{self.name} needs {self.missing()}")
+        table = nearest(read_scores(self.scores_file), 1 - budget).scores
+        if (len(table), len(table[0])) != (shape.layers, shape.kv_heads):
+            raise InputError(
+                f"head scores '{self.scores_file}' are for {len(table)} layers of {len(table[0])} "
+                f"KV heads, the model has {shape.layers} of {shape.kv_heads}"
+            )
+        return table
+
+
+@dataclass(frozen=True)
+class ScoreSet:
+    """Scores of all heads, and the sparsity they were learnt for, None where a file says none."""
+
+    target: float | None
+    scores: Table
+
+
+def read_scores(path: Path) -> list[ScoreSet]:
+    """The score sets of a file.
+
+    JSON with a table `scores`, or with `sets` of such tables, each with its `target`; or a TSV of L
+    rows by K columns, as DuoAttention publishes them. InputError if it cannot be read as that.
     """
     try:
         text = path.read_text()
@@ -49,40 +103,41 @@ def read_scores(path: Path) -> list[list[float]]:
         raise InputError(f"head scores '{path}' cannot be read: {error}") from None
     try:
         if path.suffix == ".json":
-            table = json.loads(text)["scores"]
+            content = json.loads(text)
+            given = content.get("sets", [content])
+            sets = [ScoreSet(each.get("target"), numbers(each["scores"])) for each in given]
         else:
-            table = [line.split() for line in text.splitlines() if line.strip()]
-        scores = [[float(cell) for cell in row] for row in table]
-    except (ValueError, TypeError, KeyError):
+            rows = [line.split() for line in text.splitlines() if line.strip()]
+            sets = [ScoreSet(None, numbers(rows))]
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(
-            f"head scores '{path}' are not a table of numbers: expected JSON with a key 'scores', "
-            "or a TSV with a row for each layer and a column for each KV head"
+            f"head scores '{path}' are not a table of numbers: expected JSON with a key 'scores' "
+            "or 'sets', or a TSV with a row for each layer and a column for each KV head"
         ) from None
-    widths = {len(row) for row in scores}
-    if len(widths) != 1 or not all(math.isfinite(s) for row in scores for s in row):
+    shapes = {(len(each.scores), len(row)) for each in sets for row in each.scores}
+    whole = all(math.isfinite(s) for each in sets for row in each.scores for s in row)
+    if len(shapes) != 1 or not whole:
         raise InputError(f"head scores '{path}' have rows of different lengths, or no numbers")
-    return scores
+    return sets
 
 
-def split_windows(
-    path: Path, shape: KVShape, budget: float, window: Window
-) -> list[list[Window | None]]:
-    """None for the `round(budget * L * K)` heads of highest score, `window` for the others.
+def numbers(rows: Sequence[Sequence[Any]]) -> Table:
+    """A table of floats; ValueError or TypeError if it is none."""
+    return [[float(cell) for cell in row] for row in rows]
 
-    Ties go to the earlier layer and head. InputError if the file is of another shape of model.
+
+def nearest(sets: Sequence[ScoreSet], sparsity: float) -> ScoreSet:
+    """The set learnt for the nearest sparsity, the sparser of two as near."""
+    return min(sets, key=lambda each: (abs((each.target or 0.0) - sparsity), -(each.target or 0.0)))
+
+
+def retrieval_heads(scores: Table, budget: float) -> set[tuple[int, int]]:
+    """The `round(budget * L * K)` (layer, KV head) of highest score.
+
+    Ties go to the earlier layer and head.
     """
-    scores = read_scores(path)
-    if (len(scores), len(scores[0])) != (shape.layers, shape.kv_heads):
-        raise InputError(
-            f"head scores '{path}' are for {len(scores)} layers of {len(scores[0])} KV heads, the "
-            f"model has {shape.layers} of {shape.kv_heads}"
-        )
     order = sorted(
-        ((layer, head) for layer in range(shape.layers) for head in range(shape.kv_heads)),
+        ((layer, head) for layer, row in enumerate(scores) for head in range(len(row))),
         key=lambda place: -scores[place[0]][place[1]],
     )
-    retrieval = set(order[: round(budget * len(order))])
-    return [
-        [None if (layer, head) in retrieval else window for head in range(shape.kv_heads)]
-        for layer in range(shape.layers)
-    ]
+    return set(order[: round(budget * len(order))])

@@ -106,6 +106,14 @@ class Method:
         """How many of the `view.new` entries stay, the observation window included."""
         return round(view.budget * view.new)
 
+    def missing(self) -> str | None:
+        """What has to be given before the method can run, and how; None for nothing."""
+        return None
+
+    def remarks(self) -> dict[str, Any]:
+        """What a record should say beside the options, JSON-serialisable."""
+        return {}
+
     @classmethod
     def options(cls) -> dict[str, Any]:
         """Option names and their defaults, dataclasses.MISSING where one must be given."""

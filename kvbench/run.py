@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.card import ModelCard, model_folder, read_card
 from kvbench.errors import InputError
-from kvbench.method import Family
 from kvbench.plan import BASELINE, Cell, Settings, common_settings, digest, get_tasks, make_plan
 from kvbench.progress import duration, show_progress
 from kvbench.registry import tasks as task_registry
@@ -73,7 +72,7 @@ def run_sweep(choices: Choices, home: Path) -> int:
     cells = make_plan(model, tasks, specs, settings)
     known = {r.fingerprint: r for r in read_records(out)} if out.is_dir() else {}
     if left_out:
-        say(f"left out for want of head scores (--option scores=FILE): {', '.join(left_out)}")
+        say(f"left out: {'; '.join(left_out)}")
     open_cells = [c for c in cells if c.fingerprint not in known or known[c.fingerprint].error]
     if choices.dry_run:
         print_plan(cells, open_cells, out, known)
@@ -138,13 +137,13 @@ def choose_methods(choices: Choices, card: ModelCard) -> tuple[list[MethodSpec],
     left_out = []
     for name in names:
         spec = parse_method(name, choices.option, card.options)
-        if spec.method.family is Family.HEAD_SPLIT and spec.options["scores"] is None:
+        missing = spec.method.missing()
+        if missing:
             if choices.method:
                 raise InputError(
-                    f"{name} needs head scores, which model '{choices.model}' does not come with: "
-                    f"give --option {spec.method.name}.scores=FILE"
+                    f"{name} needs {missing}; model '{choices.model}' does not come with it"
                 )
-            left_out.append(name)
+            left_out.append(f"{name} needs {missing}")
         elif spec.name != BASELINE:
             specs.append(spec)
     check_option_names(choices.option, specs)

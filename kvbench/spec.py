@@ -91,7 +91,7 @@ def recorded(method: Method) -> dict[str, Any]:
         if isinstance(value, Path):
             value = f"{value.name} sha256:{hashlib.sha256(value.read_bytes()).hexdigest()[:12]}"
         options[option_name(field)] = value
-    return options
+    return options | method.remarks()
 
 
 def method_names() -> list[str]:

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from kvbench.heads import HeadSplit
+from kvbench.heads import LearntHeads
 from kvbench.registry import register_method
 
 
 @register_method("duoattention")
 @dataclass(frozen=True)
-class DuoAttention(HeadSplit):
+class DuoAttention(LearntHeads):
     """Retrieval heads learnt by distillation on passkeys (Xiao et al., 2410.10819)."""

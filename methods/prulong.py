@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from kvbench.heads import HeadSplit
+from kvbench.heads import LearntHeads
 from kvbench.registry import register_method
 
 
 @register_method("prulong")
 @dataclass(frozen=True)
-class PruLong(HeadSplit):
+class PruLong(LearntHeads):
     """Retrieval heads learnt by next-token loss on long text (Bhaskar et al., 2506.17121)."""

@@ -6,7 +6,7 @@ import pytest
 
 from kvbench.card import ModelCard, model_folder, read_card
 from kvbench.errors import InputError
-from kvbench.heads import read_scores
+from kvbench.heads import ScoreSet, nearest, read_scores
 from kvbench.spec import Chunking, check_option_names, parse_method
 
 SCORES = Path(__file__).parent / "data" / "scores.tsv"
@@ -76,11 +76,21 @@ def test_an_option_that_no_method_has_is_refused() -> None:
 
 def test_head_scores_of_either_format(tmp_path: Path) -> None:
     table = [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]
-    assert read_scores(SCORES) == table
+    assert read_scores(SCORES) == [ScoreSet(None, table)]
     file = tmp_path / "scores.json"
     file.write_text('{"scores": [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], "seed": 1}')
-    assert read_scores(file) == table
-    for broken in ('{"scores": "x"}', "[1", '{"scores": [[1, 2], [3]]}', '{"scores": [[NaN]]}'):
+    assert read_scores(file) == [ScoreSet(None, table)]
+    file.write_text(
+        '{"sets": [{"target": 0.3, "scores": [[1, 2]]}, {"target": 0.7, "scores": [[2, 1]]}]}'
+    )
+    low, high = read_scores(file)
+    assert (low.scores, high.target) == ([[1.0, 2.0]], 0.7)
+    assert [nearest([low, high], s) for s in (0.0, 0.49, 0.51, 1.0)] == [low, low, high, high]
+    broken_files = (
+        *('{"scores": "x"}', "[1", "[]", '{"scores": [[1, 2], [3]]}', '{"scores": [[NaN]]}'),
+        *('{"sets": []}', '{"sets": [{"scores": [[1]]}, {"scores": [[1, 2]]}]}', '{"scores": []}'),
+    )
+    for broken in broken_files:
         file.write_text(broken)
         with pytest.raises(InputError, match="head scores"):
             read_scores(file)

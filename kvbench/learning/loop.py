@@ -40,7 +40,6 @@ def learn(
     weights = {}
     if recipe.weights_rate:
         weights = {f"model.{name}": p for name, p in model.named_parameters()}
-    model.requires_grad_(bool(weights))
     groups = objective.groups()
     if weights:
         share = recipe.weights_rate / recipe.rate

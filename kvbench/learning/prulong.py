@@ -68,6 +68,7 @@ class PruLong:
     def drawn(self, counts: Tensor, step: int) -> Tensor:
         """Which places [T] of a long row are predicted: logits of all would not fit at 128K."""
         length, most = counts.shape[1], self.recipe.loss_tokens
+        assert most is not None
         chosen = torch.zeros(length, dtype=torch.bool)
         seed = self.recipe.seed * 1_000_003 + step
         order = torch.randperm(length, generator=torch.Generator().manual_seed(seed % 2**62))
