@@ -77,7 +77,6 @@ def train_heads(choices: HeadChoices) -> int:
     sets = []
     for recipe in recipes:
         folder = choices.out if len(recipes) == 1 else choices.out / f"target-{recipe.target:g}"
-        folder.mkdir(exist_ok=True)
         objective = make_objective(recipe, model)
         log = learn(
             network(model, recipe, accelerator),

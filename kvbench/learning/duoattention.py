@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvbench.learning.attention import GatedAttention
-from kvbench.learning.objective import forward, padded
+from kvbench.learning.objective import at_least_float32, forward, padded
 from kvbench.learning.recipe import Recipe
 from kvbench.learning.rows import Row
 from kvbench.method import KVShape
@@ -37,7 +37,7 @@ class DuoAttention:
         with torch.no_grad():
             full = last_hidden(model, ids, GatedAttention(None, sinks, window))
         mixed = last_hidden(model, ids, GatedAttention(self.gate[:, None], sinks, window))
-        distance = (mixed.float() - full.float()).square().mean(-1)
+        distance = (at_least_float32(mixed) - at_least_float32(full)).square().mean(-1)
         return ((distance * counts).sum(1) / counts.sum(1).clamp(min=1)).sum()
 
     def penalty(self, step: int) -> Tensor:

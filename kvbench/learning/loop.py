@@ -37,6 +37,7 @@ def learn(
     Every process computes its share of each step's rows; gradients are summed over processes, so
     their number changes nothing but rounding. Interrupting saves a checkpoint.
     """
+    out.mkdir(parents=True, exist_ok=True)
     weights = {}
     if recipe.weights_rate:
         weights = {f"model.{name}": p for name, p in model.named_parameters()}

@@ -57,6 +57,11 @@ def padded(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor]:
     return ids.to(device), counts.to(device)
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """A tensor whose sums can be trusted: half precision as float32."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def forward(model: Any, ids: Tensor, attention: Any, **wanted: Any) -> Any:
     """The model's output with `attention` in place of a KV cache; gradients as they are enabled."""
     positions = torch.arange(ids.shape[1], device=ids.device)[None]

@@ -1,5 +1,6 @@
 """PruLong: masks learnt end to end by next-token loss under a sparsity target (2506.17121, 4)."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +9,14 @@ from torch import Tensor
 
 from kvbench.learning.attention import GatedAttention
 from kvbench.learning.masks import constraint, expected_sparsity, hard_concrete, target_at
-from kvbench.learning.objective import forward, padded
+from kvbench.learning.objective import at_least_float32, forward, padded
 from kvbench.learning.recipe import Recipe
 from kvbench.learning.rows import Row
 from kvbench.method import KVShape
 
 START = 4.0  # of log_alpha: nearly all masks are 1
 SPREAD = 0.01  # of the noise around it
+BOUND = math.log(100)  # of log_alpha: beyond it masks are settled and P(mask = 0) has no slope left
 
 
 class PruLong:
@@ -57,7 +59,7 @@ class PruLong:
         counts &= self.drawn(counts, step)
         places = counts.any(0).nonzero()[:, 0]
         attention = GatedAttention(self.gates(step, indices), self.recipe.sinks, self.recipe.window)
-        logits = forward(model, ids, attention, logits_to_keep=places).logits.float()
+        logits = at_least_float32(forward(model, ids, attention, logits_to_keep=places).logits)
         wanted = ids[:, places + 1]
         each = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), wanted.flatten(), reduction="none"
@@ -84,8 +86,10 @@ class PruLong:
         assert self.recipe.target is not None
         return target_at(step, self.recipe.steps, self.recipe.target)
 
+    @torch.no_grad()
     def settle(self) -> None:
-        """Nothing is bounded."""
+        """Keep log_alpha where the constraint can still move it."""
+        self.log_alpha.clamp_(-BOUND, BOUND)
 
     def scores(self) -> Tensor:
         """log_alpha."""
