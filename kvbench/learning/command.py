@@ -68,6 +68,7 @@ def train_heads(choices: HeadChoices) -> int:
             f"a batch of {recipes[0].batch} rows cannot be shared by {accelerator.num_processes} "
             "processes: give a --batch that they divide"
         )
+    rows = make_rows(recipes[0], model)
     try:
         choices.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -81,7 +82,7 @@ def train_heads(choices: HeadChoices) -> int:
         log = learn(
             network(model, recipe, accelerator),
             objective,
-            make_rows(recipe, model),
+            rows,
             recipe,
             folder,
             accelerator,

@@ -28,6 +28,8 @@ from kvbench.tiny.tokenizer import build_tokenizer
 # How many tokens back each matching KV head of layer 1 compares at the start (0: the token itself).
 OFFSETS = ((0, 1, 2), (0, 2, 3), (1, 2, 3), (0, 3, 4))
 
+SINGLE = 0.3  # share of the examples that have one turn
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -193,7 +195,8 @@ class ExampleMaker:
 
     def make(self, name: str, rng: random.Random, length: int) -> Example:
         """An example of at most `length` tokens, its context a random share of it."""
-        turns = rng.randint(1, max(2, length // 24))
+        # A sample has one turn: it must be answered without earlier answers to imitate.
+        turns = 1 if rng.random() < SINGLE else rng.randint(1, max(2, length // 24))
         least = smallest(name) + 1
         units = max(least, int(length * rng.uniform(0.25, 0.9) / 14))
         while True:
