@@ -210,14 +210,20 @@ class ExampleMaker:
                 units, turns, length = least, 1, sys.maxsize
 
     def encode(self, name: str, made: Episode) -> Example:
-        """The ids of an episode; each answer is followed by the end token."""
-        ids = self.tokenizer.encode(made.context)
-        answer = [0] * len(ids)
+        """The ids of an episode; each answer is followed by the end token.
+
+        The first turn is encoded together with the context, as a sample's prompt is: tokens may
+        span where they meet.
+        """
+        ids: list[int] = []
+        answer: list[int] = []
+        before = made.context
         for number, turn in enumerate(made.turns, start=1):
-            question = self.tokenizer.encode(turn.question + turn.answer_prefix)
+            question = self.tokenizer.encode(before + turn.question + turn.answer_prefix)
             reply = [*self.tokenizer.encode(turn.answer), self.end]
             ids += question + reply
             answer += [0] * len(question) + [number] * len(reply)
+            before = ""
         return Example(name, ids, answer)
 
 
