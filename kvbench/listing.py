@@ -54,6 +54,7 @@ def list_tasks() -> list[dict[str, Any]]:
             "task": name,
             "subtasks": list(tasks.get(name).subtasks),
             "metric": tasks.get(name).metric,
+            "default": "yes" if tasks.get(name).default else "no",
             "about": first_line(tasks.get(name)),
         }
         for name in tasks.names()
@@ -61,15 +62,20 @@ def list_tasks() -> list[dict[str, Any]]:
 
 
 def list_models() -> list[dict[str, Any]]:
-    """Embedded models, with what their cards say."""
+    """Models known by name, with what their cards say and what it takes to have them."""
+    about = {
+        **dict.fromkeys(EMBEDDED, "embedded; besides it, any folder or hub id of a decoder"),
+        **{name: " && ".join(w.missing()) or "installed" for name, w in WHEELS.items()},
+    }
+    cards = {name: read_card(model_folder(name) or Path()) for name in about}
     return [
         {
             "model": name,
-            "context": read_card(folder).context,
-            "prefill chunk": read_card(folder).prefill_chunk,
-            "about": "embedded; besides it, any folder or hub id of a transformers decoder",
+            "context": cards[name].context,
+            "prefill chunk": cards[name].prefill_chunk,
+            "about": text,
         }
-        for name, folder in EMBEDDED.items()
+        for name, text in about.items()
     ]
 
 

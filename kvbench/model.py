@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
 )
@@ -23,6 +22,7 @@ from kvbench.attention import BACKENDS, Backend
 from kvbench.card import ModelCard, model_folder, read_card
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import KVShape
+from kvbench.wheel import WHEELS, read_tokenizer
 
 ATTENTION = "kvbench"
 # What some models ask of attention beyond softmax(QK)V, by the name of the argument.
@@ -96,7 +96,7 @@ AttentionMaskInterface.register(ATTENTION, no_mask)
 def load_model(
     name: str, *, device: str = "auto", dtype: str = "auto", attention: str = "auto"
 ) -> LoadedModel:
-    """Load `tiny`, a local folder or a model of the hub.
+    """Load a model that kvbench knows by name, a local folder or a model of the hub.
 
     `dtype` auto is float32 on a CPU and the checkpoint's own on a GPU. InputError for whatever
     prevents it: no such model, no hub, no GPU, weights that are not safetensors, an architecture
@@ -106,17 +106,12 @@ def load_model(
     kind = resolve_dtype(dtype, where)
     backend = resolve_attention(attention)
     folder = model_folder(name)
-    source = str(folder) if folder else name
+    source = checkpoint(name)
     quiet()
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = load_tokenizer(name)
         model = AutoModelForCausalLM.from_pretrained(
-            source,
-            attn_implementation=ATTENTION,
-            dtype=kind,
-            use_safetensors=True,
-            trust_remote_code=False,
+            **source, attn_implementation=ATTENTION, dtype=kind, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:240]
@@ -135,9 +130,28 @@ def load_model(
         tokenizer,
         name=name,
         attention=backend,
-        fingerprint=fingerprint(folder, config),
+        fingerprint=fingerprint(name, model.config),
         card=read_card(folder) if folder else ModelCard(),
     )
+
+
+def checkpoint(name: str) -> dict[str, Any]:
+    """What transformers' `from_pretrained` takes to find a model's weights.
+
+    InputError for a path that does not exist, or a package that is not installed.
+    """
+    if name in WHEELS:
+        path = WHEELS[name].installed(name)
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    source = model_folder(name) or name
+    return {"pretrained_model_name_or_path": str(source), "use_safetensors": True}
+
+
+def load_tokenizer(name: str) -> Any:
+    """A model's tokenizer."""
+    if name in WHEELS:
+        return read_tokenizer(WHEELS[name].installed(name))
+    return AutoTokenizer.from_pretrained(str(model_folder(name) or name), trust_remote_code=False)
 
 
 def wrap_model(
@@ -219,9 +233,13 @@ def resolve_attention(attention: str) -> str:
     return attention
 
 
-def fingerprint(folder: Path | None, config: Any) -> str:
-    """A hash of the configuration and of the weight files, or of the hub's commit."""
+def fingerprint(name: str, config: Any) -> str:
+    """A hash of a model's configuration and weight files, or of the hub's commit."""
     digest = hashlib.sha256()
+    if name in WHEELS:
+        digest.update(file_digest(WHEELS[name].installed(name)))
+        return digest.hexdigest()[:16]
+    folder = model_folder(name)
     if folder is None:
         digest.update(str(getattr(config, "_commit_hash", None)).encode())
         digest.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
@@ -230,9 +248,14 @@ def fingerprint(folder: Path | None, config: Any) -> str:
         if path.name == "config.json" or path.name.startswith("tokenizer"):
             digest.update(path.read_bytes())
         elif path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(file_digest(path))
     return digest.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> bytes:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def quiet() -> None:

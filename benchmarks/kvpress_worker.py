@@ -1,0 +1,62 @@
+"""kvpress's side of against_kvpress.py, run by the interpreter of an environment that has it.
+
+    python benchmarks/kvpress_worker.py GGUF THREADS
+
+A line of JSON on stdin asks for cells of one prompt, {"context", "answer_prefix", "new", "cells":
+[[method, budget], ...]}; the answer is a line on stdout with the prompt's token ids, the seconds of
+each cell and the texts. As kvpress's README says: its pipeline, with a press, one call a cell.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from kvpress import PyramidKVPress, SnapKVPress
+from transformers import AutoModelForCausalLM, pipeline
+from transformers.utils import logging
+
+# kvpress's environment has no kvbench; this file of it needs nothing else.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from kvbench.wheel import read_tokenizer  # noqa: E402
+
+PRESSES = {"snapkv": SnapKVPress, "pyramidkv": PyramidKVPress}
+
+
+def main() -> None:
+    gguf, threads = Path(sys.argv[1]), int(sys.argv[2])
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print stays out of the JSON
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    model.generation_config.eos_token_id = -1  # every cell generates as many tokens as any other
+    pipe = pipeline("kv-press-text-generation", model=model, tokenizer=read_tokenizer(gguf))
+    for line in sys.stdin:
+        print(json.dumps(answer(pipe, json.loads(line))), file=answers, flush=True)
+
+
+def answer(pipe: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """Run the cells of a request, one at a time."""
+    prompt = pipe.preprocess(asked["context"], [""], asked["answer_prefix"], 10**9)
+    ids = torch.cat([prompt["context_ids"], prompt["questions_ids"][0]], dim=1)[0].tolist()
+    seconds, texts = [], []
+    for method, budget in asked["cells"]:
+        started = time.perf_counter()
+        made = pipe(
+            asked["context"],
+            answer_prefix=asked["answer_prefix"],
+            press=PRESSES[method](compression_ratio=1 - budget),
+            max_new_tokens=asked["new"],
+        )
+        seconds.append(time.perf_counter() - started)
+        texts.append(made["answer"])
+    return {"ids": ids, "seconds": seconds, "texts": texts}
+
+
+if __name__ == "__main__":
+    main()
