@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from kvpress import PyramidKVPress, SnapKVPress
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import pipeline
 from transformers.utils import logging
 
 # kvpress's environment has no kvbench; this file of it needs nothing else.
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from kvbench.wheel import read_tokenizer  # noqa: E402
+from kvbench.gguf_file import read_gguf
 
 PRESSES = {"snapkv": SnapKVPress, "pyramidkv": PyramidKVPress}
 
@@ -31,11 +31,9 @@ def main() -> None:
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
+    model, tokenizer = read_gguf(gguf, dtype=torch.float32)
     model.generation_config.eos_token_id = -1  # every cell generates as many tokens as any other
-    pipe = pipeline("kv-press-text-generation", model=model, tokenizer=read_tokenizer(gguf))
+    pipe = pipeline("kv-press-text-generation", model=model, tokenizer=tokenizer)
     for line in sys.stdin:
         print(json.dumps(answer(pipe, json.loads(line))), file=answers, flush=True)
 

@@ -8,6 +8,7 @@ from typing import Any
 from kvbench.card import EMBEDDED, read_card
 from kvbench.registry import methods, tasks
 from kvbench.spec import method_names
+from kvbench.wheel import WHEELS
 
 
 def print_listing(kinds: Sequence[str], form: str) -> None:
@@ -63,19 +64,18 @@ def list_tasks() -> list[dict[str, Any]]:
 
 def list_models() -> list[dict[str, Any]]:
     """Models known by name, with what their cards say and what it takes to have them."""
-    about = {
-        **dict.fromkeys(EMBEDDED, "embedded; besides it, any folder or hub id of a decoder"),
-        **{name: " && ".join(w.missing()) or "installed" for name, w in WHEELS.items()},
-    }
-    cards = {name: read_card(model_folder(name) or Path()) for name in about}
+    embedded = "embedded; besides it, any folder or hub id of a decoder"
+    known = [(name, folder, embedded) for name, folder in EMBEDDED.items()]
+    for name, wheel in WHEELS.items():
+        known.append((name, wheel.folder, " && ".join(wheel.missing()) or "installed"))
     return [
         {
             "model": name,
-            "context": cards[name].context,
-            "prefill chunk": cards[name].prefill_chunk,
-            "about": text,
+            "context": read_card(folder).context,
+            "prefill chunk": read_card(folder).prefill_chunk,
+            "about": about,
         }
-        for name, text in about.items()
+        for name, folder, about in known
     ]
 
 

@@ -22,7 +22,7 @@ from kvbench.attention import BACKENDS, Backend
 from kvbench.card import ModelCard, model_folder, read_card
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import KVShape
-from kvbench.wheel import WHEELS, read_tokenizer
+from kvbench.wheel import WHEELS
 
 ATTENTION = "kvbench"
 # What some models ask of attention beyond softmax(QK)V, by the name of the argument.
@@ -106,13 +106,11 @@ def load_model(
     kind = resolve_dtype(dtype, where)
     backend = resolve_attention(attention)
     folder = model_folder(name)
-    source = checkpoint(name)
     quiet()
     try:
-        tokenizer = load_tokenizer(name)
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, attn_implementation=ATTENTION, dtype=kind, trust_remote_code=False
-        )
+        model, tokenizer = read_model(name, attn_implementation=ATTENTION, dtype=kind)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:240]
         hint = (
@@ -135,23 +133,23 @@ def load_model(
     )
 
 
-def checkpoint(name: str) -> dict[str, Any]:
-    """What transformers' `from_pretrained` takes to find a model's weights.
+def read_model(name: str, **options: Any) -> tuple[Any, Any]:
+    """A model as transformers loads it, with any attention, and its tokenizer.
 
-    InputError for a path that does not exist, or a package that is not installed.
+    `options` are those of `from_pretrained`. InputError for a path that does not exist, or a
+    package that is not installed.
     """
     if name in WHEELS:
         path = WHEELS[name].installed(name)
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    source = model_folder(name) or name
-    return {"pretrained_model_name_or_path": str(source), "use_safetensors": True}
+        from kvbench.gguf_file import read_gguf
 
-
-def load_tokenizer(name: str) -> Any:
-    """A model's tokenizer."""
-    if name in WHEELS:
-        return read_tokenizer(WHEELS[name].installed(name))
-    return AutoTokenizer.from_pretrained(str(model_folder(name) or name), trust_remote_code=False)
+        return read_gguf(path, **options)
+    source = str(model_folder(name) or name)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, use_safetensors=True, trust_remote_code=False, **options
+    )
+    return model, tokenizer
 
 
 def wrap_model(

@@ -13,6 +13,7 @@ from kvbench.task import Episode, Sample, Turn
 from kvbench.tasks._synthetic import GeneratedTask
 from kvbench.tasks._words import ADJECTIVES, NOUNS
 
+PREFIX = "The magic number for"
 WIDTH = 96  # characters of a line of prose
 
 
@@ -38,15 +39,17 @@ class Needle(GeneratedTask):
         number = str(rng.randrange(1_000_000, 10_000_000))
         depth = rng.random()
         lines = haystack(rng, subtask, units)
-        needle = f"The magic number for {name} is {number}."
+        needle = f"{PREFIX} {name} is {number}."
         lines.insert(round(depth * units), needle)
         return Episode(
-            "A magic number is hidden in the text below. Remember it.\n\n" + "\n".join(lines) + "\n",
+            "A magic number is hidden in the text below. Remember it.\n\n"
+            + "\n".join(lines)
+            + "\n",
             (
                 Turn(
                     f"\nQuestion: What is the magic number for {name}?\n",
-                    "Answer:",
-                    f" {needle}",
+                    PREFIX,
+                    needle.removeprefix(PREFIX),
                     number,
                 ),
             ),

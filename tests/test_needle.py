@@ -75,9 +75,7 @@ def test_the_reference_answer_scores_1_and_silence_0(needle: Task) -> None:
 
 
 @pytest.mark.parametrize(("context", "reason"), [(30, "too short"), (10**8, "too few")])
-def test_a_context_that_cannot_be_made_is_refused(
-    needle: Task, context: int, reason: str
-) -> None:
+def test_a_context_that_cannot_be_made_is_refused(needle: Task, context: int, reason: str) -> None:
     class Words:
         """A tokenizer fast enough for the whole standard library."""
 

