@@ -13,12 +13,12 @@ the threads. The sides take turns, sample by sample; loading the models is not c
 Each side runs the cells as its users do: kvbench hands all cells of a sample to `run_rows` in one
 call, kvpress's pipeline is called for one cell after another.
 
-What differs: kvpress compresses a context and feeds the question behind it whole. The question is
-put into the context here (what its own evaluation calls query-aware), since kvbench's methods see
-it too; so only the chat template's assistant header and the answer's first word, some ten tokens,
-follow uncompressed in kvpress, and its observation window ends with the question. Its pyramidkv
-does not keep the mean of the layers at the budget. So the texts need not be equal; the share of
-answers that are right is shown for both.
+What differs: kvpress compresses a context and feeds a question behind it whole. All of the prompt
+but its last token is the context here, since kvbench's methods see the question too, and since
+kvpress's pyramidkv, whose layers differ in length, takes no longer question with SDPA. Its
+observation window thus ends one token earlier, its pyramidkv does not keep the mean of the layers
+at the budget, and its budgets round otherwise. So the texts need not be equal; the share of answers
+that are right is shown for both.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
     model.model.generation_config.eos_token_id = -1
     peer = Peer(arguments.kvpress_python or environment(), arguments.threads)
 
-    warm = sample_of(model, 256, 0)
+    warm = prompt_of(model, sample_of(model, 512, 0))
     ours(model, warm, 4)
     peer.run(warm, 4)
     print(f"{len(CELLS)} cells a sample, {arguments.new} new tokens, {arguments.threads} threads")
@@ -70,10 +70,9 @@ def main() -> None:
     for context in map(int, arguments.contexts.split(",")):
         for index in range(arguments.samples):
             sample = sample_of(model, context, index)
-            seconds, texts = ours(model, sample, arguments.new)
-            theirs = peer.run(sample, arguments.new)
-            if theirs["ids"] != prompt_of(model, sample):
-                raise SystemExit("the prompts differ: their tokens are not the same")
+            prompt = prompt_of(model, sample)
+            seconds, texts = ours(model, prompt, arguments.new)
+            theirs = peer.run(prompt, arguments.new)
             peer_seconds = sum(theirs["seconds"])
             totals[0] += seconds
             totals[1] += peer_seconds
@@ -88,7 +87,7 @@ def main() -> None:
 
 
 def sample_of(model: LoadedModel, context: int, index: int) -> Sample:
-    """A sample of `needle`, short enough to generate any of the tokens asked for."""
+    """A sample of `needle` in the model's chat template."""
     settings = Settings(context, 0, 1, (context,), BUDGETS, chat_template=True)
     return make_sample(model, tasks.get("needle")(), index, settings)
 
@@ -104,10 +103,9 @@ def right(sample: Sample, texts: list[str]) -> float:
     return sum(task.score(text, sample) for text in texts) / len(texts)
 
 
-def ours(model: LoadedModel, sample: Sample, new: int) -> tuple[float, list[str]]:
+def ours(model: LoadedModel, prompt: list[int], new: int) -> tuple[float, list[str]]:
     """Seconds and texts of all cells in kvbench."""
     started = time.perf_counter()
-    prompt = prompt_of(model, sample)
     rows = [Row(prompt, new, parse_method(method, {}), budget) for method, budget in CELLS]
     outcomes = run_rows(model, rows, prefill_chunk=None)
     texts = [model.tokenizer.decode(o.tokens, skip_special_tokens=True) for o in outcomes]
@@ -126,17 +124,11 @@ class Peer:
             text=True,
         )
 
-    def run(self, sample: Sample, new: int) -> dict[str, Any]:
-        """Token ids, seconds and texts of all cells in kvpress."""
+    def run(self, prompt: list[int], new: int) -> dict[str, Any]:
+        """Seconds and texts of all cells in kvpress."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        prefix = sample.metadata["answer_prefix"]
-        request = {
-            "context": sample.prompt.removesuffix(prefix).rstrip(),
-            "answer_prefix": prefix.lstrip(),
-            "new": new,
-            "cells": CELLS,
-        }
+        request = {"ids": prompt, "new": new, "cells": CELLS}
         print(json.dumps(request), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:

@@ -2,9 +2,9 @@
 
     python benchmarks/kvpress_worker.py GGUF THREADS
 
-A line of JSON on stdin asks for cells of one prompt, {"context", "answer_prefix", "new", "cells":
-[[method, budget], ...]}; the answer is a line on stdout with the prompt's token ids, the seconds of
-each cell and the texts. As kvpress's README says: its pipeline, with a press, one call a cell.
+A line of JSON on stdin asks for cells of one prompt, {"ids", "new", "cells": [[method, budget],
+...]}; the answer is a line on stdout with the seconds of each cell and the texts. Cells run as in
+kvpress's README: its pipeline, with a press, one call a cell.
 """
 
 import json
@@ -40,20 +40,18 @@ def main() -> None:
 
 def answer(pipe: Any, asked: dict[str, Any]) -> dict[str, Any]:
     """Run the cells of a request, one at a time."""
-    prompt = pipe.preprocess(asked["context"], [""], asked["answer_prefix"], 10**9)
-    ids = torch.cat([prompt["context_ids"], prompt["questions_ids"][0]], dim=1)[0].tolist()
+    ids = torch.tensor([asked["ids"]])
     seconds, texts = [], []
     for method, budget in asked["cells"]:
         started = time.perf_counter()
-        made = pipe(
-            asked["context"],
-            answer_prefix=asked["answer_prefix"],
+        made = pipe.forward(
+            {"context_ids": ids[:, :-1], "questions_ids": [ids[:, -1:]]},
             press=PRESSES[method](compression_ratio=1 - budget),
             max_new_tokens=asked["new"],
         )
         seconds.append(time.perf_counter() - started)
-        texts.append(made["answer"])
-    return {"ids": ids, "seconds": seconds, "texts": texts}
+        texts.append(made[0])
+    return {"seconds": seconds, "texts": texts}
 
 
 if __name__ == "__main__":
