@@ -1,8 +1,7 @@
 """Reading a Llama model out of a GGUF file: configuration, dequantised weights and tokenizer.
 
-transformers reads such a file too, but goes over it several times, needs a package more, splits
-digits from the spaces before them in a way the model was not trained on, and takes the wrong token
-for the end of a text. Its weights are the same.
+transformers reads such a file too, and gets the same weights; but it goes over the file three times,
+needs one more package, and splits spaces before a digit otherwise than the model was trained on.
 """
 
 from pathlib import Path
