@@ -1,6 +1,6 @@
 """Reading a Llama model out of a GGUF file: configuration, dequantised weights and tokenizer.
 
-transformers reads such a file too, and gets the same weights; but it goes over the file three times,
+transformers reads such a file too and gets the same weights, but it goes over the file three times,
 needs one more package, and splits spaces before a digit otherwise than the model was trained on.
 """
 
