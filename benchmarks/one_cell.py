@@ -10,11 +10,9 @@ import statistics
 import time
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from kvbench.card import model_folder
 from kvbench.engine import Row, run_rows
-from kvbench.model import load_model
+from kvbench.model import load_model, read_model
 from kvbench.spec import parse_method
 
 
@@ -27,10 +25,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     ours = load_model(arguments.model)
-    source = model_folder(arguments.model) or arguments.model
-    plain = AutoModelForCausalLM.from_pretrained(
-        source, dtype=ours.dtype, attn_implementation="sdpa", use_safetensors=True
-    ).to(ours.device)
+    plain, _ = read_model(arguments.model, dtype=ours.dtype, attn_implementation="sdpa")
+    plain.to(ours.device)
     plain.generation_config.eos_token_id = None
     ours.model.generation_config.eos_token_id = -1
     ids = torch.randint(1, 200, (1, arguments.context - arguments.new), device=ours.device)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import InputError
+from kvbench.wheel import WHEELS
 
 EMBEDDED = {"tiny": Path(__file__).parent / "tiny"}
 CARD = "kvbench.json"
@@ -28,12 +29,14 @@ class ModelCard:
 
 
 def model_folder(name: str) -> Path | None:
-    """The folder of an embedded or local model; None for a name that only a hub can know.
+    """The folder of a model's card: None for a name that only a hub can know.
 
-    InputError for a path that does not exist.
+    Of embedded and local models it holds the model too. InputError for a path that does not exist.
     """
     if name in EMBEDDED:
         return EMBEDDED[name]
+    if name in WHEELS:
+        return WHEELS[name].folder
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -41,9 +44,9 @@ def model_folder(name: str) -> Path | None:
         return folder
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()
     if looks_like_path or "/" not in name:
-        known = ", ".join(EMBEDDED)
+        known = ", ".join([*EMBEDDED, *WHEELS])
         raise InputError(
-            f"no model '{name}': give an embedded model ({known}), a folder or a hub id like "
+            f"no model '{name}': give one by name ({known}), a folder or a hub id like "
             "organisation/name"
         )
     return None

@@ -79,7 +79,8 @@ def cli(ctx: click.Context) -> int:
               help="'tiny' (embedded), a folder, or a name on the hub.")  # fmt: skip
 @click.option("--method", type=CommaList("methods"),
               help="Methods, comma-separated [default: all that have what they need].")  # fmt: skip
-@click.option("--task", type=CommaList("tasks"), help="Tasks, comma-separated [default: all].")
+@click.option("--task", type=CommaList("tasks"),
+              help="Tasks, comma-separated [default: those that 'list' calls so].")  # fmt: skip
 @click.option("--budgets", type=CommaList("budgets", budget), default=DEFAULT_BUDGETS,
               show_default=True, help="Shares of the cache, in (0, 1].")  # fmt: skip
 @click.option("--samples", type=click.IntRange(min=1), default=32, show_default=True,

@@ -8,6 +8,7 @@ from typing import Any
 from kvbench.card import EMBEDDED, read_card
 from kvbench.registry import methods, tasks
 from kvbench.spec import method_names
+from kvbench.wheel import WHEELS
 
 
 def print_listing(kinds: Sequence[str], form: str) -> None:
@@ -54,6 +55,7 @@ def list_tasks() -> list[dict[str, Any]]:
             "task": name,
             "subtasks": list(tasks.get(name).subtasks),
             "metric": tasks.get(name).metric,
+            "default": "yes" if tasks.get(name).default else "no",
             "about": first_line(tasks.get(name)),
         }
         for name in tasks.names()
@@ -61,15 +63,19 @@ def list_tasks() -> list[dict[str, Any]]:
 
 
 def list_models() -> list[dict[str, Any]]:
-    """Embedded models, with what their cards say."""
+    """Models known by name, with what their cards say and what it takes to have them."""
+    embedded = "embedded; besides it, any folder or hub id of a decoder"
+    known = [(name, folder, embedded) for name, folder in EMBEDDED.items()]
+    for name, wheel in WHEELS.items():
+        known.append((name, wheel.folder, " && ".join(wheel.missing()) or "installed"))
     return [
         {
             "model": name,
             "context": read_card(folder).context,
             "prefill chunk": read_card(folder).prefill_chunk,
-            "about": "embedded; besides it, any folder or hub id of a transformers decoder",
+            "about": about,
         }
-        for name, folder in EMBEDDED.items()
+        for name, folder, about in known
     ]
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
 )
@@ -23,6 +22,7 @@ from kvbench.attention import BACKENDS, Backend
 from kvbench.card import ModelCard, model_folder, read_card
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import KVShape
+from kvbench.wheel import WHEELS
 
 ATTENTION = "kvbench"
 # What some models ask of attention beyond softmax(QK)V, by the name of the argument.
@@ -96,7 +96,7 @@ AttentionMaskInterface.register(ATTENTION, no_mask)
 def load_model(
     name: str, *, device: str = "auto", dtype: str = "auto", attention: str = "auto"
 ) -> LoadedModel:
-    """Load `tiny`, a local folder or a model of the hub.
+    """Load a model that kvbench knows by name, a local folder or a model of the hub.
 
     `dtype` auto is float32 on a CPU and the checkpoint's own on a GPU. InputError for whatever
     prevents it: no such model, no hub, no GPU, weights that are not safetensors, an architecture
@@ -106,18 +106,11 @@ def load_model(
     kind = resolve_dtype(dtype, where)
     backend = resolve_attention(attention)
     folder = model_folder(name)
-    source = str(folder) if folder else name
     quiet()
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            attn_implementation=ATTENTION,
-            dtype=kind,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        model, tokenizer = read_model(name, attn_implementation=ATTENTION, dtype=kind)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:240]
         hint = (
@@ -135,9 +128,28 @@ def load_model(
         tokenizer,
         name=name,
         attention=backend,
-        fingerprint=fingerprint(folder, config),
+        fingerprint=fingerprint(name, model.config),
         card=read_card(folder) if folder else ModelCard(),
     )
+
+
+def read_model(name: str, **options: Any) -> tuple[Any, Any]:
+    """A model as transformers loads it, with any attention, and its tokenizer.
+
+    `options` are those of `from_pretrained`. InputError for a path that does not exist, or a
+    package that is not installed.
+    """
+    if name in WHEELS:
+        path = WHEELS[name].installed(name)
+        from kvbench.gguf_file import read_gguf
+
+        return read_gguf(path, **options)
+    source = str(model_folder(name) or name)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, use_safetensors=True, trust_remote_code=False, **options
+    )
+    return model, tokenizer
 
 
 def wrap_model(
@@ -219,9 +231,13 @@ def resolve_attention(attention: str) -> str:
     return attention
 
 
-def fingerprint(folder: Path | None, config: Any) -> str:
-    """A hash of the configuration and of the weight files, or of the hub's commit."""
+def fingerprint(name: str, config: Any) -> str:
+    """A hash of a model's configuration and weight files, or of the hub's commit."""
     digest = hashlib.sha256()
+    if name in WHEELS:
+        digest.update(file_digest(WHEELS[name].installed(name)))
+        return digest.hexdigest()[:16]
+    folder = model_folder(name)
     if folder is None:
         digest.update(str(getattr(config, "_commit_hash", None)).encode())
         digest.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
@@ -230,9 +246,14 @@ def fingerprint(folder: Path | None, config: Any) -> str:
         if path.name == "config.json" or path.name.startswith("tokenizer"):
             digest.update(path.read_bytes())
         elif path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(file_digest(path))
     return digest.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> bytes:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def quiet() -> None:

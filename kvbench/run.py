@@ -53,7 +53,7 @@ def run_sweep(choices: Choices, home: Path) -> int:
     The run directory is `choices.out`, or one in `home` named by the model and the settings that
     all records of a run share, so that the same command continues the same run.
     """
-    tasks = get_tasks(choices.task or task_registry.names())
+    tasks = get_tasks(choices.task or default_tasks())
     folder = model_folder(choices.model)
     specs, left_out = choose_methods(choices, read_card(folder) if folder else ModelCard())
 
@@ -99,7 +99,7 @@ def measure(
         say(f"continuing {out}: {planned - len(open_cells)} of {planned} cells are there")
     sweep = Sweep(
         model=model,
-        tasks={task.name: task for task in get_tasks(choices.task or task_registry.names())},
+        tasks={task.name: task for task in get_tasks(choices.task or default_tasks())},
         seed=settings.seed,
         context=settings.context,
         prefill_chunk=settings.prefill_chunks[0],
@@ -125,6 +125,11 @@ def finish(out: Path, failed: Sequence[Record]) -> int:
     for (method, budget, task, error), count in counts.items():
         say(f"failed: {method} at budget {budget:g} on {task}, {count} samples: {error}")
     return 1 if failed else 0
+
+
+def default_tasks() -> list[str]:
+    """The tasks of a run that names none."""
+    return [name for name in task_registry.names() if task_registry.get(name).default]
 
 
 def choose_methods(choices: Choices, card: ModelCard) -> tuple[list[MethodSpec], list[str]]:

@@ -59,6 +59,7 @@ class Task(ABC):
     name: ClassVar[str]
     metric: ClassVar[str]
     subtasks: ClassVar[tuple[str, ...]]
+    default: ClassVar[bool] = True  # whether a run that names no task has this one
 
     @abstractmethod
     def sample(self, index: int, *, seed: int, context: int, tokenizer: Tokenizer) -> Sample:

@@ -16,14 +16,14 @@ from kvbench.task import Episode, Sample, Task, Tokenizer
 SPARE_TOKENS = 8  # room for the end token and for special tokens a tokenizer adds around a prompt
 
 
-class SyntheticTask(Task):
+class GeneratedTask(Task):
     """A task whose samples are generated at any length, with nothing to download."""
 
     @abstractmethod
-    def episode(self, rng: random.Random, subtask: str, units: int, turns: int) -> Episode:
-        """A context of `units` records, passages, documents or filler, asked about `turns` times.
+    def episode_for(self, rng: random.Random, subtask: str, units: int, context: int) -> Episode:
+        """The one-turn episode of a sample, its context of `units` records, passages or lines.
 
-        Turns are fewer where the context has fewer things to ask about.
+        `context` is in tokens, for tasks whose answer scales with it.
         """
 
     @abstractmethod
@@ -71,6 +71,17 @@ class SyntheticTask(Task):
             max_new_tokens=min(answer + SPARE_TOKENS, context - prompt),
             metadata={"answer_prefix": turn.answer_prefix, "units": low},
         )
+
+
+class SyntheticTask(GeneratedTask):
+    """A generated task in the embedded model's own language, which it is trained on."""
+
+    @abstractmethod
+    def episode(self, rng: random.Random, subtask: str, units: int, turns: int) -> Episode:
+        """A context of `units` records, passages, documents or filler, asked about `turns` times.
+
+        Turns are fewer where the context has fewer things to ask about.
+        """
 
     def episode_for(self, rng: random.Random, subtask: str, units: int, context: int) -> Episode:
         """The one-turn episode of a sample; a task whose answer scales with `context` overrides."""

@@ -186,5 +186,11 @@ def test_help_and_report_import_no_torch(tmp_path: Path) -> None:
 def test_lists_say_what_there_is(tmp_path: Path) -> None:
     listing = json.loads(kvbench("list", "--format", "json", folder=tmp_path).stdout)
     assert {"full", "recency", "snapkv", "prulong"} <= {m["method"] for m in listing["methods"]}
-    assert {t["task"] for t in listing["tasks"]} == {"recall", "rag", "rerank", "html_to_tsv"}
+    assert {t["task"] for t in listing["tasks"]} == {
+        "recall",
+        "rag",
+        "rerank",
+        "html_to_tsv",
+        "needle",
+    }
     assert kvbench("list", "methods", folder=tmp_path).returncode == 0
