@@ -66,6 +66,22 @@ def chunk(text: str) -> int:
     return int(text)
 
 
+def memory(text: str) -> int:
+    """Bytes, from `8GiB`, `500MB` or a plain number; ValueError says what is expected."""
+    units = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", start=1):
+        units |= {letter: 1024**power, f"{letter}ib": 1024**power, f"{letter}b": 1000**power}
+    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = text.strip()[len(number) :].lower()
+    try:
+        size = float(number) * units[unit]
+        if not 1 <= size < 2**63:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise ValueError(f"'{text}' is not an amount of memory, like 8GiB or 500MB") from None
+    return int(size)
+
+
 def key_value(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> dict[str, str]:
     """`key=value` texts as a dictionary; the last of equal keys wins."""
     for text in value:
@@ -110,6 +126,23 @@ def _config_value(file: Path, name: str, value: Any) -> Any:
     if isinstance(value, list | dict) or value is None:
         raise InputError(f"{file}: {name} has no usable value")
     return value
+
+
+class Amount(click.ParamType[Any]):
+    """One value, converted by `item`, whose ValueError is the message."""
+
+    def __init__(self, name: str, item: Callable[[str], Any]) -> None:
+        self.name = name
+        self.item = item
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """The value of a string; what is converted is returned as it is."""
+        try:
+            return self.item(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error))
 
 
 class Commands(click.Group):
@@ -164,6 +197,9 @@ def cli(ctx: click.Context) -> int:
               show_default=True, help="Put prompts into the model's chat template.")  # fmt: skip
 @click.option("--batch-rows", type=click.IntRange(min=1),
               help="Rows measured together [default: as many as memory allows].")  # fmt: skip
+@click.option("--memory-limit", type=Amount("memory", memory), metavar="SIZE",
+              help="Memory that may be taken beside the model, like 8GiB "
+              "[default: most of what is free].")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show the plan and its cost, measure nothing.")
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), is_eager=True,
               expose_value=False, callback=read_config,

@@ -55,7 +55,7 @@ class Outcome:
     decode_seconds: float  # the row's share of the steps it took part in
     prompt_tokens: int
     new_tokens: int  # generated, the end token included
-    timeline: list[tuple[int, int]]
+    timeline: list[list[int]]  # as in results.Record
     shared_rows: int  # rows of its prefill group, itself included
     group_bytes_peak: int  # keys and values of all rows of the call together
 
@@ -592,7 +592,7 @@ def outcome(
         decode_seconds=state.decode_seconds / alike,
         prompt_tokens=prompt,
         new_tokens=len(tokens),
-        timeline=list(meter.timeline),
+        timeline=[list(corner) for corner in meter.timeline],
         shared_rows=shared_rows,
         group_bytes_peak=ledger.peak,
     )

@@ -158,7 +158,11 @@ class Chooser:
         return torch.cat([best, window.expand(heads, -1)], dim=1)
 
     def room(self, evictor: Evictor) -> int:
-        """Entries that stay of this and all following chunks, for one that evicts after each."""
+        """Entries to have room for, for one that evicts after this and all following chunks.
+
+        The answer's are among them only where moving the entries later would take more memory than
+        the chunk does.
+        """
         scorer, layer = evictor.spec.scorer, self.layer
         assert scorer is not None
         view = _at_budget(self._view(evictor), evictor)
@@ -166,7 +170,7 @@ class Chooser:
         for chunk in (layer.chunk, *layer.following):
             then = replace(view, new=chunk.length, patched=chunk.patched, last=chunk.last)
             total += min(chunk.length, scorer.capacity(then))
-        return total
+        return total + (evictor.decoded if total // 2 > layer.chunk.length else 0)
 
     def _ranking(self, scorer: Method, view: LayerView, seed: int, observed: int) -> Tensor:
         """Indices [K, new - observed] of the new entries but the window, best first."""

@@ -78,15 +78,16 @@ class Slab:
         made = []
         for name in ("keys", "values", "positions"):
             first = getattr(groups[0], name)
-            # Zeros, because what is masked is still multiplied by a weight of 0.
-            slab = first.new_zeros((len(self.owners), self.room, *first.shape[2:]))
+            slab = first.new_empty((len(self.owners), self.room, *first.shape[2:]))
             if name != "positions":
                 self.ledger.allocate(slab.nbytes)
                 self.size += slab.nbytes
             start = 0
             for group in groups:
                 stored = getattr(group, name)
-                slab[start : start + len(stored), : group.length] = stored[:, : group.length]
+                place = slab[start : start + len(stored)]
+                place[:, : group.length] = stored[:, : group.length]
+                place[:, group.length :] = 0  # what is masked is still multiplied, by 0
                 start += len(stored)
             made.append(slab)
             for group in groups:

@@ -140,7 +140,7 @@ def test_the_area_under_the_timeline_is_the_footprint(
     model = loaded_model()
     got = run_rows(model, [Row(tokens(prompt), new, spec(name), budget)], prefill_chunk=chunk)[0]
     line = got.timeline
-    assert line[0] == (0, 0)
+    assert line[0] == [0, 0]
     assert line[-1][0] == prompt + got.new_tokens - 1
     assert all(a[0] <= b[0] for a, b in zip(line, line[1:], strict=False))
     # Every row adds an entry to every head in its own course: a triangle of area 1/2 to a count of
@@ -152,6 +152,6 @@ def test_the_area_under_the_timeline_is_the_footprint(
     flat = sum(
         (b[0] - a[0]) * heads - (b[1] - a[1])
         for a, b in zip(line, line[1:], strict=False)
-        if a[0] >= prompt
+        if prompt <= a[0] < b[0]
     )
     assert got.resident_rows * 2 == twice + flat
