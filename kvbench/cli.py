@@ -135,9 +135,7 @@ class Amount(click.ParamType[Any]):
         self.name = name
         self.item = item
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The value of a string; what is converted is returned as it is."""
         try:
             return self.item(value) if isinstance(value, str) else value

@@ -106,7 +106,6 @@ class Layer:
     scaling: float
     observed: Callable[[int], Tensor]  # the latest W queries [H, W, D]
 
-
     def own_of(self, group: HeadGroup) -> Entries:
         """The chunk's entries of a group of KV heads."""
         return Entries(*(group.of(tensor) for tensor in self.own))

@@ -67,9 +67,7 @@ class Slab:
             self.mask = torch.zeros(beyond.shape, dtype=self.keys.dtype, device=device)
             self.mask.masked_fill_(beyond, -torch.inf)
 
-    def _storage(
-        self, groups: Sequence[HeadGroup], adopt: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _storage(self, groups: Sequence[HeadGroup], adopt: bool) -> tuple[Tensor, Tensor, Tensor]:
         if adopt:
             taken = groups[0].give_away()
             self.size = taken[0].nbytes + taken[1].nbytes

@@ -215,5 +215,3 @@ def test_the_patched_tokens_leave_nothing_behind() -> None:
         for positions in layer.values():
             assert len(positions) == len(set(positions)) == 48
             assert max(positions) == PROMPT - 1
-
-

@@ -36,7 +36,9 @@ class Weighed(Sweep):
         return 100 * len(batch)
 
 
-def sweep(run_rows: Any, score: Any = lambda prediction, sample: 1.0, memory_limit: int = 10**9) -> Sweep:
+def sweep(
+    run_rows: Any, score: Any = lambda prediction, sample: 1.0, memory_limit: int = 10**9
+) -> Sweep:
     model: Any = SimpleNamespace(
         name="m", tokenizer=SimpleNamespace(decode=lambda tokens, **_: "x")
     )
