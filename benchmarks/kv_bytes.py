@@ -2,8 +2,8 @@
 
     python benchmarks/kv_bytes.py [--model tiny] [--context 4096]
 
-An entry takes 2 x head size x bytes of the dtype. What is above 1.00 are copies in flight: the
-storage that an eviction moves entries out of still exists while it moves them.
+An entry takes 2 x head size x bytes of the dtype. What is above 1.00 is room kept for what is still
+to come, and the storage of one KV head while an eviction moves its entries.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> None:
         full_bytes = 0
         for name in ("full", "recency", "prulong", "snapkv", "snapkv-naive", "snapkv-patched"):
             for budget in (1.0,) if name == "full" else (0.1, 0.5):
-                spec = parse_method(name, options)
+                spec = parse_method(name, options, model.card.options)
                 outcome = run_rows(
                     model,
                     [Row(prompt, 8, spec, budget)],

@@ -1,113 +1,222 @@
-"""Attention of new tokens to what one group of KV heads holds.
+"""Attention of a layer: of a prefill chunk to what is resident and to itself, and of single tokens.
 
-Every backend computes the same function; `reference` is slow, in float64 and there for tests.
+A backend computes both; all backends compute the same. `Reference` is slow, in float64 and there
+for tests.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from kvbench.method import Entries
+
 QUERY_BLOCK = 512  # queries that share one mask: bounds it to 512 x entries, whatever the chunk
 
-Backend = Callable[..., Tensor]
+
+class Backend(Protocol):
+    """What computes attention."""
+
+    def chunk(
+        self,
+        queries: Tensor,
+        past: Entries | None,
+        own: Entries,
+        *,
+        scaling: float,
+        sliding: int | None,
+    ) -> Tensor:
+        """T new tokens attend to `past`, E resident entries, and causally to themselves.
+
+        queries [K, G, T, D], past [K, E, ...], own [K, T, ...] -> [K, G, T, Dv]. Past entries lie
+        in any order; positions are read only if a sliding window of the model's (`sliding` tokens)
+        hides what is further back.
+        """
+        ...
+
+    def token(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        lengths: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """One token of each of U sequences, a KV head of a row each, attends to all it holds.
+
+        queries [U, G, D], keys [U, S, D], values [U, S, Dv] -> [U, G, Dv]. Of sequence u the first
+        `lengths[u]` entries count. `mask` [U, S] is added to the logits: -inf hides an entry, as it
+        does all beyond the length. Without one, all lengths are S.
+        """
+        ...
 
 
-def attend_sdpa(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    scaling: float,
-    query_positions: Tensor,
-    positions: Tensor,
-    sliding: int | None,
+class Sdpa:
+    """PyTorch's scaled dot product attention."""
+
+    def chunk(
+        self,
+        queries: Tensor,
+        past: Entries | None,
+        own: Entries,
+        *,
+        scaling: float,
+        sliding: int | None,
+    ) -> Tensor:
+        """As `Backend.chunk`."""
+        new = queries.shape[2]
+        q = queries.flatten(0, 1)[None]
+        if past is None and (sliding is None or new <= sliding):
+            k, v = own.keys[None], own.values[None]
+            out = sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+            return out[0].unflatten(0, queries.shape[:2])
+        same_size = own.keys.shape[-1] == own.values.shape[-1]
+        if past is None or sliding is not None or not same_size or queries.device.type != "cpu":
+            return masked_chunk(queries, past, own, scaling=scaling, sliding=sliding)
+        return merged(
+            _partial_cpu(q, own, scaling, causal=True),
+            _partial_cpu(q, past, scaling, causal=False),
+        ).unflatten(0, queries.shape[:2])
+
+    def token(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        lengths: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """As `Backend.token`; the query group stands where tokens would, so keys are read once."""
+        if queries.device.type == "cpu" and queries.dtype == torch.float32:
+            logits = torch.bmm(queries * scaling, keys.transpose(1, 2))
+            if mask is not None:
+                logits += mask[:, None]
+            return torch.bmm(logits.softmax(-1), values)
+        bias = None if mask is None else mask[:, None]
+        return sdpa(queries, keys, values, attn_mask=bias, scale=scaling)
+
+
+def _partial_cpu(q: Tensor, of: Entries, scaling: float, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention [H, T, D] to some of the entries, and the logarithm [H, T] of its normaliser."""
+    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, of.keys[None], of.values[None], 0.0, causal, scale=scaling
+    )
+    return out[0], total[0]
+
+
+def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention to two sets of entries together, from that to each and its log normaliser."""
+    (a, log_a), (b, log_b) = first, second
+    share = torch.sigmoid(log_b - log_a)[..., None].to(a.dtype)
+    return torch.lerp(a, b, share)
+
+
+def masked_chunk(
+    queries: Tensor, past: Entries | None, own: Entries, *, scaling: float, sliding: int | None
 ) -> Tensor:
-    """Causal attention of T new tokens to E entries, the T newest of which are their own.
-
-    queries [K, G, T, D], keys [K, E, D], values [K, E, Dv] -> [K, G, T, Dv]. A single new token
-    sees every entry, in whatever order they lie; several see the E - T earlier ones and, causally,
-    their own, which lie last and in order. `query_positions` [T] and `positions` [K, E] are read
-    only if a sliding window of the model's (`sliding` tokens) hides what is further back.
-    """
-    new, entries = queries.shape[2], keys.shape[1]
-    if new == 1:
-        mask = None
-        if sliding is not None:
-            mask = (positions > query_positions - sliding)[None, :, None, :]
-        # The query group stands where the tokens would: each KV head is read once, not G times.
-        return sdpa(
-            queries[:, :, 0][None], keys[None], values[None], attn_mask=mask, scale=scaling
-        )[0][:, :, None]
-
-    k, v = keys[None], values[None]
+    """As `Backend.chunk`, past and own entries put side by side under an explicit mask."""
+    groups, new = queries.shape[1:3]
+    keys, values, positions = side_by_side(past, own)
+    before = keys.shape[1] - new
+    order = torch.arange(keys.shape[1], device=keys.device)
     q = queries.flatten(0, 1)[None]
-    if new == entries and (sliding is None or new <= sliding):
-        out = sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        return out[0].unflatten(0, queries.shape[:2])
-
-    past = entries - new
-    order = torch.arange(entries, device=keys.device)
     parts = []
     for start in range(0, new, QUERY_BLOCK):
         stop = min(new, start + QUERY_BLOCK)
-        visible = order[: past + stop] <= order[past + start : past + stop, None]
+        seen = before + stop
+        visible = order[:seen] <= order[before + start : seen, None]
         if sliding is not None:
-            near = positions[:, None, : past + stop] > query_positions[start:stop, None] - sliding
-            visible = (visible & near).repeat_interleave(queries.shape[1], 0)[None]
+            here = own.positions[:, start:stop, None]
+            near = positions[:, None, :seen] > here - sliding
+            visible = (visible & near).repeat_interleave(groups, 0)[None]
+        k, v = keys[None, :, :seen], values[None, :, :seen]
         parts.append(
-            sdpa(
-                q[:, :, start:stop],
-                k[:, :, : past + stop],
-                v[:, :, : past + stop],
-                attn_mask=visible,
-                scale=scaling,
-                enable_gqa=True,
-            )
+            sdpa(q[:, :, start:stop], k, v, attn_mask=visible, scale=scaling, enable_gqa=True)
         )
     return torch.cat(parts, dim=2)[0].unflatten(0, queries.shape[:2])
 
 
-def attend_reference(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    scaling: float,
-    query_positions: Tensor,
-    positions: Tensor,
-    sliding: int | None,
-) -> Tensor:
-    """The same as `attend_sdpa`, by position and in float64."""
-    logits = torch.einsum("kgtd,ked->kgte", queries.double(), keys.double()) * scaling
-    hidden = positions[:, None, None, :] > query_positions[:, None]
-    if sliding is not None:
-        hidden = hidden | (positions[:, None, None, :] <= query_positions[:, None] - sliding)
-    weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
-    return torch.einsum("kgte,ked->kgtd", weights, values.double()).to(queries.dtype)
+def side_by_side(past: Entries | None, own: Entries) -> Entries:
+    """Past and own entries as one, a copy."""
+    if past is None:
+        return own
+    return Entries(*(torch.cat(pair, 1) for pair in zip(past, own, strict=True)))
 
 
-BACKENDS: dict[str, Backend] = {"sdpa": attend_sdpa, "reference": attend_reference}
+class Reference:
+    """Attention by position, in float64."""
+
+    def chunk(
+        self,
+        queries: Tensor,
+        past: Entries | None,
+        own: Entries,
+        *,
+        scaling: float,
+        sliding: int | None,
+    ) -> Tensor:
+        """As `Backend.chunk`."""
+        keys, values, positions = side_by_side(past, own)
+        distance = own.positions[:, None, :, None] - positions[:, None, None, :]
+        hidden = distance < 0
+        if sliding is not None:
+            hidden = hidden | (distance >= sliding)
+        return self._attend("kgtd,ked->kgte", queries, keys, values, scaling, hidden)
+
+    def token(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        lengths: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """As `Backend.token`."""
+        order = torch.arange(keys.shape[1], device=keys.device)
+        unseen = order >= lengths[:, None]
+        if mask is not None:
+            unseen = unseen | mask.isneginf()
+        unseen = unseen[:, None]
+        return self._attend("ugd,usd->ugs", queries, keys, values, scaling, unseen)
+
+    def _attend(
+        self, spec: str, q: Tensor, k: Tensor, v: Tensor, scaling: float, hidden: Tensor
+    ) -> Tensor:
+        logits = torch.einsum(spec, q.double(), k.double()) * scaling
+        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        a, b = spec.split("->")[0].split(",")
+        back = f"{spec.split('->')[1]},{b}->{a}"
+        return torch.einsum(back, weights, v.double()).to(q.dtype)
+
+
+BACKENDS: dict[str, Backend] = {"sdpa": Sdpa(), "reference": Reference()}
 
 
 def observed_attention(
-    queries: Tensor,
-    keys: Tensor,
-    query_positions: Tensor,
-    positions: Tensor,
-    scaling: float,
+    queries: Tensor, blocks: Sequence[Sequence[Entries]], query_positions: Tensor, scaling: float
 ) -> Tensor:
     """Attention that entries get from an observation window (SnapKV, 2404.14469).
 
-    queries [K, G, W, D], keys [K, E, D] -> [K, E]: softmax in float32 over all resident entries,
-    causal by position, summed over the W queries and averaged over the G of the query group. One
-    KV head at a time, so that the memory is G x W x E whatever the model.
+    queries [K, G, W, D] and `blocks` as in a LayerView -> [K, E]: softmax in float32 over all
+    resident entries, causal by position, summed over the W queries and averaged over the G of the
+    query group. One KV head at a time, so that the memory is G x W x E whatever the model.
     """
-    hidden = positions[:, None, :] > query_positions[:, None]
-    result = torch.empty(positions.shape, dtype=torch.float32, device=keys.device)
-    for head in range(len(keys)):
-        logits = (queries[head].float() @ keys[head].float().T) * scaling
-        weights = logits.masked_fill(hidden[head], -torch.inf).softmax(-1)
-        result[head] = weights.sum(1).mean(0)
-    return result
+    rows = []
+    for block in blocks:
+        for index in range(len(block[0].keys)):
+            query = queries[len(rows)].float()
+            logits = torch.cat([query @ piece.keys[index].float().T for piece in block], -1)
+            positions = torch.cat([piece.positions[index] for piece in block])
+            logits = (logits * scaling).masked_fill_(
+                positions > query_positions[:, None], -torch.inf
+            )
+            rows.append(logits.softmax(-1).sum(1).mean(0))
+    return torch.stack(rows)

@@ -1,151 +1,246 @@
-"""The ragged KV cache of one row: every KV head of every layer holds its own number of entries.
+"""The ragged KV cache: every KV head of every layer of a row holds its own number of entries.
 
-KV heads of a layer that hold equally many entries share storage (a `HeadGroup`), so the usual
-method has one group a layer and a head split two. Keys are cached after RoPE; an entry keeps the
-position it had in the text. Where entries lie in storage means nothing to attention, so a streaming
-head overwrites what it evicts, and no decoded token copies more than itself.
+While a prompt is read, KV heads of a layer that hold equally many entries share storage, a
+`HeadGroup`. For decoding, those of all rows that are about equally long share a `Slab`
+(kvbench/slabs.py). Keys are cached after RoPE; an entry keeps the position it had in the text.
+Where entries lie in storage means nothing to attention.
 """
 
 from collections.abc import Sequence
-from copy import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvbench.footprint import Meter
-from kvbench.method import Window
+from kvbench.method import Entries, Window
+
+
+@dataclass
+class Ledger:
+    """The bytes of keys and values that all rows of a batch have allocated, and the most so far."""
+
+    bytes: int = 0
+    peak: int = 0
+
+    def allocate(self, size: int) -> None:
+        """Add (or, if negative, free) bytes."""
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
 
 
 class HeadGroup:
     """KV heads of one layer that hold equally many entries.
 
     keys [Kg, capacity, D], values [Kg, capacity, Dv], positions [Kg, capacity]; the first `length`
-    are resident. With a `window`, one of them at most is free: `hole`, which the next token takes.
+    are resident. With a `window`, position p lies at p if it is a sink and otherwise at
+    `sinks + (p - sinks) % size`, so that it overwrites the entry that leaves the window.
     """
 
-    def __init__(self, heads: Tensor, window: Window | None, meter: Meter) -> None:
-        self.heads = heads
+    def __init__(
+        self, heads: Sequence[int], window: Window | None, ledger: Ledger, device: torch.device
+    ) -> None:
+        self.heads = tuple(heads)
+        together = self.heads == tuple(range(heads[0], heads[0] + len(heads)))
+        self._index: slice | Tensor = slice(heads[0], heads[0] + len(heads))
+        if not together:
+            self._index = torch.tensor(heads, device=device)
         self.window = window
-        self.meter = meter
+        self.ledger = ledger
         self.length = 0
-        self.hole: int | None = None
-        if window is not None:
-            self._newest = window.sinks + window.size  # where a full window's newest entry lies
-        self.keys: Tensor
-        self.values: Tensor
-        self.positions: Tensor
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.positions: Tensor | None = None
 
     @property
-    def resident(self) -> int:
-        """Entries of each KV head."""
-        return self.length - (self.hole is not None)
+    def capacity(self) -> int:
+        """Entries of each KV head that there is room for."""
+        return 0 if self.positions is None else self.positions.shape[1]
 
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor, reserve: int) -> None:
-        """Add entries, [Kg, T, D], [Kg, T, Dv], [T], making room for `reserve` in all if needed."""
-        new = keys.shape[1]
-        start = self.length if self.hole is None else self.hole
-        stop = start + new
-        if not self.length or stop > self.positions.shape[1]:
-            self._move(keys, values, slice(0, self.length), max(reserve, stop))
-        self.keys[:, start:stop] = keys
-        self.values[:, start:stop] = values
-        self.positions[:, start:stop] = positions
-        self.length = max(self.length, stop)
-        self.hole = None
-        self.meter.hold(new * len(self.keys))
+    def of(self, tensor: Tensor) -> Tensor:
+        """This group's KV heads of a tensor [K, ...]."""
+        return tensor[self._index]
 
-    def keep(self, chosen: Tensor, reserve: int) -> None:
-        """Keep the entries `chosen` [Kg, c], indices in the order to keep, in storage of their own.
+    def resident(self) -> Entries | None:
+        """The entries there are, None for none."""
+        if not self.length:
+            return None
+        assert self.keys is not None and self.values is not None and self.positions is not None
+        stop = self.length
+        return Entries(self.keys[:, :stop], self.values[:, :stop], self.positions[:, :stop])
 
-        The storage has room for `reserve` entries, or c if that is more.
+    def add(self, new: Entries, capacity: int) -> None:
+        """Add entries [Kg, T, ...], in storage with room for `capacity` if there is none yet."""
+        count = new.positions.shape[1]
+        stop = self.length + count
+        if not self.length or stop > self.capacity:
+            self._grow(new, max(capacity, stop))
+        for stored, given in zip(self._tensors(), new, strict=True):
+            stored[:, self.length : stop] = given
+        self.length = stop
+
+    def take(self, new: Entries, chosen: Tensor | None, capacity: int) -> None:
+        """Add the entries `chosen` [Kg, c] of `new`, None for all."""
+        if chosen is not None:
+            new = Entries(*(_gathered(tensor, chosen) for tensor in new))
+        self.add(new, capacity)
+
+    def slide(self, new: Entries, start: int, capacity: int) -> None:
+        """Add a chunk's entries, the first at position `start`, of which the window's stay."""
+        assert self.window is not None
+        sinks, size = self.window.sinks, self.window.size
+        count = new.positions.shape[1]
+        first = min(max(0, sinks - start), count)  # so many of the chunk are sinks
+        rest = max(first, count - size)
+        if self.positions is None:
+            self._grow(new, capacity)
+        order = torch.arange(start + rest, start + count, device=new.keys.device)
+        slots = sinks + (order - sinks) % size
+        for stored, given in zip(self._tensors(), new, strict=True):
+            stored[:, start : start + first] = given[:, :first]
+            stored[:, slots] = given[:, rest:].to(stored.dtype)
+        self.length = min(start + count, sinks + size)
+
+    def replace(self, past: Entries | None, own: Entries, chosen: Tensor) -> None:
+        """Hold the entries `chosen` [Kg, c] of past and own ones; indices ascend.
+
+        Keys move before values, so that old and new storage are never there both in full: `past`
+        may be this group's own.
         """
-        gone = self.resident - chosen.shape[1]
-        self._move(self.keys, self.values, chosen, max(reserve, chosen.shape[1]))
-        self.length = chosen.shape[1]
-        self.hole = None
-        self.meter.hold(-gone * len(self.keys))
+        count = chosen.shape[1]
+        for name, which in (("keys", 0), ("values", 1)):
+            taken = _taken(None if past is None else past[which], own[which], chosen)
+            self.free(name)
+            self.ledger.allocate(taken.nbytes)
+            setattr(self, name, taken)
+        self.positions = _taken(
+            None if past is None else past.positions, own.positions.int(), chosen
+        )
+        self.length = count
 
-    def drop_last(self, count: int) -> None:
-        """Forget the newest `count` entries; their storage stays until the next `keep`."""
-        self.length -= count
-        self.meter.hold(-count * len(self.keys))
+    def clear(self) -> None:
+        """Free the storage."""
+        self.free("keys")
+        self.free("values")
+        self.positions = None
+        self.length = 0
 
-    def slide(self) -> None:
-        """After a decoded token: evict the oldest entry of a full window; its place is the hole."""
-        if self.window is None or self.length <= self.window.sinks + self.window.size:
-            return
-        sinks, places = self.window.sinks, self.window.size + 1
-        self.hole = sinks + (self._newest - sinks + 1) % places
-        self._newest = self.hole
-        self.meter.hold(-len(self.keys))
+    def give_away(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and positions, whose storage is the taker's from then on."""
+        tensors = self._tensors()
+        self.keys = self.values = self.positions = None
+        return tensors
 
-    def _move(self, keys: Tensor, values: Tensor, chosen: slice | Tensor, capacity: int) -> None:
-        """Move the `chosen` entries to new storage, keys before values to keep the peak low."""
-        heads = len(self.heads)
-        old_positions = getattr(self, "positions", None)
-        positions = torch.empty((heads, capacity), dtype=torch.int32, device=keys.device)
-        for name, like in (("keys", keys), ("values", values)):
-            old = getattr(self, name, None)
-            moved = torch.empty(
-                (heads, capacity, like.shape[-1]), dtype=like.dtype, device=like.device
-            )
-            self.meter.allocate(moved.nbytes)
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None and self.positions is not None
+        return self.keys, self.values, self.positions
+
+    def _grow(self, like: Entries, capacity: int) -> None:
+        for name, given in zip(("keys", "values", "positions"), like, strict=True):
+            old = getattr(self, name)
+            dtype = torch.int32 if name == "positions" else given.dtype
+            shape = (len(self.heads), capacity, *given.shape[2:])
+            grown = torch.empty(shape, dtype=dtype, device=given.device)
+            if name != "positions":
+                self.ledger.allocate(grown.nbytes)
             if old is not None:
-                kept = _take(old, chosen)
-                moved[:, : kept.shape[1]] = kept
-                self.meter.allocate(-old.nbytes)
-            setattr(self, name, moved)
-        if old_positions is not None:
-            kept = _take(old_positions, chosen)
-            positions[:, : kept.shape[1]] = kept
-        self.positions = positions
+                grown[:, : self.length] = old[:, : self.length]
+                self.free(name)
+            setattr(self, name, grown)
+
+    def free(self, name: str) -> None:
+        """Free the storage of `keys`, `values` or `positions`."""
+        old = getattr(self, name)
+        if old is not None and name != "positions":
+            self.ledger.allocate(-old.nbytes)
+        setattr(self, name, None)
 
 
-def _take(tensor: Tensor, chosen: slice | Tensor) -> Tensor:
-    if isinstance(chosen, slice):
-        return tensor[:, chosen]
-    return tensor[torch.arange(len(tensor), device=tensor.device)[:, None], chosen]
+def _gathered(tensor: Tensor, chosen: Tensor) -> Tensor:
+    """The entries `chosen` [k, c] of [k, e, ...]."""
+    if tensor.dim() == 3:
+        chosen = chosen[..., None].expand(-1, -1, tensor.shape[2])
+    return tensor.gather(1, chosen)
+
+
+def _taken(past: Tensor | None, own: Tensor, chosen: Tensor) -> Tensor:
+    """The entries `chosen` [k, c], ascending, of [k, P + T, ...] in two pieces, not joined."""
+    if past is None:
+        return _gathered(own, chosen)
+    before, new = past.shape[1], own.shape[1]
+    taken = _gathered(past, chosen.clamp(max=before - 1))
+    tail = chosen[:, max(0, chosen.shape[1] - new) :]  # own entries come last
+    if not tail.shape[1]:
+        return taken
+    late = _gathered(own, (tail - before).clamp(min=0))
+    is_own = tail >= before
+    if taken.dim() == 3:
+        is_own = is_own[..., None]
+    place = slice(taken.shape[1] - tail.shape[1], None)
+    taken[:, place] = torch.where(is_own, late, taken[:, place])
+    return taken
 
 
 class RowCache:
-    """All layers of one row, and the meter of what they hold."""
+    """All layers of one row.
 
-    def __init__(self, windows: Sequence[Sequence[Window | None]], device: torch.device) -> None:
-        self.meter = Meter()
+    With `apart`, a KV head that does not stream has storage of its own, so that evicting it later
+    takes the memory of one head besides and not of a layer.
+    """
+
+    def __init__(
+        self,
+        windows: Sequence[Sequence[Window | None]],
+        ledger: Ledger,
+        device: torch.device,
+        *,
+        apart: bool = False,
+    ) -> None:
         self.layers: list[list[HeadGroup]] = []
+        self.orders: list[Tensor | None] = []  # where each KV head is among a layer's groups
         for layer in windows:
-            kinds = dict.fromkeys(layer)
+            kinds: dict[object, list[int]] = {}
+            for head, window in enumerate(layer):
+                kinds.setdefault(head if apart and window is None else window, []).append(head)
             self.layers.append(
-                [
-                    HeadGroup(
-                        torch.tensor([h for h, w in enumerate(layer) if w == kind], device=device),
-                        kind,
-                        self.meter,
-                    )
-                    for kind in kinds
-                ]
+                [HeadGroup(heads, layer[heads[0]], ledger, device) for heads in kinds.values()]
             )
+
+            flat = [head for heads in kinds.values() for head in heads]
+            ordered = flat == sorted(flat)
+            order = None if ordered else torch.tensor(flat, device=device).argsort()
+            self.orders.append(order)
+
+    def group_of(self, layer: int, head: int) -> HeadGroup:
+        """The group that a KV head belongs to."""
+        return next(group for group in self.layers[layer] if head in group.heads)
+
+    def joined(self, layer: int, parts: Sequence[Tensor]) -> Tensor:
+        """What was computed for each of a layer's groups, [Kg, ...], as [K, ...], in order."""
+        if len(parts) == 1:
+            return parts[0]
+        order = self.orders[layer]
+        together = torch.cat(list(parts))
+        return together if order is None else together[order]
+
+    def lengths(self) -> list[list[tuple[int, int, int | None]]]:
+        """Of every layer's groups: KV heads, entries of each, and the most it ever holds."""
+        return [
+            [
+                (
+                    len(group.heads),
+                    group.length,
+                    None if group.window is None else group.window.sinks + group.window.size,
+                )
+                for group in groups
+            ]
+            for groups in self.layers
+        ]
 
     def kept(self, layer: int) -> dict[int, list[int]]:
         """The positions that each KV head of a layer holds, sorted."""
         found = {}
         for group in self.layers[layer]:
-            for row, head in enumerate(group.heads.tolist()):
-                places = group.positions[row, : group.length].tolist()
-                found[head] = sorted(p for i, p in enumerate(places) if i != group.hole)
+            entries = group.resident()
+            for row, head in enumerate(group.heads):
+                found[head] = sorted(entries.positions[row].tolist()) if entries else []
         return found
-
-    def fork(self) -> "RowCache":
-        """An independent copy, its meter included; storage is copied at once."""
-        twin = copy(self)
-        twin.meter = copy(self.meter)
-        twin.layers = []
-        for groups in self.layers:
-            copies = [copy(group) for group in groups]
-            for group in copies:
-                group.meter = twin.meter
-                if group.length:
-                    group.keys, group.values = group.keys.clone(), group.values.clone()
-                    group.positions = group.positions.clone()
-            twin.layers.append(copies)
-        return twin

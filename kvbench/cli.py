@@ -15,7 +15,7 @@ import click
 import kvbench
 from kvbench.errors import InputError, did_you_mean
 from kvbench.learning.cli import train
-from kvbench.options import CommaList, Commands, budget, key_value, tokens
+from kvbench.options import Amount, CommaList, Commands, budget, key_value, memory, tokens
 
 RUNS = Path("results/runs")
 DEFAULT_BUDGETS = "0.1,0.2,0.3,0.5,0.7,0.9"
@@ -104,6 +104,9 @@ def cli(ctx: click.Context) -> int:
               show_default=True, help="Put prompts into the model's chat template.")  # fmt: skip
 @click.option("--batch-rows", type=click.IntRange(min=1),
               help="Rows measured together [default: as many as memory allows].")  # fmt: skip
+@click.option("--memory-limit", type=Amount("memory", memory), metavar="SIZE",
+              help="Memory that may be taken beside the model, like 8GiB "
+              "[default: most of what is free].")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show the plan and its cost, measure nothing.")
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), is_eager=True,
               expose_value=False, callback=read_config,

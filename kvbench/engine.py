@@ -1,20 +1,30 @@
-"""Runs rows: chunked prefill with eviction, then greedy decoding of all rows together."""
+"""Runs rows: prompts are read in chunks, shared as far as rows hold the same; all decode together.
+
+Rows with the same prompt are a *prefill group*. Within it, a *stream* is one cache being filled,
+for all the rows that hold the same entries so far: full attention and everything that evicts only
+after the prompt share one; whatever evicts earlier has its own. In the first chunk nothing has been
+evicted, so it is read once for all streams. Later chunks of all streams go through the model as one
+packed sequence: only attention knows whose tokens are whose.
+"""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kvbench.attention import Backend
-from kvbench.cache import RowCache
+from kvbench.cache import HeadGroup, Ledger, RowCache
 from kvbench.errors import InputError
-from kvbench.eviction import Chunk, Evictor
-from kvbench.footprint import full_rows
-from kvbench.method import KVShape
+from kvbench.eviction import Chooser, Chunk, Evictor, Layer
+from kvbench.footprint import Meter, full_rows
+from kvbench.method import Entries, KVShape
 from kvbench.model import LoadedModel, unvisited
+from kvbench.slabs import Slab, make_slabs, meter_moves
 from kvbench.spec import MethodSpec
+
+PACKED_TOKENS = 2048  # tokens that go through the model at once, unless one chunk has more
 
 
 @dataclass(frozen=True)
@@ -39,31 +49,56 @@ class Outcome:
     resident_rows: int  # entry-rows, summed over layers and KV heads
     full_rows: int  # the same under full attention
     patch_rows: int
-    kv_bytes_peak: int
+    kv_bytes_peak: int  # of the row as it is alone; storage shared with other rows counts in full
     device_bytes_peak: int | None  # the CUDA allocator's, of the whole call; None on a CPU
-    prefill_seconds: float
-    decode_seconds: float  # of the row's share of the steps it took part in
+    prefill_seconds: float  # the row's share of the time of each forward it took part in
+    decode_seconds: float  # the row's share of the steps it took part in
     prompt_tokens: int
     new_tokens: int  # generated, the end token included
+    timeline: list[list[int]]  # as in results.Record
+    shared_rows: int  # rows of its prefill group, itself included
+    group_bytes_peak: int  # keys and values of all rows of the call together
 
 
 def run_rows(
     model: LoadedModel, rows: Sequence[Row], *, prefill_chunk: int | None
 ) -> list[Outcome]:
-    """Prefill each row, decode all together, greedily; outcomes in the order of the rows.
+    """Prefill and decode all rows, greedily; outcomes in the order of the rows.
 
     `prefill_chunk` is in tokens, None reads each prompt at once. InputError if a row does not fit
-    the model, or the model's layers do not reach the harness's attention.
+    the model, or the model's layers do not reach the harness's attention. Rows that evict nothing
+    of the same prompt are one row: it is run once.
     """
     for row in rows:
         check(model, row)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
+    ledger = Ledger()
+    groups: dict[tuple[int, ...], dict[object, list[int]]] = {}
+    for index, row in enumerate(rows):
+        same = (row.max_new_tokens,) if evictor_of(model, row).keeps_all else index
+        groups.setdefault(tuple(row.prompt), {}).setdefault(same, []).append(index)
+    states: list[RowState] = []
     with torch.inference_mode():
-        states = [prefill(model, row, prefill_chunk) for row in rows]
-        decode(model, states)
+        for group in groups.values():
+            states += prefill(model, [rows[i[0]] for i in group.values()], prefill_chunk, ledger)
+        decode(model, states, ledger)
     peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
-    return [outcome(model, state, peak) for state in states]
+    results: dict[int, Outcome] = {}
+    waiting = iter(states)
+    for group in groups.values():
+        shared = sum(len(members) for members in group.values())
+        for members in group.values():
+            state = next(waiting)
+            for index in members:
+                results[index] = outcome(model, state, peak, ledger, shared, len(members))
+    return [results[index] for index in range(len(rows))]
+
+
+def evictor_of(model: LoadedModel, row: Row) -> Evictor:
+    """The method and budget of a row, ready to decide."""
+    decoded = row.max_new_tokens - 1
+    return Evictor(row.spec, row.budget, model.shape, len(row.prompt), decoded, row.seed)
 
 
 def check(model: LoadedModel, row: Row) -> None:
@@ -81,89 +116,305 @@ def check(model: LoadedModel, row: Row) -> None:
 
 @dataclass
 class RowState:
-    """A row on its way."""
+    """A row on its way: its cache, and what it held so far, counted as if it ran alone."""
 
     row: Row
     evictor: Evictor
     cache: RowCache
-    windows: "list[Tensor | None]"  # [H, W, D], each layer's latest queries
+    meter: Meter = field(default_factory=Meter)
     tokens: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
+    def arrive(self, groups: Sequence[HeadGroup], layer: Layer) -> None:
+        """Count a chunk that a layer has attended to."""
+        chunk = layer.chunk
+        new = chunk.length + chunk.patched
+        for group in groups:
+            heads = len(group.heads)
+            self.meter.attended(heads, group.length, chunk.length)
+            self.meter.hold(heads * new)
+            if self.evictor.chooses(group.window, chunk):
+                self.meter.allocate(heads * new * layer.entry_bytes)
+            elif not chunk.start:
+                room = self.evictor.room(group.window, layer.last_chunk)
+                self.meter.allocate(heads * room * layer.entry_bytes)
 
-def prefill(model: LoadedModel, row: Row, prefill_chunk: int | None) -> RowState:
-    """Read a row's prompt, chunk by chunk, and choose its first token."""
-    started = time.perf_counter()
-    prompt = len(row.prompt)
-    evictor = Evictor(row.spec, row.budget, model.shape, prompt, row.max_new_tokens - 1, row.seed)
-    cache = RowCache(evictor.windows(), model.device)
-    state = RowState(row, evictor, cache, [None] * model.shape.layers)
-    ids = torch.tensor(row.prompt, device=model.device)
-    logits = torch.empty(0)
-    for chunk in evictor.chunks(prefill_chunk):
-        own = ids[chunk.start : chunk.start + chunk.length]
-        fed = torch.cat([own, ids[prompt - chunk.patched :]]) if chunk.patched else own
-        positions = torch.arange(chunk.start, chunk.start + len(fed), device=model.device)
-        kv = PrefillKV(state, chunk, positions, model.backend)
-        logits = forward(model, fed[None], positions[None], kv)
-        if chunk.start == 0 and (missed := unvisited(kv.visited)):
-            raise InputError(
-                f"layers {missed} of model '{model.name}' do not attend through the registered "
-                "attention (they are recurrent, or share keys with other layers)"
+    def settle(self, sources: Sequence[HeadGroup], layer: Layer, chooser: Chooser) -> None:
+        """Take in a chunk, or what stays of it.
+
+        `sources` hold the entries of earlier chunks; they are the row's own, or those of a stream
+        that it leaves with this chunk.
+        """
+        chunk, evictor, meter = layer.chunk, self.evictor, self.meter
+        scored = 0  # KV heads of the chooser's that are dealt with
+        for group in sources:
+            heads, past = len(group.heads), group.length
+            own = layer.own_of(group)
+            room = evictor.room(group.window, layer.last_chunk)
+            if not evictor.chooses(group.window, chunk):
+                group.add(own, room)
+                continue
+            if group.window is not None:
+                group.slide(own, chunk.start, room)
+            else:
+                choice = chooser.choice(evictor)
+                mine = None if choice is None else choice[scored : scored + heads]
+                scored += heads
+                if not evictor.chunked:
+                    self._choose_from_all(group, own, mine, layer)
+                    continue
+                group.take(own, mine, chooser.room(evictor))
+            if not chunk.start:
+                meter.allocate(heads * group.capacity * layer.entry_bytes)
+            new = chunk.length + chunk.patched
+            meter.hold(heads * (group.length - past - new))
+            meter.allocate(-heads * new * layer.entry_bytes)
+
+    def _choose_from_all(
+        self, group: HeadGroup, own: Entries, choice: Tensor | None, layer: Layer
+    ) -> None:
+        """Hold only the entries `choice` of a group's, and of the prompt's last chunk."""
+        past, new = group.resident(), layer.chunk.length
+        before = group.length
+        if choice is None:
+            everything = torch.arange(before + new, device=own.keys.device)
+            choice = everything.expand(len(group.heads), -1)
+        for index, head in enumerate(group.heads):
+            here = slice(index, index + 1)
+            self.cache.group_of(layer.index, head).replace(
+                None if past is None else Entries(*(tensor[here] for tensor in past)),
+                Entries(*(tensor[here] for tensor in own)),
+                choice[here],
             )
-        cache.meter.patch_rows += chunk.patched
-    state.tokens.append(int(logits.argmax(-1)))
-    state.prefill_seconds = time.perf_counter() - started
-    return state
+            for tensor in (own.keys, own.values):
+                entry = tensor.shape[-1] * tensor.itemsize
+                self.meter.allocate(choice.shape[1] * entry)
+                self.meter.allocate(-before * entry)
+            self.meter.hold(choice.shape[1] - before - new)
+            self.meter.allocate(-new * layer.entry_bytes)
 
 
-def decode(model: LoadedModel, states: Sequence[RowState]) -> None:
-    """Decode until every row has ended; rows leave the batch as they end."""
-    ends = model.end_tokens
-    running = list(states)
-    while True:
-        running = [s for s in running if not ended(s, ends)]
-        if not running:
+@dataclass
+class Stream:
+    """A cache being filled with a prompt, for all rows that hold the same entries so far."""
+
+    states: list[RowState]
+    cache: RowCache
+    chunks: list[Chunk]
+    recent: list[Tensor | None]  # [H, W, D], each layer's latest queries of earlier chunks
+
+    @property
+    def keeper(self) -> RowState | None:
+        """The row whose cache this is; the others leave it with the prompt's last chunk."""
+        return next((state for state in self.states if state.cache is self.cache), None)
+
+    def take(self, layer: Layer) -> None:
+        """Let every row decide what it keeps of a chunk."""
+        groups = self.cache.layers[layer.index]
+        chooser = Chooser([group for group in groups if group.window is None], layer)
+        keeper = self.keeper
+        for state in self.states:
+            state.arrive(groups, layer)
+            if layer.chunk.last and state is not keeper:
+                state.settle(groups, layer, chooser)
+        if keeper is not None:
+            keeper.settle(groups, layer, chooser)
             return
-        started = time.perf_counter()
-        ids = torch.tensor([[s.tokens[-1]] for s in running], device=model.device)
-        places = [[len(s.row.prompt) + len(s.tokens) - 1] for s in running]
-        positions = torch.tensor(places, device=model.device)
-        kv = DecodeKV(running, positions, model.backend)
-        chosen = forward(model, ids, positions, kv).argmax(-1).tolist()
-        share = (time.perf_counter() - started) / len(running)
-        for state, token in zip(running, chosen, strict=True):
-            state.tokens.append(token)
-            state.decode_seconds += share
+        for group in groups:
+            if layer.chunk.last:
+                group.clear()
+            else:
+                room = self.states[0].evictor.room(None, layer.last_chunk)
+                group.add(layer.own_of(group), room)
+
+    def observed(self, layer: int, chunk: Chunk, queries: Tensor, wanted: int) -> Tensor:
+        """The latest `wanted` queries [H, W, D], which may reach back into earlier chunks."""
+        before = self.recent[layer]
+        if before is not None and queries.shape[1] < wanted and not self.states[0].evictor.chunked:
+            queries = torch.cat([before, queries], dim=1)
+        return queries[:, max(0, queries.shape[1] - wanted) :]
+
+    def remember(self, layer: int, chunk: Chunk, queries: Tensor) -> None:
+        """Keep the queries that an observation window at the prompt's end reaches back to."""
+        evictors = [s.evictor for s in self.states if s.evictor.scores and not s.evictor.chunked]
+        wanted = max((e.spec.observation_window for e in evictors), default=0)
+        behind = sum(c.length for c in self.chunks if c.start > chunk.start)
+        if 0 < behind < wanted:
+            self.recent[layer] = self.observed(layer, chunk, queries, wanted - behind).clone()
 
 
-def ended(state: RowState, ends: frozenset[int]) -> bool:
-    """Whether a row has written its answer."""
-    return state.tokens[-1] in ends or len(state.tokens) >= state.row.max_new_tokens
+@dataclass
+class Piece:
+    """A chunk read for some streams at once: one, or in the first chunk all that read the same."""
+
+    streams: list[Stream]
+    chunk: Chunk
+    positions: Tensor  # [T + W], patched tokens at the end
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.chunk.length + self.chunk.patched
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        sliding: int | None,
+        backend: Backend,
+    ) -> Tensor:
+        """query [H, T, D], key [K, T, D], value [K, T, Dv] -> [H, T, Dv]: attend, then evict."""
+        kv_heads = key.shape[0]
+        fed = Entries(key, value, self.positions.expand(kv_heads, -1))
+        grouped = query.unflatten(0, (kv_heads, -1))
+        lead, chunk = self.streams[0].cache, self.chunk
+        if not chunk.start:
+            out = backend.chunk(grouped, None, fed, scaling=scaling, sliding=sliding)
+        else:
+            parts = [
+                backend.chunk(
+                    group.of(grouped),
+                    group.resident(),
+                    Entries(*(group.of(tensor) for tensor in fed)),
+                    scaling=scaling,
+                    sliding=sliding,
+                )
+                for group in lead.layers[layer]
+            ]
+            out = lead.joined(layer, parts)
+        own = Entries(*(tensor[:, : chunk.length] for tensor in fed))
+        patch = Entries(*(t[:, chunk.length :] for t in fed)) if chunk.patched else None
+        for stream in self.streams:
+            following = tuple(c for c in stream.chunks if c.start > chunk.start)
+
+            def observed(wanted: int, stream: Stream = stream) -> Tensor:
+                return stream.observed(layer, chunk, query, wanted)
+
+            stream.take(Layer(layer, chunk, following, own, patch, scaling, observed))
+            stream.remember(layer, chunk, query)
+        return out.flatten(0, 1)
 
 
-def forward(model: LoadedModel, ids: Tensor, positions: Tensor, kv: object) -> Tensor:
-    """The logits [B, V] after the last of the tokens `ids` [B, T] at `positions` [B, T]."""
-    out = model.model(
-        input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1, kv=kv
-    )
-    logits: Tensor = out.logits
-    return logits[:, -1]
+def prefill(
+    model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None, ledger: Ledger
+) -> list[RowState]:
+    """Read the prompt of a prefill group, chunk by chunk, and choose each row's first token."""
+    prompt = rows[0].prompt
+    states, streams = make_streams(model, rows, prefill_chunk, ledger)
+    ids = torch.tensor(prompt, device=model.device)
+    for step in range(len(streams[0].chunks)):
+        for pack in packs(pieces(streams, step, model.device)):
+            read(model, pack, ids)
+    return states
+
+
+def make_streams(
+    model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None, ledger: Ledger
+) -> tuple[list[RowState], list[Stream]]:
+    """The rows' states in order, and the streams that they share."""
+    states: list[RowState] = []
+    leaving: list[RowState] = []  # evict once the prompt is read
+    keeping: list[RowState] = []
+    streams = []
+
+    def add_stream(members: list[RowState], cache: RowCache) -> None:
+        chunks = members[0].evictor.chunks(prefill_chunk)
+        streams.append(Stream(members, cache, chunks, [None] * model.shape.layers))
+
+    for row in rows:
+        evictor = evictor_of(model, row)
+        apart = evictor.scores and not evictor.chunked
+        cache = RowCache(evictor.windows(), ledger, model.device, apart=apart)
+        states.append(RowState(row, evictor, cache))
+        if evictor.keeps_all:
+            keeping.append(states[-1])
+        elif evictor.waits:
+            leaving.append(states[-1])
+        else:
+            add_stream([states[-1]], cache)
+    if keeping:
+        add_stream([keeping[0], *leaving], keeping[0].cache)
+        for state in keeping[1:]:
+            add_stream([state], state.cache)
+    elif len(leaving) == 1:
+        add_stream(leaving, leaving[0].cache)
+    elif leaving:
+        windows = leaving[0].evictor.windows()
+        add_stream(leaving, RowCache(windows, ledger, model.device, apart=True))
+    return states, streams
+
+
+def pieces(streams: Sequence[Stream], step: int, device: torch.device) -> list[Piece]:
+    """What is read in step `step` of a prompt: the first chunk once for all that read the same."""
+    alike: dict[int, list[Stream]] = {}
+    for index, stream in enumerate(streams):
+        alike.setdefault(index if step else -stream.chunks[0].patched, []).append(stream)
+    result = []
+    for members in alike.values():
+        chunk = members[0].chunks[step]
+        stop = chunk.start + chunk.length + chunk.patched
+        result.append(Piece(members, chunk, torch.arange(chunk.start, stop, device=device)))
+    return result
+
+
+def packs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Pieces that go through the model together."""
+    pack: list[Piece] = []
+    for piece in pieces:
+        if pack and sum(p.tokens for p in pack) + piece.tokens > PACKED_TOKENS:
+            yield pack
+            pack = []
+        pack.append(piece)
+    yield pack
+
+
+def read(model: LoadedModel, pack: Sequence[Piece], ids: Tensor) -> None:
+    """Read some pieces of the prompt `ids` in one forward."""
+    started = time.perf_counter()
+    fed, ends = [], []
+    for piece in pack:
+        chunk = piece.chunk
+        fed.append(ids[chunk.start : chunk.start + chunk.length])
+        ends.append(sum(len(tokens) for tokens in fed) - 1)
+        if chunk.patched:
+            fed.append(ids[len(ids) - chunk.patched :])
+        for state in (state for stream in piece.streams for state in stream.states):
+            state.meter.corner(chunk.start, state.meter.entries)
+    before = [[s.meter.entries for stream in p.streams for s in stream.states] for p in pack]
+    positions = torch.cat([piece.positions for piece in pack])
+    kv = PrefillKV(pack, model.backend, [False] * model.shape.layers)
+    logits = forward(model, torch.cat(fed)[None], positions[None], kv, ends)
+    if not pack[0].chunk.start and (missed := unvisited(kv.visited)):
+        raise InputError(
+            f"layers {missed} of model '{model.name}' do not attend through the registered "
+            "attention (they are recurrent, or share keys with other layers)"
+        )
+    first = logits.argmax(-1).tolist() if pack[0].chunk.last else [None] * len(pack)
+    seconds = (time.perf_counter() - started) / sum(piece.tokens for piece in pack)
+    for piece, token, held in zip(pack, first, before, strict=True):
+        chunk = piece.chunk
+        states = [state for stream in piece.streams for state in stream.states]
+        for state, entries in zip(states, held, strict=True):
+            end = chunk.start + chunk.length
+            state.meter.corner(end, entries + chunk.length * heads_of(model.shape))
+            state.meter.corner(end, state.meter.entries)
+            state.meter.patch_rows += chunk.patched
+            state.prefill_seconds += seconds * piece.tokens / len(states)
+            if token is not None:
+                state.tokens.append(token)
 
 
 @dataclass
 class PrefillKV:
-    """What attention finds in `kv` while one row reads a chunk: attend first, then evict."""
+    """What attention finds in `kv` while a pack is read: each piece has its own tokens."""
 
-    state: RowState
-    chunk: Chunk
-    positions: Tensor  # [T]
+    pack: Sequence[Piece]
     backend: Backend
-    visited: list[bool] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.visited = [False] * len(self.state.cache.layers)
+    visited: list[bool]
 
     def attend(
         self,
@@ -174,61 +425,99 @@ class PrefillKV:
         scaling: float,
         sliding: int | None,
     ) -> Tensor:
-        """query [1, H, T, D], key [1, K, T, D], value [1, K, T, Dv] -> [1, H, T, Dv]."""
+        """query [1, H, N, D], key [1, K, N, D], value [1, K, N, Dv] -> [1, H, N, Dv]."""
         self.visited[layer] = True
-        state, chunk = self.state, self.chunk
-        groups = state.cache.layers[layer]
-        grouped = query[0].unflatten(0, (key.shape[1], -1))
-        parts = []
-        for group in groups:
-            whole = len(groups) == 1
-            past = group.length
-            group.append(
-                key[0] if whole else key[0, group.heads],
-                value[0] if whole else value[0, group.heads],
-                self.positions,
-                state.evictor.reserve(group, chunk),
-            )
-            state.cache.meter.attended(len(group.heads), past, chunk.length)
-            parts.append(
-                self.backend(
-                    grouped if whole else grouped[group.heads],
-                    group.keys[:, : group.length],
-                    group.values[:, : group.length],
-                    scaling=scaling,
-                    query_positions=self.positions,
-                    positions=group.positions[:, : group.length],
-                    sliding=sliding,
-                )
-            )
-        state.evictor.after_chunk(
-            state.cache, layer, chunk, self._observed(layer, query[0]), scaling
-        )
-        return joined(groups, parts)[None]
+        sizes = [piece.tokens for piece in self.pack]
+        tokens = (tensor[0].split(sizes, dim=1) for tensor in (query, key, value))
+        parts = [
+            piece.attend(layer, q, k, v, scaling, sliding, self.backend)
+            for piece, q, k, v in zip(self.pack, *tokens, strict=True)
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[None]
 
-    def _observed(self, layer: int, queries: Tensor) -> Tensor:
-        """The latest queries [H, W, D], which may reach back into earlier chunks."""
-        wanted = self.state.evictor.spec.observation_window if self.state.evictor.scores else 0
-        before = self.state.windows[layer]
-        if wanted and before is not None and queries.shape[1] < wanted and not self._chunked:
-            queries = torch.cat([before, queries], dim=1)
-        latest = queries[:, max(0, queries.shape[1] - wanted) :] if wanted else queries[:, :0]
-        if wanted and not self._chunked and not self.chunk.last:
-            self.state.windows[layer] = latest.clone()
-        return latest
 
-    @property
-    def _chunked(self) -> bool:
-        return self.state.row.spec.chunking != "none"
+def decode(model: LoadedModel, states: Sequence[RowState], ledger: Ledger) -> None:
+    """Decode until every row has ended; rows leave the batch as they end."""
+    running = [state for state in states if not ended(model, state)]
+    if not running:
+        return
+    held = {id(state): state.cache.lengths() for state in running}
+    kv = DecodeKV.of(model, running, ledger)
+    ids = torch.tensor([state.tokens[-1] for state in running], device=model.device)
+    while running:
+        started = time.perf_counter()
+        chosen = forward(model, ids[:, None], kv.positions[:, None], kv).argmax(-1)
+        tokens = chosen.tolist()
+        share = (time.perf_counter() - started) / len(running)
+        for state, token in zip(running, tokens, strict=True):
+            state.tokens.append(token)
+            state.decode_seconds += share
+        stay = [at for at, state in enumerate(running) if not ended(model, state)]
+        ids = chosen
+        kv.positions = kv.positions + 1
+        if len(stay) < len(running):
+            for state in running:
+                if ended(model, state):
+                    state.meter.decoded(held[id(state)], len(state.tokens) - 1)
+            running = [running[at] for at in stay]
+            kept = torch.tensor(stay, dtype=torch.long, device=model.device)
+            ids = ids[kept]
+            kv.leave(stay, kept)
+
+
+def ended(model: LoadedModel, state: RowState) -> bool:
+    """Whether a row has written its answer."""
+    return state.tokens[-1] in model.end_tokens or len(state.tokens) >= state.row.max_new_tokens
+
+
+def forward(
+    model: LoadedModel,
+    ids: Tensor,
+    positions: Tensor,
+    kv: object,
+    ends: Sequence[int] | None = None,
+) -> Tensor:
+    """The logits after the tokens `ids` [B, T] at `positions` [B, T].
+
+    [B, V] after each sequence's last token, or, of a single packed one, [len(ends), V] after the
+    tokens `ends`.
+    """
+    keep: int | Tensor = 1
+    if ends is not None and len(ends) > 1:
+        keep = torch.tensor(ends, device=ids.device)
+    elif ends is not None:
+        keep = ids.shape[1] - ends[0]
+    out = model.model(
+        input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, kv=kv
+    )
+    logits: Tensor = out.logits
+    if ends is None:
+        return logits[:, -1]
+    return logits[0] if len(ends) > 1 else logits[0, :1]
 
 
 @dataclass
 class DecodeKV:
     """What attention finds in `kv` while rows decode a token each."""
 
-    states: Sequence[RowState]
-    positions: Tensor  # [R, 1]
+    layers: list[list[Slab]]
+    positions: Tensor  # [R], of the tokens that are fed
     backend: Backend
+    rows: list[int]  # the rows still running, by their numbers at the start
+
+    @classmethod
+    def of(cls, model: LoadedModel, states: Sequence[RowState], ledger: Ledger) -> "DecodeKV":
+        """Move the rows' caches to where they decode."""
+        for state in states:
+            meter_moves(state.cache, state.evictor.decoded, state.meter)
+        caches = [state.cache for state in states]
+        tokens = [state.evictor.decoded for state in states]
+        layers = make_slabs(caches, tokens, ledger, model.device)
+        prompts = [len(state.row.prompt) for state in states]
+        positions = torch.tensor(prompts, device=model.device)
+        kv = cls(layers, positions, model.backend, list(range(len(states))))
+        kv._place(model.shape.kv_heads)
+        return kv
 
     def attend(
         self,
@@ -240,47 +529,51 @@ class DecodeKV:
         sliding: int | None,
     ) -> Tensor:
         """query [R, H, 1, D], key [R, K, 1, D], value [R, K, 1, Dv] -> [R, H, 1, Dv]."""
-        grouped = query.unflatten(1, (key.shape[1], -1))
-        rows = []
-        for i, state in enumerate(self.states):
-            groups = state.cache.layers[layer]
-            whole = len(groups) == 1
-            parts = []
-            for group in groups:
-                state.cache.meter.attended(len(group.heads), group.resident, 1)
-                group.append(
-                    key[i] if whole else key[i, group.heads],
-                    value[i] if whole else value[i, group.heads],
-                    self.positions[i],
-                    state.evictor.reserve_decoding(group),
+        rows, kv_heads = key.shape[:2]
+        q = query.reshape(rows * kv_heads, -1, query.shape[-1])
+        k, v = key.reshape(rows * kv_heads, -1), value.reshape(rows * kv_heads, -1)
+        positions = self.positions.repeat_interleave(kv_heads)
+        slabs = self.layers[layer]
+        if len(slabs) == 1 and slabs[0].all:
+            out = slabs[0].attend(self.backend, q, k, v, positions, scaling, sliding)
+        else:
+            out = q.new_empty((*q.shape[:2], v.shape[-1]))
+            for slab in slabs:
+                at = slab.where
+                out[at] = slab.attend(
+                    self.backend, q[at], k[at], v[at], positions[at], scaling, sliding
                 )
-                parts.append(
-                    self.backend(
-                        grouped[i] if whole else grouped[i, group.heads],
-                        group.keys[:, : group.length],
-                        group.values[:, : group.length],
-                        scaling=scaling,
-                        query_positions=self.positions[i],
-                        positions=group.positions[:, : group.length],
-                        sliding=sliding,
-                    )
-                )
-                group.slide()
-            rows.append(joined(groups, parts))
-        return torch.stack(rows)
+        return out.reshape(rows, -1, 1, v.shape[-1])
+
+    def leave(self, stay: Sequence[int], kept: Tensor) -> None:
+        """Go on with the rows that are at `stay` in the batch."""
+        rows = [self.rows[at] for at in stay]
+        over = set(self.rows) - set(rows)
+        self.rows = rows
+        self.positions = self.positions[kept]
+        for layer, slabs in enumerate(self.layers):
+            for slab in slabs:
+                slab.leave(over)
+            self.layers[layer] = [slab for slab in slabs if slab.owners]
+        self._place(self.heads)
+
+    def _place(self, kv_heads: int) -> None:
+        self.heads = kv_heads
+        for slabs in self.layers:
+            for slab in slabs:
+                slab.place(self.rows, kv_heads, self.positions.device)
 
 
-def joined(groups: Sequence[object], parts: Sequence[Tensor]) -> Tensor:
-    """The outputs [Kg, G, T, Dv] of a layer's groups as [H, T, Dv], KV heads in order."""
-    if len(parts) == 1:
-        return parts[0].flatten(0, 1)
-    heads = torch.cat([group.heads for group in groups])  # type: ignore[attr-defined]
-    return torch.cat(list(parts))[heads.argsort()].flatten(0, 1)
-
-
-def outcome(model: LoadedModel, state: RowState, device_bytes_peak: int | None) -> Outcome:
-    """The measurements of a row that has ended."""
-    meter, shape = state.cache.meter, state.evictor.shape
+def outcome(
+    model: LoadedModel,
+    state: RowState,
+    device_bytes_peak: int | None,
+    ledger: Ledger,
+    shared_rows: int,
+    alike: int,
+) -> Outcome:
+    """The measurements of a row that has ended, one of `alike` rows that it stands for."""
+    meter, shape = state.meter, state.evictor.shape
     prompt, fed = len(state.row.prompt), len(state.tokens) - 1
     heads = heads_of(shape)
     full = heads * full_rows(prompt, fed)
@@ -295,10 +588,13 @@ def outcome(model: LoadedModel, state: RowState, device_bytes_peak: int | None) 
         patch_rows=meter.patch_rows,
         kv_bytes_peak=meter.bytes_peak,
         device_bytes_peak=device_bytes_peak,
-        prefill_seconds=state.prefill_seconds,
-        decode_seconds=state.decode_seconds,
+        prefill_seconds=state.prefill_seconds / alike,
+        decode_seconds=state.decode_seconds / alike,
         prompt_tokens=prompt,
         new_tokens=len(tokens),
+        timeline=[list(corner) for corner in meter.timeline],
+        shared_rows=shared_rows,
+        group_bytes_peak=ledger.peak,
     )
 
 

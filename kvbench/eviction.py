@@ -1,14 +1,16 @@
 """What stays of a layer after a prefill chunk: a method's choice, applied to the cache."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kvbench.cache import HeadGroup, RowCache
+from kvbench.cache import HeadGroup
 from kvbench.footprint import chunks
-from kvbench.method import KVShape, LayerView, Window
+from kvbench.method import Entries, KVShape, LayerView, Method, Window
 from kvbench.spec import Chunking, MethodSpec
 
 
@@ -61,113 +63,171 @@ class Evictor:
         """Whether entries are scored, some to be evicted."""
         return self.budget < 1 and self.spec.scorer is not None
 
-    def reserve(self, group: HeadGroup, chunk: Chunk) -> int:
-        """Entries that a group's storage should have room for before it takes a chunk."""
-        if group.window is not None or (self.scores and self.spec.chunking is not Chunking.NONE):
-            return group.length + chunk.length + chunk.patched
-        return self.prompt if self.scores else self.prompt + self.decoded
+    @property
+    def chunked(self) -> bool:
+        """Whether entries are scored after every chunk."""
+        return self.scores and self.spec.chunking is not Chunking.NONE
 
-    def reserve_decoding(self, group: HeadGroup) -> int:
-        """Entries that a group's storage should have room for in decoding."""
-        room = group.length + self.decoded
-        return room if group.window is None else min(room, sum_window(group.window) + 1)
+    @property
+    def waits(self) -> bool:
+        """Whether nothing is evicted before the whole prompt is read."""
+        return not self.chunked and all(w is None for layer in self.windows() for w in layer)
 
-    def after_chunk(
-        self, cache: RowCache, layer: int, chunk: Chunk, queries: Tensor, scaling: float
-    ) -> None:
-        """Evict from a layer that has just attended to a chunk.
+    @property
+    def keeps_all(self) -> bool:
+        """Whether this is full attention, whatever it is called."""
+        return not self.scores and self.waits
 
-        queries [H, W, D]: the observation window's, after RoPE, W = 0 for a method without one.
+    def chooses(self, window: Window | None, chunk: Chunk) -> bool:
+        """Whether a group of KV heads takes in only some of what is there after a chunk."""
+        return window is not None or self.chunked or (self.scores and chunk.last)
+
+    def room(self, window: Window | None, last_chunk: int) -> int:
+        """Entries that a group's storage has room for, `last_chunk` tokens being read last.
+
+        What is scored once the prompt is read has no need of room for the last chunk, of which a
+        choice is taken at once.
         """
-        for group in cache.layers[layer]:
-            if group.window is not None:
-                self._slide(group, chunk)
-            elif self.scores:
-                self._select(group, layer, chunk, queries, scaling)
+        whole = self.prompt + self.decoded
+        if window is not None:
+            return min(whole, window.sinks + window.size + 1)
+        return self.prompt - last_chunk if self.scores else whole
 
-    def _slide(self, group: HeadGroup, chunk: Chunk) -> None:
-        assert group.window is not None
-        sinks, total = group.window.sinks, sum_window(group.window)
-        if group.length <= total:
-            return
-        order = torch.arange(group.length, device=group.keys.device)
-        chosen = torch.cat([order[:sinks], order[group.length - group.window.size :]])
-        reserve = self.reserve_decoding(group) if chunk.last else 0
-        group.keep(chosen.expand(len(group.heads), -1), min(reserve, total + 1))
 
-    def _select(
-        self, group: HeadGroup, layer: int, chunk: Chunk, queries: Tensor, scaling: float
-    ) -> None:
-        chunked = self.spec.chunking is not Chunking.NONE
-        if not chunked and not chunk.last:
-            return
-        view = self._view(group, layer, chunk, queries, scaling)
-        stay = chosen_entries(self.spec, view)
-        if chunk.patched:
-            group.drop_last(chunk.patched)
-        if stay is None:
-            if chunk.patched or chunk.last:
-                stay = torch.arange(group.length, device=group.keys.device)
-                stay = stay.expand(len(group.heads), -1)
-            else:
-                return
-        group.keep(stay, stay.shape[1] + self.decoded if chunk.last else 0)
+@dataclass(frozen=True)
+class Layer:
+    """A layer that has attended to a chunk and is to be evicted from."""
 
-    def _view(
-        self, group: HeadGroup, layer: int, chunk: Chunk, queries: Tensor, scaling: float
-    ) -> LayerView:
+    index: int
+    chunk: Chunk
+    following: tuple[Chunk, ...]  # the prompt's chunks after this one
+    own: Entries  # [K, T, ...], the chunk's, without patched ones
+    patch: Entries | None  # [K, W, ...], patched ones
+    scaling: float
+    observed: Callable[[int], Tensor]  # the latest W queries [H, W, D]
+
+    def own_of(self, group: HeadGroup) -> Entries:
+        """The chunk's entries of a group of KV heads."""
+        return Entries(*(group.of(tensor) for tensor in self.own))
+
+    @property
+    def last_chunk(self) -> int:
+        """Tokens of the prompt's last chunk."""
+        return (self.following or (self.chunk,))[-1].length
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of the key and the value of an entry."""
+        return sum(t.shape[-1] * t.itemsize for t in (self.own.keys, self.own.values))
+
+
+class Chooser:
+    """The choices of all rows that evict from the same entries: scored once, cut at each budget.
+
+    `groups` are the KV heads that are scored, their entries of earlier chunks in storage.
+    """
+
+    def __init__(self, groups: Sequence[HeadGroup], layer: Layer) -> None:
+        self.groups = groups
+        self.layer = layer
+        self._views: dict[tuple[int, int], LayerView] = {}
+        self._rankings: dict[tuple[Method, int], Tensor] = {}
+        self._draws: dict[int, int] = {}
+
+    def choice(self, evictor: Evictor) -> Tensor | None:
+        """Which of the new entries stay: indices [K, c] in order of position, None for all.
+
+        Of the `view.new` entries `capacity` stay: the observation window, if it is among them, and
+        those of the rest with the highest scores. If the capacity is no more than the window, the
+        last `capacity` entries stay. Entries of earlier chunks stay; patched ones never do.
+        """
+        scorer = evictor.spec.scorer
+        assert scorer is not None
+        view = self._view(evictor)
+        capacity = scorer.capacity(_at_budget(view, evictor))
+        if capacity >= view.new:
+            return None
+        observed = 0 if view.patched else min(scorer.observation_window, view.new)
+        window = torch.arange(view.new - observed, view.new, device=self.layer.own.keys.device)
+        heads = len(view.kv_heads)
+        if observed and capacity <= observed:
+            return window[observed - capacity :].expand(heads, -1)
+        ranking = self._ranking(scorer, view, evictor.seed, observed)
+        best = ranking[:, : capacity - observed].sort(dim=-1).values
+        return torch.cat([best, window.expand(heads, -1)], dim=1)
+
+    def room(self, evictor: Evictor) -> int:
+        """Entries to have room for, for one that evicts after this and all following chunks.
+
+        The answer's are among them only where moving the entries later would take more memory than
+        the chunk does.
+        """
+        scorer, layer = evictor.spec.scorer, self.layer
+        assert scorer is not None
+        view = _at_budget(self._view(evictor), evictor)
+        total = 0
+        for chunk in (layer.chunk, *layer.following):
+            then = replace(view, new=chunk.length, patched=chunk.patched, last=chunk.last)
+            total += min(chunk.length, scorer.capacity(then))
+        return total + (evictor.decoded if total // 2 > layer.chunk.length else 0)
+
+    def _ranking(self, scorer: Method, view: LayerView, seed: int, observed: int) -> Tensor:
+        """Indices [K, new - observed] of the new entries but the window, best first."""
+        key = scorer, seed
+        if key not in self._rankings:
+            view.generator.manual_seed(self._draws[seed])  # whoever drew from it before
+            scores = scorer.scores(view)
+            assert scores is not None
+            own = view.entries - view.patched
+            candidates = scores[:, own - view.new : own - observed]
+            candidates = candidates.to(self.layer.own.keys.device)
+            self._rankings[key] = candidates.argsort(dim=-1, descending=True, stable=True)
+        return self._rankings[key]
+
+    def _view(self, evictor: Evictor) -> LayerView:
+        key = evictor.spec.observation_window, evictor.seed
+        if key not in self._views:
+            self._views[key] = self._make_view(evictor)
+        return self._views[key]
+
+    def _make_view(self, evictor: Evictor) -> LayerView:
+        layer, chunk, shape = self.layer, self.layer.chunk, evictor.shape
         seen = chunk.start + chunk.length + chunk.patched
-        grouped = queries.unflatten(0, (self.shape.kv_heads, self.shape.group))[group.heads]
+        queries = layer.observed(evictor.spec.observation_window)
+        grouped = queries.unflatten(0, (shape.kv_heads, shape.group))
+        heads = [head for group in self.groups for head in group.heads]
+        if heads != list(range(shape.kv_heads)):
+            grouped = torch.cat([group.of(grouped) for group in self.groups])
         # Without chunking the choice must not depend on how the prompt was cut into chunks.
-        start = chunk.start if self.spec.chunking is not Chunking.NONE else 0
-        place = (self.seed * 1_000_003 + layer) * 1_000_003 + start
-        generator = torch.Generator().manual_seed(place % 2**62)
+        place = (evictor.seed * 1_000_003 + layer.index) * 1_000_003
+        place += chunk.start if evictor.chunked else 0
+        self._draws[evictor.seed] = place % 2**62
         return LayerView(
-            keys=group.keys[:, : group.length],
-            values=group.values[:, : group.length],
-            positions=group.positions[:, : group.length],
+            blocks=[self._blocks(group) for group in self.groups],
             queries=grouped,
             query_positions=torch.arange(seen - grouped.shape[2], seen, device=queries.device),
-            scaling=scaling,
-            kv_heads=tuple(group.heads.tolist()),
-            layer=layer,
-            layers=self.shape.layers,
-            budget=self.spec.scorer_budget(self.budget),
-            prompt=self.prompt,
-            new=chunk.length if self.spec.chunking is not Chunking.NONE else self.prompt,
+            scaling=layer.scaling,
+            kv_heads=tuple(heads),
+            layer=layer.index,
+            layers=shape.layers,
+            budget=math.nan,
+            prompt=evictor.prompt,
+            new=chunk.length if evictor.chunked else evictor.prompt,
             patched=chunk.patched,
             last=chunk.last,
-            generator=generator,
+            generator=torch.Generator(),
         )
 
+    def _blocks(self, group: HeadGroup) -> list[Entries]:
+        past = group.resident()
+        pieces = [] if past is None else [past]
+        for new in (self.layer.own, self.layer.patch):
+            if new is not None:
+                pieces.append(Entries(*(group.of(tensor) for tensor in new)))
+        return pieces
 
-def sum_window(window: Window) -> int:
-    """Entries of a full window, its sinks included."""
-    return window.sinks + window.size
 
-
-def chosen_entries(spec: MethodSpec, view: LayerView) -> Tensor | None:
-    """Indices [K, c'] of the entries of a view that stay, in order of position; None for all.
-
-    Of the `view.new` entries `capacity` stay: the observation window, if it is among them, and
-    those of the rest with the highest scores. If the capacity is no more than the window, the last
-    `capacity` entries stay. Entries of earlier chunks stay; patched ones never do.
-    """
-    assert spec.scorer is not None
-    own = view.positions.shape[1] - view.patched  # entries up to the end of the chunk
-    first = own - view.new
-    capacity = spec.scorer.capacity(view)
-    if capacity >= view.new:
-        return None
-    observed = 0 if view.patched else min(spec.scorer.observation_window, view.new)
-    heads = len(view.positions)
-    order = torch.arange(own, device=view.positions.device)
-    if observed and capacity <= observed:
-        stay = torch.cat([order[:first], order[own - capacity :]])
-        return stay.expand(heads, -1)
-    scores = spec.scorer.scores(view)
-    assert scores is not None
-    candidates = scores.to(order.device)[:, first : own - observed]
-    best = candidates.topk(capacity - observed, dim=-1).indices.sort(dim=-1).values + first
-    fixed = torch.cat([order[:first], order[own - observed :]]).expand(heads, -1)
-    return torch.cat([fixed[:, :first], best, fixed[:, first:]], dim=1)
+def _at_budget(view: LayerView, evictor: Evictor) -> LayerView:
+    at = copy(view)
+    object.__setattr__(at, "budget", evictor.spec.scorer_budget(evictor.budget))
+    return at

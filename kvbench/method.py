@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from kvbench.errors import InputError
 
@@ -44,6 +45,14 @@ class KVShape:
         return self.query_heads // self.kv_heads
 
 
+class Entries(NamedTuple):
+    """Entries of some KV heads of a layer, wherever they lie."""
+
+    keys: "Tensor"  # [k, e, D]
+    values: "Tensor"  # [k, e, Dv]
+    positions: "Tensor"  # [k, e]
+
+
 @dataclass(frozen=True)
 class LayerView:
     """One layer of one row, just after a prefill chunk has attended and before it is evicted.
@@ -51,23 +60,61 @@ class LayerView:
     K counts the KV heads that are scored (all of a layer's, or a head split's retrieval heads), E
     the resident entries: those kept of earlier chunks, then the `new` entries of this chunk, then,
     where the chunk was patched, the patched entries. Queries and keys are after RoPE.
+
+    Entries lie apart, as `blocks`: for each run of KV heads, its pieces in order. `keys`, `values`
+    and `positions` put them side by side, a copy of the layer; `attention` needs no such copy.
     """
 
-    keys: "Tensor"  # [K, E, D]
-    values: "Tensor"  # [K, E, D]
-    positions: "Tensor"  # [K, E], position in the text of each entry
+    blocks: "Sequence[Sequence[Entries]]"
     queries: "Tensor"  # [K, G, W, D], the observation window's; W = 0 if the method has none
     query_positions: "Tensor"  # [W]
     scaling: float  # what attention multiplies logits by
     kv_heads: tuple[int, ...]  # which KV heads of the layer the K are
     layer: int
     layers: int
-    budget: float
+    budget: float  # nan in `scores`: one scoring serves every budget of a sweep
     prompt: int  # n, tokens of the whole prompt
     new: int  # T, entries that may be evicted now (of a prompt read at once: all of them)
     patched: int  # entries at the end that stand for the prompt's last tokens and will be dropped
     last: bool  # whether this is the prompt's last chunk
     generator: "Generator"  # for methods that draw; seeded by row, layer and chunk, on the CPU
+
+    @property
+    def entries(self) -> int:
+        """E."""
+        return sum(piece.positions.shape[1] for piece in self.blocks[0])
+
+    @cached_property
+    def keys(self) -> "Tensor":
+        """[K, E, D]."""
+        return self._joined(0)
+
+    @cached_property
+    def values(self) -> "Tensor":
+        """[K, E, Dv]."""
+        return self._joined(1)
+
+    @cached_property
+    def positions(self) -> "Tensor":
+        """[K, E], position in the text of each entry."""
+        return self._joined(2)
+
+    @cached_property
+    def attention(self) -> "Tensor":
+        """[K, E], what each entry gets from the observation window; not to be written to.
+
+        Softmax in float32 over all resident entries, summed over the window's queries and averaged
+        over the query group (SnapKV, 2404.14469).
+        """
+        from kvbench.attention import observed_attention
+
+        return observed_attention(self.queries, self.blocks, self.query_positions, self.scaling)
+
+    def _joined(self, which: int) -> "Tensor":
+        import torch
+
+        rows = [torch.cat([piece[which] for piece in block], 1) for block in self.blocks]
+        return torch.cat(rows)
 
 
 @dataclass(frozen=True)
@@ -98,7 +145,8 @@ class Method:
     def scores(self, view: LayerView) -> "Tensor | None":
         """[K, E], larger for the entries to keep; None for a method that scores nothing.
 
-        Only the scores of the `view.new` entries of this chunk are used.
+        Only the scores of the `view.new` entries of this chunk are used. They are computed once
+        and cut at each budget, so they cannot depend on it.
         """
         return None
 

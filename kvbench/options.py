@@ -50,6 +50,22 @@ def tokens(text: str) -> int:
     return int(text)
 
 
+def memory(text: str) -> int:
+    """Bytes, from `8GiB`, `500MB` or a plain number; ValueError says what is expected."""
+    units = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", start=1):
+        units |= {letter: 1024**power, f"{letter}ib": 1024**power, f"{letter}b": 1000**power}
+    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = text.strip()[len(number) :].lower()
+    try:
+        size = float(number) * units[unit]
+        if not 1 <= size < 2**63:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise ValueError(f"'{text}' is not an amount of memory, like 8GiB or 500MB") from None
+    return int(size)
+
+
 def share(text: str) -> float:
     """A sparsity, between 0 and 1; ValueError says so."""
     try:
@@ -68,6 +84,21 @@ def key_value(ctx: click.Context, param: click.Parameter, value: Sequence[str]) 
         if not name.strip() or not equals:
             raise click.BadParameter(f"'{text}' is not key=value, like window=32")
     return {text.partition("=")[0].strip(): text.partition("=")[2].strip() for text in value}
+
+
+class Amount(click.ParamType[Any]):
+    """One value, converted by `item`, whose ValueError is the message."""
+
+    def __init__(self, name: str, item: Callable[[str], Any]) -> None:
+        self.name = name
+        self.item = item
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value of a string; what is converted is returned as it is."""
+        try:
+            return self.item(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error))
 
 
 class Commands(click.Group):

@@ -22,7 +22,7 @@ ANSWER_PREFIX = "answer_prefix"
 
 # Modules that show, store or order results; every other module of kvbench can change one.
 _NOT_MEASURING = {
-    *("__main__", "cli", "errors", "figures", "listing", "progress"),
+    *("__main__", "cli", "cost", "errors", "figures", "listing", "progress"),
     *("report", "results", "run", "tables"),
 }
 

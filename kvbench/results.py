@@ -28,7 +28,16 @@ class Record:
     """One sample under one method and budget: a line of a results file.
 
     Footprints, peaks and reads are fractions of full attention's; bytes are bytes; times are
-    seconds. A cell that failed has `error` set and None for everything that was not measured.
+    seconds, of what cells share an equal part each, so that they add up to the time that passed.
+
+    `timeline` is the course of what is resident as the rows go by (prompt tokens, then decoded
+    ones), entries summed over layers and KV heads, patched ones left out. It goes in straight lines
+    between its corners, and straight up or down where two have the same number of rows. The area
+    under it is `resident_rows`, less half an entry for every row and KV head (a row's own entry is
+    counted whole), and less one half more for every row that a full window decodes (its line is
+    flat, the row's entry having replaced another).
+
+    A cell that failed has `error` set and None for everything that was not measured.
     """
 
     fingerprint: str  # hash of everything that could change the result; one per cell
@@ -60,6 +69,9 @@ class Record:
     decode_seconds: float | None = None
     prompt_tokens: int | None = None
     new_tokens: int | None = None
+    timeline: list[list[int]] | None = None  # corners [rows, entries] of what is resident
+    shared_rows: int | None = None  # cells that shared the prefill, this one included
+    group_bytes_peak: int | None = None  # keys and values of all that ran with it
     error: str | None = None
 
 

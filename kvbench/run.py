@@ -18,9 +18,11 @@ from kvbench.progress import duration, show_progress
 from kvbench.registry import tasks as task_registry
 from kvbench.results import Record, RunWriter, check_common, read_records
 from kvbench.spec import MethodSpec, check_option_names, method_names, parse_method
+from kvbench.task import Task
 
 if TYPE_CHECKING:
     from kvbench.model import LoadedModel
+    from kvbench.sweep import Sweep
 
 CONTEXT = 8192  # tokens, for a model whose card says nothing
 
@@ -44,6 +46,7 @@ class Choices:
     option: dict[str, str]
     chat_template: str
     batch_rows: int | None
+    memory_limit: int | None
     dry_run: bool
 
 
@@ -75,36 +78,44 @@ def run_sweep(choices: Choices, home: Path) -> int:
         say(f"left out: {'; '.join(left_out)}")
     open_cells = [c for c in cells if c.fingerprint not in known or known[c.fingerprint].error]
     if choices.dry_run:
-        print_plan(cells, open_cells, out, known)
+        sweep = make_sweep(choices, model, settings, tasks)
+        print_plan(sweep, open_cells, len(cells), out)
         return 0
     if not open_cells:
         say(f"all {len(cells)} cells are measured already")
         return finish(out, [])
-    return measure(choices, model, settings, common, open_cells, out, len(cells))
+    sweep = make_sweep(choices, model, settings, tasks)
+    return measure(choices, sweep, common, open_cells, out, len(cells))
+
+
+def make_sweep(
+    choices: Choices, model: "LoadedModel", settings: Settings, tasks: Sequence[Task]
+) -> "Sweep":
+    """What the sweep needs beside its cells."""
+    from kvbench.sweep import Sweep, free_bytes
+
+    return Sweep(
+        model=model,
+        tasks={task.name: task for task in tasks},
+        seed=settings.seed,
+        context=settings.context,
+        prefill_chunk=settings.prefill_chunks[0],
+        memory_limit=choices.memory_limit or free_bytes(model),
+        batch_rows=choices.batch_rows,
+    )
 
 
 def measure(
     choices: Choices,
-    model: "LoadedModel",
-    settings: Settings,
+    sweep: "Sweep",
     common: dict[str, Any],
     open_cells: Sequence[Cell],
     out: Path,
     planned: int,
 ) -> int:
     """Measure the open cells into the run directory `out`."""
-    from kvbench.sweep import Sweep, default_batch_rows
-
     if len(open_cells) < planned:
         say(f"continuing {out}: {planned - len(open_cells)} of {planned} cells are there")
-    sweep = Sweep(
-        model=model,
-        tasks={task.name: task for task in get_tasks(choices.task or default_tasks())},
-        seed=settings.seed,
-        context=settings.context,
-        prefill_chunk=settings.prefill_chunks[0],
-        batch_rows=choices.batch_rows or default_batch_rows(model, settings.context),
-    )
     with RunWriter(out, common, invocation(choices)) as writer:
         try:
             with show_progress(open_cells) as progress:
@@ -224,36 +235,56 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def print_plan(
-    cells: Sequence[Cell], open_cells: Sequence[Cell], out: Path, known: dict[str, Record]
-) -> None:
-    """Show what a run would measure, and what it would cost by what is measured already."""
+def print_plan(sweep: "Sweep", open_cells: Sequence[Cell], planned: int, out: Path) -> None:
+    """Show what a run would measure, in which groups, and about what it would take."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("task", "method", "budgets", "chunks", "cells", "tokens", box=None)
-    groups: dict[tuple[str, str], list[Cell]] = {}
-    for cell in open_cells:
-        groups.setdefault((cell.sample.task, cell.spec.name), []).append(cell)
-    for (task, method), group in groups.items():
-        table.add_row(
-            task,
-            method,
-            ", ".join(f"{b:g}" for b in sorted({c.budget for c in group})),
-            ", ".join(str(c) for c in sorted({c.prefill_chunk or 0 for c in group}) if c) or "any",
-            str(len(group)),
-            str(sum(c.tokens for c in group)),
-        )
+    from kvbench.cost import cost_of, seconds_of
+    from kvbench.sweep import gib, rows_of
+
     console = Console()
-    console.print(table)
-    tokens = sum(c.tokens for c in open_cells)
-    done = [r for r in known.values() if r.error is None and r.prefill_seconds is not None]
-    line = f"{len(open_cells)} of {len(cells)} cells to measure, {tokens} tokens at most, in {out}"
-    if done:
-        spent = sum((r.prefill_seconds or 0) + (r.decode_seconds or 0) for r in done)
-        fed = sum((r.prompt_tokens or 0) + (r.new_tokens or 0) for r in done)
-        line += f", about {duration(tokens * spent / max(1, fed))} by what is measured already"
-    console.print(line, soft_wrap=True)
+    methods = Table("method", "budgets", "chunks", "tasks", "cells", box=None)
+    by_method: dict[str, list[Cell]] = {}
+    for cell in open_cells:
+        by_method.setdefault(cell.spec.name, []).append(cell)
+    for method, cells in by_method.items():
+        methods.add_row(
+            method,
+            ", ".join(f"{b:g}" for b in sorted({c.budget for c in cells})),
+            ", ".join(str(c) for c in sorted({c.prefill_chunk or 0 for c in cells}) if c) or "any",
+            ", ".join(dict.fromkeys(c.sample.task for c in cells)),
+            str(len(cells)),
+        )
+    console.print(methods)
+
+    groups = Table("task", "chunk", "groups", "cells each", "tokens", "alone", "memory", box=None)
+    by_kind: dict[tuple[str, int], list[list[Cell]]] = {}
+    for batch in sweep.batches(open_cells):
+        by_kind.setdefault((batch[0].sample.task, sweep.chunk(batch)), []).append(batch)
+    costs = []
+    for (task, chunk), batches in by_kind.items():
+        here = [cost_of(sweep.model, rows_of(batch), chunk) for batch in batches]
+        costs += here
+        sizes = sorted({len(batch) for batch in batches})
+        groups.add_row(
+            task,
+            str(chunk),
+            str(len(batches)),
+            f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}",
+            str(sum(cost.tokens for cost in here)),
+            str(sum(cell.tokens for batch in batches for cell in batch)),
+            gib(max(cost.bytes for cost in here)),
+        )
+    console.print()
+    console.print(groups)
+    line = f"\n{len(open_cells)} of {planned} cells to measure in {out}: "
+    if costs:
+        tokens = sum(cost.tokens for cost in costs)
+        seconds = duration(seconds_of(sweep.model, costs, sweep.prefill_chunk))
+        line += f"{tokens} tokens at most, about {seconds}, "
+        line += f"{gib(max(cost.bytes for cost in costs))} beside the model "
+    console.print(line + f"(memory limit {gib(sweep.memory_limit)})", soft_wrap=True)
 
 
 def say(text: str) -> None:

@@ -3,12 +3,14 @@
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby
+from pathlib import Path
 
 import torch
 
+from kvbench.cost import cost_of
 from kvbench.engine import Outcome, Row, run_rows
 from kvbench.model import LoadedModel
 from kvbench.plan import Cell
@@ -16,12 +18,13 @@ from kvbench.results import Record, RunWriter
 from kvbench.task import Task
 
 PROMPT_TAIL = 240  # characters of the prompt kept in a record
-MOST_ROWS = 64  # more rows in a batch gain nothing on any machine seen so far
+MOST_ROWS = 64  # rows of several samples; more in a batch gain nothing on any machine seen so far
 
 RunRows = Callable[..., list[Outcome]]
+Bytes = Callable[[Sequence[Cell]], int]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sweep:
     """What a sweep needs beside its cells."""
 
@@ -30,45 +33,73 @@ class Sweep:
     seed: int
     context: int
     prefill_chunk: int  # tokens; for methods that do not depend on it
-    batch_rows: int
+    memory_limit: int  # bytes beside the weights
+    batch_rows: int | None = None  # at most; None as many as memory allows
     run_rows: RunRows = run_rows
+    too_much: float = field(default=math.inf, init=False)  # bytes that memory did not suffice for
 
     def run(
         self, cells: Sequence[Cell], writer: RunWriter, progress: Callable[[Cell], None]
     ) -> list[Record]:
         """Measure all cells; return the records of those that failed.
 
-        A batch that raises is measured again cell by cell, so that a failure costs only the cells
-        that cause it. KeyboardInterrupt passes through; what was finished is stored.
+        A batch that raises, of whatever, is halved and measured again, so that in the end a failure
+        costs only the cells that cause it, and too little memory only time. KeyboardInterrupt
+        passes through; what was finished is stored.
         """
         failed = []
-        for batch in batches(cells, self.batch_rows, self.prefill_chunk):
-            records = self._measure(batch)
-            writer.append(records)
-            failed += [record for record in records if record.error is not None]
-            for cell in batch:
-                progress(cell)
+        for batch in self.batches(cells):
+            for part, records in self._measured(batch):
+                writer.append(records)
+                failed += [record for record in records if record.error is not None]
+                for cell in part:
+                    progress(cell)
         return failed
 
-    def _measure(self, batch: Sequence[Cell]) -> list[Record]:
-        try:
-            outcomes = self._outcomes(batch)
-        except Exception as error:
-            if len(batch) == 1:
-                return [self._record(batch[0], error=_one_line(error))]
-        else:
-            return [
-                self._scored(cell, outcome) for cell, outcome in zip(batch, outcomes, strict=True)
-            ]
-        return [record for cell in batch for record in self._measure([cell])]
+    def batches(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """The cells as they are measured together."""
+        return list(
+            batches(cells, self.prefill_chunk, self.bytes, self.memory_limit, self.batch_rows)
+        )
 
-    def _outcomes(self, batch: Sequence[Cell]) -> list[Outcome]:
-        rows = [
-            Row(cell.prompt, cell.sample.max_new_tokens, cell.spec, cell.budget, cell.seed)
-            for cell in batch
-        ]
-        chunk = _chunk(batch[-1], self.prefill_chunk)
-        return self.run_rows(self.model, rows, prefill_chunk=chunk)
+    def bytes(self, batch: Sequence[Cell]) -> int:
+        """The most bytes that a batch takes at one moment, beside the weights."""
+        return cost_of(self.model, rows_of(batch), self.chunk(batch)).bytes
+
+    def chunk(self, batch: Sequence[Cell]) -> int:
+        """The prefill chunk that a batch is read in."""
+        return _chunk(batch[-1], self.prefill_chunk)
+
+    def _measured(self, batch: Sequence[Cell]) -> Iterator[tuple[Sequence[Cell], list[Record]]]:
+        needed = self.bytes(batch)
+        if len(batch) == 1 and needed > self.memory_limit:
+            error = f"needs {gib(needed)} beside the model, the memory limit is "
+            error += f"{gib(self.memory_limit)} (--memory-limit)"
+            yield batch, [self._record(batch[0], error=error)]
+            return
+        failure = None
+        if len(batch) == 1 or needed < self.too_much:
+            try:
+                outcomes = self.run_rows(
+                    self.model, rows_of(batch), prefill_chunk=self.chunk(batch)
+                )
+            except Exception as error:
+                # Only words are kept: the error itself holds on to all the memory of its frames.
+                failure = _one_line(error)
+                if len(batch) > 1 and is_out_of_memory(error):
+                    self.too_much = min(self.too_much, needed)
+            else:
+                pairs = zip(batch, outcomes, strict=True)
+                yield batch, [self._scored(cell, outcome) for cell, outcome in pairs]
+                return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            yield batch, [self._record(batch[0], error=failure)]
+            return
+        half = (len(batch) + 1) // 2
+        yield from self._measured(batch[:half])
+        yield from self._measured(batch[half:])
 
     def _scored(self, cell: Cell, outcome: Outcome) -> Record:
         prediction = self.model.tokenizer.decode(outcome.tokens, skip_special_tokens=True)
@@ -107,11 +138,26 @@ def _chunk(cell: Cell, default: int) -> int:
     return default if cell.prefill_chunk is None else cell.prefill_chunk
 
 
-def batches(cells: Sequence[Cell], batch_rows: int, prefill_chunk: int) -> Iterator[list[Cell]]:
-    """Cut cells into batches of at most `batch_rows`, each of one task and one prefill chunk.
+def rows_of(batch: Sequence[Cell]) -> list[Row]:
+    """The engine's rows of some cells."""
+    return [
+        Row(cell.prompt, cell.sample.max_new_tokens, cell.spec, cell.budget, cell.seed)
+        for cell in batch
+    ]
 
-    The cells of a sample stay together where they fit, since they share a prompt. Cells that do not
-    depend on the prefill chunk go with those of `prefill_chunk`.
+
+def batches(
+    cells: Sequence[Cell],
+    prefill_chunk: int,
+    bytes_of: Bytes,
+    memory_limit: int,
+    batch_rows: int | None,
+) -> Iterator[list[Cell]]:
+    """Cut cells into batches, each of one task and one prefill chunk, that memory suffices for.
+
+    The cells of a sample stay together, since they share a prompt, unless they would not fit;
+    samples are added up to `batch_rows` cells (None: MOST_ROWS). Cells that do not depend on the
+    prefill chunk go with those of `prefill_chunk`. A cell that does not fit is a batch by itself.
     """
     open_batches: dict[tuple[str, int], list[Cell]] = {}
     for _, same_sample in groupby(cells, key=lambda c: (c.sample.task, c.sample.index)):
@@ -120,38 +166,66 @@ def batches(cells: Sequence[Cell], batch_rows: int, prefill_chunk: int) -> Itera
             kind = cell.sample.task, _chunk(cell, prefill_chunk)
             by_kind.setdefault(kind, []).append(cell)
         for kind, group in by_kind.items():
+            # Those that share the whole prefill first, so that a cut leaves them together.
+            group.sort(key=lambda cell: cell.spec.depends_on_chunk)
             waiting = open_batches.pop(kind, [])
-            if waiting and len(waiting) + len(group) > batch_rows:
+            joined = waiting + group
+            if waiting and (
+                len(joined) > (batch_rows or MOST_ROWS) or bytes_of(joined) > memory_limit
+            ):
                 yield waiting
-                waiting = []
-            waiting += group
-            while len(waiting) >= batch_rows:
-                yield waiting[:batch_rows]
-                waiting = waiting[batch_rows:]
-            if waiting:
-                open_batches[kind] = waiting
+                joined = group
+            *full, rest = _fitting(joined, bytes_of, memory_limit, batch_rows or len(joined))
+            yield from full
+            open_batches[kind] = rest
     yield from open_batches.values()
 
 
-def row_bytes(model: LoadedModel, tokens: int) -> int:
-    """Bytes of the KV cache of one row of `tokens` tokens when nothing is evicted."""
-    shape = model.shape
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * model.dtype.itemsize * tokens
+def _fitting(
+    cells: list[Cell], bytes_of: Bytes, memory_limit: int, most: int
+) -> Iterator[list[Cell]]:
+    """Cells in pieces, in order, of at most `most` cells and `memory_limit` bytes."""
+    if len(cells) == 1 or (len(cells) <= most and bytes_of(cells) <= memory_limit):
+        yield cells
+        return
+    half = most if len(cells) > most else (len(cells) + 1) // 2
+    yield from _fitting(cells[:half], bytes_of, memory_limit, most)
+    yield from _fitting(cells[half:], bytes_of, memory_limit, most)
 
 
-def default_batch_rows(model: LoadedModel, tokens: int) -> int:
-    """Rows whose whole caches fill at most a quarter of the memory that is free now."""
-    free = _free_bytes(model) // 4
-    return max(1, min(MOST_ROWS, free // max(1, row_bytes(model, tokens))))
-
-
-def _free_bytes(model: LoadedModel) -> int:
+def free_bytes(model: LoadedModel) -> int:
+    """Memory that a sweep may take by default: most of what is free."""
     if model.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(model.device)[0])
+        free = int(torch.cuda.mem_get_info(model.device)[0])
+    else:
+        free = available_memory()
+    return free * 3 // 4
+
+
+def available_memory() -> int:
+    """Bytes of the machine's memory that programs could take now."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return 4 * 2**30
+
+
+def gib(size: float) -> str:
+    """Bytes as people say them: 812 MiB, 3.1 GiB."""
+    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU, whose allocator raises a bare RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _one_line(error: Exception) -> str:

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, cat
 from torch.nn.functional import avg_pool1d
 
-from kvbench.attention import observed_attention
 from kvbench.method import Family, LayerView, Method
 from kvbench.registry import register_method
 
@@ -33,14 +32,10 @@ class SnapKV(Method):
 
     def scores(self, view: LayerView) -> Tensor:
         """[K, E]: attention from the window, average-pooled over the entries it may evict."""
-        attention = observed_attention(
-            view.queries, view.keys, view.query_positions, view.positions, view.scaling
-        )
-        stop = attention.shape[1] - view.patched
+        stop = view.entries - view.patched
         start = stop - view.new
         if not view.patched:
             stop -= view.queries.shape[2]
-        attention[:, start:stop] = avg_pool1d(
-            attention[:, start:stop], self.kernel, stride=1, padding=self.kernel // 2
-        )
-        return attention
+        candidates = view.attention[:, start:stop]
+        pooled = avg_pool1d(candidates, self.kernel, stride=1, padding=self.kernel // 2)
+        return cat([view.attention[:, :start], pooled, view.attention[:, stop:]], dim=1)

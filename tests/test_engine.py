@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, loaded_model, plain_model
 
-from kvbench.attention import attend_reference, attend_sdpa
+from kvbench.attention import Reference, Sdpa
 from kvbench.engine import Row, run_rows
 from kvbench.errors import InputError
 from kvbench.footprint import (
@@ -22,6 +22,7 @@ from kvbench.footprint import (
     post_fill_rows,
     window_rows,
 )
+from kvbench.method import Entries
 from kvbench.spec import MethodSpec, method_names, parse_method
 
 LAYERS, KV_HEADS = 3, 2
@@ -206,21 +207,38 @@ def test_rows_that_cannot_be_run_are_refused(scores_file: Path) -> None:
     new=st.integers(1, 600),
     sliding=st.one_of(st.none(), st.integers(1, 50)),
 )
-def test_sdpa_is_the_float64_reference(
+def test_sdpa_is_the_float64_reference_for_chunks(
     heads: int, group: int, past: int, new: int, sliding: int | None
 ) -> None:
     generator = torch.Generator().manual_seed(past * 1000 + new)
     q = torch.randn(heads, group, new, 8, generator=generator)
     k, v = (torch.randn(heads, past + new, 8, generator=generator) for _ in range(2))
     positions = torch.arange(past + new).expand(heads, -1)
-    arguments: dict[str, Any] = {
-        "scaling": 0.3,
-        "query_positions": torch.arange(past, past + new),
-        "positions": positions,
-        "sliding": sliding,
-    }
-    expected = attend_reference(q, k, v, **arguments)
-    torch.testing.assert_close(attend_sdpa(q, k, v, **arguments), expected, atol=2e-6, rtol=1e-4)
+    whole = Entries(k, v, positions)
+    before = Entries(*(t[:, :past].flip(1) for t in whole)) if past else None
+    own = Entries(*(t[:, past:] for t in whole))
+    arguments: dict[str, Any] = {"scaling": 0.3, "sliding": sliding}
+    expected = Reference().chunk(q, before, own, **arguments)
+    got = Sdpa().chunk(q, before, own, **arguments)
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6), group=st.integers(1, 3))
+def test_sdpa_is_the_float64_reference_for_tokens(lengths: list[int], group: int) -> None:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    most = max(lengths)
+    q = torch.randn(len(lengths), group, 8, generator=generator)
+    k, v = (torch.randn(len(lengths), most, 8, generator=generator) for _ in range(2))
+    held = torch.tensor(lengths)
+    mask = torch.zeros(len(lengths), most)
+    mask[torch.arange(most) >= held[:, None]] = -torch.inf
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 3e-2)):
+        arguments: dict[str, Any] = {"scaling": 0.3, "lengths": held, "mask": mask.to(dtype)}
+        tensors = (q.to(dtype), k.to(dtype), v.to(dtype))
+        expected = Reference().token(*tensors, **arguments)
+        got = Sdpa().token(*tensors, **arguments)
+        torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
 
 
 def refusal(model: Any) -> str:

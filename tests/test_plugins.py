@@ -33,12 +33,13 @@ class Oldest(Method):
 USE = """
 from kvbench.spec import method_names, parse_method
 from models import loaded_model
-from kvbench.engine import Row, run_rows, prefill
+from kvbench.cache import Ledger
+from kvbench.engine import Row, prefill
 import torch
 assert {"oldest", "oldest-naive"} <= set(method_names()), method_names()
 spec = parse_method("oldest", {"skip": "0.0"})
 with torch.inference_mode():
-    state = prefill(loaded_model(), Row([1] * 40, 2, spec, 0.25), None)
+    state = prefill(loaded_model(), [Row([1] * 40, 2, spec, 0.25)], None, Ledger())[0]
 assert state.cache.kept(0)[1] == list(range(10)), state.cache.kept(0)
 print("works")
 """

@@ -8,10 +8,10 @@ import torch
 from models import loaded_model, plain_model
 from torch import Tensor
 
-from kvbench.cache import HeadGroup
+from kvbench.cache import HeadGroup, Ledger
 from kvbench.engine import Row, prefill
 from kvbench.footprint import Meter
-from kvbench.method import LayerView, Window
+from kvbench.method import Entries, LayerView, Window
 from kvbench.spec import parse_method
 
 PROMPT, LAYERS, KV_HEADS, GROUP = 96, 3, 2, 2
@@ -20,10 +20,9 @@ PROMPT, LAYERS, KV_HEADS, GROUP = 96, 3, 2, 2
 def view_of(prompt: int, window: int, budget: float, layer: int, layers: int) -> LayerView:
     """A view with nothing in it but numbers, for capacities."""
     empty = torch.empty(1, prompt, 0)
+    positions = torch.arange(prompt)[None]
     return LayerView(
-        keys=empty,
-        values=empty,
-        positions=torch.arange(prompt)[None],
+        blocks=[[Entries(empty, empty, positions)]],
         queries=torch.empty(1, 1, min(window, prompt), 0),
         query_positions=torch.arange(max(0, prompt - window), prompt),
         scaling=1.0,
@@ -92,7 +91,7 @@ def kept(name: str, budget: float, chunk: int | None = None, **options: Any) -> 
     model = loaded_model()
     row = Row(prompt_tokens(), 4, parse_method(name, options), budget)
     with torch.inference_mode():
-        state = prefill(model, row, chunk)
+        state = prefill(model, [row], chunk, Ledger())[0]
     return [state.cache.kept(layer) for layer in range(LAYERS)]
 
 
@@ -216,36 +215,3 @@ def test_the_patched_tokens_leave_nothing_behind() -> None:
         for positions in layer.values():
             assert len(positions) == len(set(positions)) == 48
             assert max(positions) == PROMPT - 1
-
-
-def test_a_ring_holds_what_a_list_would() -> None:
-    meter = Meter()
-    group = HeadGroup(torch.arange(2), Window(2, 3), meter)
-    held: list[int] = []
-    for position in range(4):
-        group.append(*(torch.full((2, 1, 4), float(position)),) * 2, torch.tensor([position]), 6)
-        held.append(position)
-    for position in range(4, 40):
-        group.append(*(torch.full((2, 1, 4), float(position)),) * 2, torch.tensor([position]), 6)
-        held.append(position)
-        seen = group.positions[0, : group.length].tolist()
-        assert sorted(seen) == held  # the new token and all that was resident
-        assert group.keys[1, : group.length, 0].tolist() == [float(p) for p in seen]
-        group.slide()
-        if len(held) > 5:
-            del held[2]
-        assert group.resident == len(held)
-        assert meter.entries == 2 * len(held)
-    assert group.keys.shape[1] == 6  # five entries and the place of the one being decoded
-
-
-def test_a_fork_goes_its_own_way() -> None:
-    model = loaded_model()
-    row = Row(prompt_tokens(), 4, parse_method("snapkv", {"window": 8}), 0.5)
-    with torch.inference_mode():
-        cache = prefill(model, row, None).cache
-    before = cache.kept(1)
-    twin = cache.fork()
-    twin.layers[1][0].keep(torch.zeros(KV_HEADS, 1, dtype=torch.long), 0)
-    assert cache.kept(1) == before
-    assert cache.meter.entries - twin.meter.entries == KV_HEADS * (len(before[0]) - 1)
