@@ -1,6 +1,7 @@
 """`kvbench train prulong|duoattention` as a user meets it: real processes, one or two of them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,25 +42,44 @@ def test_trained_scores_are_scores_to_run_with(tmp_path: Path) -> None:
     assert record["options"]["score_targets"] == [0.4, 0.8]
 
 
-@pytest.mark.parametrize("method", ["prulong", "duoattention"])
-def test_two_processes_learn_what_one_learns(method: str, tmp_path: Path) -> None:
-    launch = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--main_process_port", "0", "-m", "kvbench"),
-    ]
-    command = ["train", method, *SMALL, "--device", "cpu"]
-    one = kvbench(*command, "--out", "one", folder=tmp_path)
-    assert one.returncode == 0, one.stderr
-    two = subprocess.run(
-        [*launch, *command, "--out", "two"], cwd=tmp_path, capture_output=True, text=True
+def launched(folder: Path, *arguments: str) -> None:
+    """Run `kvbench train` as two processes, as `accelerate launch` does on GPUs."""
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kvbench"]
+    done = subprocess.run(
+        [sys.executable, *two, "train", *arguments, "--device", "cpu"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert two.returncode == 0, two.stderr
-    assert two.stderr.count("step 6 of 6") == 1  # one of them speaks
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step 6 of 6") == 1  # one of them speaks
+
+
+@pytest.mark.parametrize("method", ["prulong", "duoattention"])
+@pytest.mark.parametrize("options", [[], ["--option", "shard=true"]], ids=["whole", "sharded"])
+def test_two_processes_learn_what_one_learns(
+    method: str, options: list[str], tmp_path: Path
+) -> None:
+    one = kvbench("train", method, *SMALL, "--device", "cpu", "--out", "one", folder=tmp_path)
+    assert one.returncode == 0, one.stderr
+    launched(tmp_path, method, *SMALL, *options, "--out", "two")
+    file = json.loads((tmp_path / "two" / f"scores-{method}.json").read_text())
+    assert file["processes"] == 2
     alone, together = scores(tmp_path / "one", method), scores(tmp_path / "two", method)
     for a, b in zip(alone, together, strict=True):
         assert a == pytest.approx(b, abs=1e-3)
     assert max(map(max, alone)) - min(map(min, alone)) > 0.01  # they were learnt
+
+
+def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
+    for name, options in (("kept", []), ("again", ["--option", "gradient_checkpointing=true"])):
+        done = kvbench("train", "prulong", *SMALL, *options, "--out", name, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    for a, b in zip(
+        scores(tmp_path / "kept", "prulong"), scores(tmp_path / "again", "prulong"), strict=True
+    ):
+        assert a == pytest.approx(b, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +99,7 @@ def test_two_processes_learn_what_one_learns(method: str, tmp_path: Path) -> Non
         ("prulong --model nowhere", "no model 'nowhere'"),
         ("prulong --out /proc/none", "cannot write"),
         ("prulong --option weights_rate=0.1 --target 0.5,0.7", "one --target at a time"),
+        ("prulong --option shard=true", "several processes"),
         ("prulon", "did you mean 'prulong'"),
     ],
 )

@@ -69,6 +69,7 @@ def train_heads(choices: HeadChoices) -> int:
             "processes: give a --batch that they divide"
         )
     rows = make_rows(recipes[0], model)
+    net = network(model, recipes[0], accelerator)
     try:
         choices.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -80,7 +81,7 @@ def train_heads(choices: HeadChoices) -> int:
         folder = choices.out if len(recipes) == 1 else choices.out / f"target-{recipe.target:g}"
         objective = make_objective(recipe, model)
         log = learn(
-            network(model, recipe, accelerator),
+            net,
             objective,
             rows,
             recipe,
@@ -102,7 +103,7 @@ def train_heads(choices: HeadChoices) -> int:
             save_training_pictures(log, scores, folder / "training", recipe)
     if accelerator.is_main_process:
         path = choices.out / f"scores-{choices.method}.json"
-        write_atomically(path, score_file(recipes[0], sets))
+        write_atomically(path, score_file(recipes[0], sets, accelerator.num_processes))
         if recipes[0].weights_rate:
             model.model.save_pretrained(choices.out / "model")
             model.tokenizer.save_pretrained(choices.out / "model")
@@ -171,7 +172,7 @@ def make_rows(recipe: Recipe, model: LoadedModel) -> Rows:
 
 
 def network(model: LoadedModel, recipe: Recipe, accelerator: Any) -> Any:
-    """The model to train through: sharded under FSDP, recomputing activations if asked to."""
+    """The model to train through: sharded, recomputing activations, its weights frozen or not."""
     net = model.model
     if recipe.gradient_checkpointing:
         net.gradient_checkpointing_enable({"use_reentrant": False})
@@ -180,20 +181,37 @@ def network(model: LoadedModel, recipe: Recipe, accelerator: Any) -> Any:
             if isinstance(module, torch.nn.Dropout):
                 module.eval()
     net.requires_grad_(bool(recipe.weights_rate))
-    if str(accelerator.distributed_type).endswith("FSDP"):
-        if recipe.weights_rate:
-            raise InputError("weights cannot be trained while FSDP shards them: set weights_rate=0")
-        net = accelerator.prepare_model(net)
+    if recipe.shard or str(accelerator.distributed_type).endswith("FSDP"):
+        shard(net, recipe, accelerator)
     return net
 
 
-def score_file(recipe: Recipe, sets: list[dict[str, Any]]) -> str:
+def shard(net: Any, recipe: Recipe, accelerator: Any) -> None:
+    """Shard a model's weights over all processes, a decoder layer at a time (FSDP).
+
+    By PyTorch itself, since accelerate's FSDP2 wants an optimizer of the weights, which are frozen.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if accelerator.num_processes == 1:
+        raise InputError("shard=true needs several processes: accelerate launch -m kvbench ...")
+    if recipe.weights_rate:
+        raise InputError("weights cannot be trained while they are sharded: set weights_rate=0")
+    blocks = set(net._no_split_modules or ())  # transformers' name for the decoder's layers
+    for module in net.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module)
+    fully_shard(net)
+
+
+def score_file(recipe: Recipe, sets: list[dict[str, Any]], processes: int) -> str:
     """The file of scores: how they were learnt, then a table [L][K] for each target."""
     settings = {key: value for key, value in asdict(recipe).items() if value is not None}
     if len(sets) > 1:
         del settings["target"]
     content = {
         **settings,
+        "processes": processes,
         "date": datetime.now(UTC).date().isoformat(),
         "kvbench": kvbench.__version__,
         "torch": str(torch.__version__),

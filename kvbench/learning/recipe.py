@@ -51,7 +51,8 @@ class Recipe:
     sinks: int
     window: int
     seed: int
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    shard: bool = False  # the model's weights over the processes (FSDP)
     target: float | None = None  # prulong: sparsity to reach
     loss_tokens: int | None = None  # prulong: predicted in a row, drawn at random if it has more
     weights_rate: float = 0.0  # prulong: Adam's for the model's weights, 0 to freeze them
