@@ -36,9 +36,11 @@ class PruLong:
 
     def groups(self) -> list[dict[str, Any]]:
         """The masks descend, the multipliers ascend."""
+        assert self.recipe.multiplier_rate is not None
+        ascent = self.recipe.multiplier_rate / self.recipe.rate
         return [
             {"params": [self.log_alpha], "rate": 1.0},
-            {"params": [self.multipliers], "rate": 1.0, "maximize": True},
+            {"params": [self.multipliers], "rate": ascent, "maximize": True},
         ]
 
     def gates(self, step: int, indices: Sequence[int]) -> Tensor:

@@ -19,6 +19,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "sinks": 128,
         "window": 1024,
         "loss_tokens": 8192,
+        "multiplier_rate": 1.0,
         "weights_rate": 0.0,
     },
     "duoattention": {
@@ -55,6 +56,7 @@ class Recipe:
     shard: bool = False  # the model's weights over the processes (FSDP)
     target: float | None = None  # prulong: sparsity to reach
     loss_tokens: int | None = None  # prulong: predicted in a row, drawn at random if it has more
+    multiplier_rate: float | None = None  # prulong: Adam's for the constraint's multipliers
     weights_rate: float = 0.0  # prulong: Adam's for the model's weights, 0 to freeze them
     l1: float | None = None  # duoattention: weight of the mean gate
     passkeys: int | None = None  # duoattention: in a row, at most
