@@ -189,24 +189,18 @@ def run(**choices: Any) -> int:
 @click.option("--out", type=click.Path(path_type=Path),
               help="Folder for what is written [default: the run's own].")  # fmt: skip
 def report(runs: tuple[str, ...], threshold: float, form: str, out: Path | None) -> int:
-    """Critical footprints and pictures of RUNs [default: the latest]."""
+    """Critical footprints, pictures and a page of RUNs [default: the latest]."""
     from kvbench.report import find_run_folders, make_report
-    from kvbench.results import write_atomically
-    from kvbench.tables import print_report, to_csv
+    from kvbench.tables import print_report
 
     folders = find_run_folders(runs, RUNS)
     found = make_report(folders, threshold)
     folder = out or (folders[0] if len(folders) == 1 else RUNS.parent / "report")
-    from kvbench.figures import save_pictures
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file; name a folder")
+    from kvbench.publish import publish
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "critical.csv", to_csv(found))
-        written = [folder / "critical.csv", *save_pictures(found, folder)]
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {folder}: {error.strerror}; choose another --out"
-        ) from error
+    written = publish(found, folder)
     print_report(found, form)
     for note in found.notes:
         click.echo(f"note: {note}", err=True)
