@@ -5,43 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from records import record, store
 
 from kvbench.curves import Status
 from kvbench.errors import InputError
 from kvbench.report import find_run_folders, make_report
 from kvbench.results import Record, RunWriter, from_line, read_records, to_line
 from kvbench.tables import to_csv, to_json, to_latex, to_markdown
-
-
-def record(method: str, budget: float, sample: int, score: float | None, **changes: Any) -> Record:
-    values: dict[str, Any] = {
-        "fingerprint": f"{method}/{budget}/{sample}/{changes}",
-        "model": "m",
-        "task": "recall",
-        "subtask": "any",
-        "method": method,
-        "family": method,
-        "options": {},
-        "budget": budget,
-        "prefill_chunk": None,
-        "sample": sample,
-        "sample_seed": 0,
-        "context": 100,
-        "finished": "2026-01-01T00:00:00",
-        "prompt_tail": "",
-        "reference": ["x"],
-        "prediction": "y",
-        "score": score,
-        "kv_footprint": budget,
-        "kv_peak": budget,
-    }
-    return Record(**{**values, **changes})
-
-
-def store(folder: Path, records: list[Record]) -> Path:
-    with RunWriter(folder, {"model": "m"}, {}) as writer:
-        writer.append(records)
-    return folder
 
 
 def curve_of(folder: Path, method: str, threshold: float = 0.9) -> Any:
