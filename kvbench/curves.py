@@ -4,15 +4,22 @@ Definitions are those of ALGORITHMS, section 2. P counts the points of a curve (
 order of cost: KV footprint, or peak), R the resamples of a bootstrap, S the samples of a task. All
 costs and scores are fractions. Arrays in, arrays out: this module knows no record and no file.
 
-**Intervals** are expanded percentile intervals (Hesterberg 2015, arXiv 1411.5279, section 4.3): the
-bootstrap's own percentiles, but further out than 2.5 and 97.5 by what a t interval of as many
-samples is wider than the bootstrap's idea of it. The plain percentile interval was tried first: on
-simulated curves of 32 samples it covers the truth 92 to 94 % of the time, because a bootstrap draws
-its spread from the samples' own variance, which is too small by (S-1)/S, and takes it for known.
-BCa and bias correction cover less still, as a critical footprint's distribution is lumpy where the
-crossing changes from one pair of budgets to the next, and the basic interval mirrors the skew the
-wrong way round (60 to 80 %). An interval says nothing of what is not resampled: with every score
-equal it has no width.
+**Intervals** are those of a paired bootstrap over samples, with two corrections for few samples:
+
+- They are expanded percentile intervals (Hesterberg 2015, arXiv 1411.5279): further out than 2.5
+  and 97.5 per cent by what a t interval of as many samples is wider than a bootstrap takes it for,
+  which draws its spread from the samples' own variance and takes that for known.
+- Every resample holds imagined samples besides: a passed and a failed one, of random weights that
+  are half a trial each on average (Jeffreys' prior for a share). A trial is a score of 0 or 1; of
+  graded scores a fraction of a sample tells as much. Otherwise 32 passes of 32 would leave no
+  doubt, though the true share may well be 0.92. The baseline gets none: pulled along, the ratio of
+  the two would hardly move.
+
+The plain percentile interval was tried first. On simulated curves of 16 to 32 samples of 0 or 1 it
+covers the truth 87 to 93 % of the time; expansion alone brings 88 to 94 %, both together 94 to
+97 %. BCa and bias-corrected intervals cover no more than plain ones, as a critical footprint's
+distribution is lumpy where the crossing changes from one pair of budgets to the next, and the basic
+interval mirrors its skew the wrong way round (60 to 80 %).
 """
 
 from collections.abc import Iterator
@@ -28,6 +35,7 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 1000
 BOOTSTRAP_SEED = 0
+IMAGINED = 1.0  # trials, half of them passed
 OUTSIDE = 0.05  # share of the probability that an interval leaves outside
 BLOCK = 4_000_000  # resampled samples held at once, 8 bytes each and a few times over
 ROUNDING = 1e-9  # what rounding may take away from a mean that reaches its target exactly
@@ -88,13 +96,12 @@ def cross(cost: Floats, fitted: Floats, target: Floats) -> Floats:
     Costs [R, P] do not fall, and the curves end at a cost of 1: `fitted` is [R, P + 1].
     """
     x = np.concatenate([cost, np.ones((len(cost), 1))], axis=1)
-    goal = target - ROUNDING
-    first = (fitted >= goal[:, None]).argmax(axis=1)
+    first = (fitted >= (target - ROUNDING)[:, None]).argmax(axis=1)
     before = np.maximum(first - 1, 0)
     row = np.arange(len(x))
     x0, y0, x1, y1 = x[row, before], fitted[row, before], x[row, first], fitted[row, first]
     rise = np.where(y1 > y0, y1 - y0, 1.0)
-    part = np.minimum((goal - y0) / rise, 1.0)
+    part = np.minimum((target - y0) / rise, 1.0)
     return np.asarray(np.where(first == 0, x1, x0 + (x1 - x0) * part))
 
 
@@ -147,23 +154,38 @@ def resamples(samples: int, count: int = RESAMPLES, seed: int = BOOTSTRAP_SEED) 
         yield counts.reshape(size, samples).astype(float)
 
 
-def resampled_means(values: Floats) -> tuple[Floats, Floats]:
+def resampled_means(values: Floats, scores: NDArray[np.bool_]) -> tuple[Floats, Floats]:
     """Means of columns [S, C] in every resample, and how many samples each has; both [R, C].
 
-    NaN marks a sample that a column lacks. A resample that draws none of a column's samples takes
+    NaN marks a sample that a column lacks. Columns that are `scores` [C] get, in every resample,
+    the imagined samples described above. A resample that draws none of a column's samples takes
     the column's mean over all, at next to no weight.
     """
     there = ~np.isnan(values)
     known = np.where(there, values, 0.0)
     mask = there.astype(float)
     overall = known.sum(axis=0) / np.maximum(mask.sum(axis=0), 1.0)
-    sums, counts = [], []
-    for block in resamples(len(values)):
-        sums.append(block @ known)
-        counts.append(block @ mask)
-    count = np.concatenate(counts)
-    means = np.where(count > 0, np.concatenate(sums) / np.maximum(count, 1.0), overall)
-    return means, np.maximum(count, 1e-6)
+    blocks = [(block @ known, block @ mask) for block in resamples(len(values))]
+    sums, counts = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    means = np.where(counts > 0, sums / np.maximum(counts, 1.0), overall)
+    prior = IMAGINED * trials_in_a_sample(known, mask, scores)
+    rng = np.random.default_rng([BOOTSTRAP_SEED, 1])
+    failed, passed = rng.gamma(prior / 2, size=(2, len(means), 1))
+    smoothed = (means * counts + passed) / np.maximum(counts + failed + passed, 1e-6)
+    return np.where(scores & (counts > 0), smoothed, means), np.maximum(counts, 1e-6)
+
+
+def trials_in_a_sample(known: Floats, mask: Floats, scores: NDArray[np.bool_]) -> float:
+    """Samples that tell as much as one score of 0 or 1 does, from the scores' spread: 0 to 1.
+
+    A mean m of scores that are 0 or 1 has the variance m (1 - m) a sample; graded scores have
+    less. 1 where all scores are 0, or all 1: nothing is known of their spread.
+    """
+    count = np.maximum(mask[:, scores].sum(axis=0), 1.0)
+    mean = known[:, scores].sum(axis=0) / count
+    spread = (known[:, scores] ** 2).sum(axis=0) / count - mean**2
+    most = (mean * (1 - mean)).sum()
+    return float(np.clip(spread.sum() / most, 0, 1)) if most > ROUNDING else 1.0
 
 
 def interval(draws: Floats, samples: int) -> Interval | None:

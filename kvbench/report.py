@@ -347,7 +347,12 @@ def _curves_of(
             kept[key] = samples
     rows = {sample: row for row, sample in enumerate(sorted(full))}
     tables = {key: _table(series[key], samples, full, rows) for key, samples in kept.items()}
-    means, counts = resampled_means(np.concatenate(list(tables.values()), axis=1))
+    scores = [
+        np.arange(table.shape[1]) < len(kept[key]) for key, table in tables.items()
+    ]  # a table's first columns
+    means, counts = resampled_means(
+        np.concatenate(list(tables.values()), axis=1), np.concatenate(scores)
+    )
     curves, start = [], 0
     for key, table in tables.items():
         part = slice(start, start + table.shape[1])

@@ -122,12 +122,24 @@ def test_resamples_are_equal_draws_in_blocks(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_means_of_resamples_leave_out_what_is_missing() -> None:
     values = np.array([[1.0, 5.0], [0.0, np.nan], [0.5, np.nan]])
-    means, counts = resampled_means(values)
+    means, counts = resampled_means(values, np.array([False, False]))
     weights = np.concatenate(list(resamples(3)))
     np.testing.assert_allclose(means[:, 0], weights @ [1, 0, 0.5] / 3)
     np.testing.assert_allclose(means[:, 1], 5)
     np.testing.assert_allclose(counts[:, 0], 3)
     np.testing.assert_allclose(counts[:, 1], np.maximum(weights[:, 0], 1e-6))
+
+
+def test_scores_get_imagined_samples_and_the_rest_does_not() -> None:
+    passes = np.ones((32, 2))
+    means, _ = resampled_means(passes, np.array([True, False]))
+    assert (means[:, 1] == 1).all()
+    # 32 passes of 32: Jeffreys' interval for the share begins at 0.925
+    assert np.quantile(means[:, 0], 0.025) == pytest.approx(0.925, abs=0.01)
+    assert np.mean(means[:, 0]) == pytest.approx(32.5 / 33, abs=0.003)
+    # scores without any spread, but not at an end, are taken as they are
+    means, _ = resampled_means(passes / 2, np.array([True, True]))
+    np.testing.assert_allclose(means, 0.5)
 
 
 def test_no_interval_from_one_sample_or_from_no_draw() -> None:
@@ -159,7 +171,7 @@ BUDGETS = np.array([0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0])
 
 
 def draws_of(scores: Floats, cost: Floats) -> Floats:
-    means, counts = resampled_means(scores)
+    means, counts = resampled_means(scores, np.arange(scores.shape[1]) < len(cost))
     costs = np.broadcast_to(cost, (len(means), len(cost)))
     return critical_rows(costs, means[:, :-1], counts[:, :-1], means[:, -1], counts[:, -1], 0.9)
 

@@ -1,10 +1,16 @@
 """The paper's figure through the same fit, and its claims judged on made-up curves."""
 
+from pathlib import Path
+from typing import Any
 
 import pytest
+from records import record, store
 
+from kvbench.claims import Verdict, judge
 from kvbench.curves import Status
 from kvbench.paper import is_lower_bound, paper_records, paper_report
+from kvbench.report import make_report
+from kvbench.reproduce import compare, table_csv, table_markdown
 
 
 def test_the_papers_figure_gives_the_papers_critical_footprints() -> None:
@@ -26,3 +32,100 @@ def test_the_papers_figure_gives_the_papers_critical_footprints() -> None:
     assert not is_lower_bound(found["recall", "pyramidkv-patched"])
     assert len({task for task, _ in found}) == 8
     assert len(paper_records()) == sum(1 for c in found.values() for _ in c.points)
+
+
+def curves(**at: dict[int | None, list[float]]) -> list[Any]:
+    """Records of full attention at 1.0, and of methods: prefill chunk -> scores at 0.1, 0.4, 0.9.
+
+    Each sample's score is moved a little up or down, the same for all methods.
+    """
+    rows = [record("full", 1.0, i, 0.9 + 0.02 * (i % 3), task="recall") for i in range(30)]
+    for name, by_chunk in at.items():
+        method = name.replace("_", "-")
+        for chunk, scores in by_chunk.items():
+            for i in range(30):
+                for budget, score in zip((0.1, 0.4, 0.9), scores, strict=True):
+                    rows.append(
+                        record(method, budget, i, score + 0.02 * (i % 3), prefill_chunk=chunk)
+                    )
+    return rows
+
+
+def verdicts(folder: Path, **at: dict[int | None, list[float]]) -> list[Verdict]:
+    report = make_report([store(folder, curves(**at))], 0.9)
+    return [claim.verdict for claim in judge(report)]
+
+
+def test_claims_are_true_of_curves_made_so(tmp_path: Path) -> None:
+    found = verdicts(
+        tmp_path / "r",
+        snapkv={None: [0.1, 0.2, 0.3]},
+        snapkv_naive={256: [0.1, 0.2, 0.5], 128: [0.0, 0.2, 0.5]},
+        snapkv_patched={256: [0.1, 0.8, 0.9], 128: [0.1, 0.7, 0.9]},
+        prulong={256: [0.4, 0.9, 0.9], 128: [0.1, 0.8, 0.9]},
+        duoattention={256: [0.1, 0.5, 0.9], 128: [0.1, 0.4, 0.9]},
+        recency={256: [0.0, 0.1, 0.1]},
+    )
+    assert found == [Verdict.TRUE] * 5 + [Verdict.NOT_MEASURED]
+
+
+def test_claims_are_false_of_curves_made_the_other_way_round(tmp_path: Path) -> None:
+    found = verdicts(
+        tmp_path / "r",
+        snapkv={None: [0.1, 0.85, 0.9]},
+        snapkv_naive={256: [0.1, 0.8, 0.9]},
+        snapkv_patched={256: [0.1, 0.2, 0.5]},
+        prulong={256: [0.1, 0.4, 0.9], 128: [0.1, 0.4, 0.9]},
+        duoattention={256: [0.4, 0.9, 0.9], 128: [0.4, 0.9, 0.9]},
+        recency={256: [0.1, 0.85, 0.9]},
+    )
+    assert found == [Verdict.FALSE] * 5 + [Verdict.NOT_MEASURED]
+
+
+def test_claims_are_undecided_where_the_intervals_do_not_tell(tmp_path: Path) -> None:
+    even = {256: [0.1, 0.6, 0.9]}
+    rows = curves(snapkv_naive=even, snapkv_patched=even, prulong=even, duoattention=even)
+    report = make_report([store(tmp_path / "r", rows)], 0.9)
+    claims = {claim.text.split()[0]: claim.verdict for claim in judge(report)}
+    assert claims["Patched"] is Verdict.UNDECIDED
+    assert claims["PruLong"] is Verdict.NOT_MEASURED  # one prefill chunk only
+    # both reach at every budget: the smaller one may be anywhere below
+    low = {256: [0.9, 0.9, 0.9]}
+    rows = curves(prulong=low, duoattention={256: [0.1, 0.9, 0.9]})
+    beats = judge(make_report([store(tmp_path / "s", rows)], 0.9))[2]
+    assert beats.verdict is Verdict.TRUE
+    rows = curves(duoattention=low, prulong={256: [0.1, 0.9, 0.9]})
+    assert judge(make_report([store(tmp_path / "t", rows)], 0.9))[2].verdict is Verdict.FALSE
+
+
+def test_dynamic_sparsity_is_counted(tmp_path: Path) -> None:
+    rows = curves()
+    for budget in (0.1, 0.5):
+        rows += [
+            record("quest", budget, i, 0.9, family="dynamic sparsity", kv_footprint=1.0,
+                   kv_peak=1.0, kv_reads=budget)
+            for i in range(30)
+        ]  # fmt: skip
+    report = make_report([store(tmp_path / "r", rows)], 0.9)
+    claim = judge(report)[-1]
+    assert claim.verdict is Verdict.TRUE
+    assert "reads of it 10.0 % at least" in claim.findings[0].what
+    quest = report.curves[-1]
+    assert quest.footprint is not None
+    assert quest.footprint.value == 1.0
+
+
+def test_the_table_sets_ours_beside_the_papers(tmp_path: Path) -> None:
+    rows = curves(prulong={256: [0.1, 0.9, 0.9], 128: [0.1, 0.5, 0.9]}, snapkv={None: [0.1] * 3})
+    report = make_report([store(tmp_path / "r", rows)], 0.9)
+    lines = compare(report, paper_report(0.9))
+    text = table_markdown(lines, report)
+    (row,) = [line for line in text.splitlines() if line.startswith("| prulong")][:1]
+    assert row.endswith("| ≥46.2 |")
+    assert row.count("(") == 2
+    assert "| duoattention |  |  | ≥58.2 |" in text  # the paper's alone
+    assert "## travel_planning" in text
+    csv = table_csv(lines).splitlines()
+    assert csv[0].startswith("task,method,prefill_chunk,critical_footprint,ci_low,ci_high,status")
+    assert sum(line.startswith("recall,prulong,") for line in csv) == 2
+    assert sum(line.startswith("recall,snapkv,") for line in csv) == 1
