@@ -47,6 +47,10 @@ class Claim:
     findings: tuple[Finding, ...]
     one_suffices: bool = False
 
+    def __post_init__(self) -> None:
+        """Findings that say the same, as what is missing on every task does, count once."""
+        object.__setattr__(self, "findings", tuple(dict.fromkeys(self.findings)))
+
     @property
     def verdict(self) -> Verdict:
         """What the findings say together."""

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -123,18 +122,23 @@ def draw_pictures(report: Report) -> list[Picture]:
 
 
 def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
-    """Write every picture as STEM.png and STEM.pdf; OSError as it comes. Returns their paths."""
+    """Write every picture as STEM.png and STEM.pdf; OSError as it comes. Returns their paths.
+
+    `Figure.savefig` would lay out and draw everything twice for each format; here the layout is
+    found once and each format draws once.
+    """
     written = []
     for picture in pictures:
-        # The layout is found once for both formats: it takes as long as the drawing.
-        picture.figure.draw_without_rendering()
-        picture.figure.set_layout_engine("none")
-        for suffix in ("png", "pdf"):
-            path = folder / f"{picture.stem}.{suffix}"
-            dated = {"Software": None} if suffix == "png" else {"CreationDate": None}
-            with matplotlib.rc_context(RC):
-                picture.figure.savefig(path, dpi=DOTS, metadata=dated)
-            written.append(path)
+        figure = picture.figure
+        png, pdf = (folder / f"{picture.stem}.{suffix}" for suffix in ("png", "pdf"))
+        with matplotlib.rc_context(RC):
+            figure.set_dpi(DOTS)
+            canvas = FigureCanvasAgg(figure)
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            canvas.print_png(png, metadata={"Software": None})
+            FigureCanvasPdf(figure).print_pdf(pdf, metadata={"CreationDate": None})
+        written += [png, pdf]
     return written
 
 
@@ -149,7 +153,8 @@ def _file_name(stem: str) -> str:
 def _over_tasks(curves: dict[Setting, list[Curve]]) -> Iterable[tuple[str, str, Figure]]:
     """Stem, caption and figure of each picture over the tasks of one model, context and seed."""
     sizes = _chunk_sizes(c for of_task in curves.values() for c in of_task)
-    for size in sizes or [None]:
+    shown_sizes: list[int | None] = [*sizes] or [None]
+    for size in shown_sizes:
         tail = f"-chunk-{size}" if len(sizes) > 1 else ""
         shown = {s: _with_chunk(of_task, size) for s, of_task in curves.items()}
         words = f" with prefill chunks of {size:,} tokens" if size else ""
@@ -160,7 +165,7 @@ def _over_tasks(curves: dict[Setting, list[Curve]]) -> Iterable[tuple[str, str, 
             "Critical footprint against the size of the prefill chunk, with 95 % intervals.",
             draw_chunks(curves),
         )
-    for size in sizes or [None]:
+    for size in shown_sizes:
         lines = _timelines({s: _with_chunk(of_task, size) for s, of_task in curves.items()})
         if lines is not None:
             tail = f"-chunk-{size}" if len(sizes) > 1 else ""
@@ -375,7 +380,8 @@ def _panels(count: int, height: float, legend_rows: int = 4) -> tuple[Figure, li
 
 def _label(panels: Sequence[Axes], x: str, y: str) -> None:
     """Name the axes: x below the lowest panel of each column, y beside the leftmost ones."""
-    across = panels[0].get_gridspec().ncols
+    grid = panels[0].get_gridspec()
+    across = grid.ncols if grid is not None else 1
     for index, axes in enumerate(panels):
         if index + across >= len(panels):
             axes.set_xlabel(x, fontsize=FONT)
@@ -487,7 +493,7 @@ def _timelines(curves: dict[Setting, list[Curve]]) -> Timelines | None:
         full = next((c for c in of_task if c.method == BASELINE), None)
         if full is None:
             continue
-        for record in full.cells[1.0].values():
+        for _, record in sorted(full.cells[1.0].items()):
             if getattr(record, "timeline", None):
                 if best is None or (record.new_tokens or 0) > best[0]:
                     best = record.new_tokens or 0, setting, record
@@ -504,13 +510,13 @@ def _timelines(curves: dict[Setting, list[Curve]]) -> Timelines | None:
     groups: list[tuple[list[str], tuple[tuple[float, float], ...], Record]] = []
     names = _names(methods)
     for curve in methods:
-        record = curve.cells.get(budget, {}).get(whole.sample)
-        if record is None or not getattr(record, "timeline", None):
+        one = curve.cells.get(budget, {}).get(whole.sample)
+        if one is None or not getattr(one, "timeline", None):
             continue
-        line = tuple((rows, entries / most) for rows, entries in _timeline(record))
+        line = tuple((rows, entries / most) for rows, entries in _timeline(one))
         same = next((g for g in groups if _alike(g[1], line)), None)
         if same is None:
-            groups.append(([names[id(curve)]], line, record))
+            groups.append(([names[id(curve)]], line, one))
         else:
             same[0].append(names[id(curve)])
     if not groups:

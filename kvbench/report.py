@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvbench.curves import (
     Floats,
@@ -445,7 +446,7 @@ def _curve(
     samples = int(there[-1])
     baseline = float(mean[-1])
 
-    def points_by(first: int) -> Floats:
+    def points_by(first: int) -> NDArray[np.intp]:
         """Columns of the scores, in order of the cost whose columns start at `first`."""
         return np.argsort(mean[first : first + count], kind="stable")
 

@@ -1,5 +1,8 @@
 """The paper's figure through the same fit, and its claims judged on made-up curves."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +132,66 @@ def test_the_table_sets_ours_beside_the_papers(tmp_path: Path) -> None:
     assert csv[0].startswith("task,method,prefill_chunk,critical_footprint,ci_low,ci_high,status")
     assert sum(line.startswith("recall,prulong,") for line in csv) == 2
     assert sum(line.startswith("recall,snapkv,") for line in csv) == 1
+
+
+def test_reproduce_writes_tables_claims_and_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All after the sweep, which is the same function that `kvbench run` calls."""
+    from kvbench import reproduce
+
+    seen = []
+
+    def sweep(choices: Any, home: Path) -> int:
+        seen.append(choices)
+        store(choices.out, curves(prulong={256: [0.1, 0.9, 0.9], 128: [0.1, 0.5, 0.9]}))
+        print("the sweep's own summary")
+        return 1  # some cells failed: reported all the same
+
+    monkeypatch.setattr(reproduce, "run_sweep", sweep)
+    code = reproduce.reproduce_small(tmp_path / "out", samples=5, seed=3, threshold=0.9)
+    assert code == 1
+    assert seen[0].prefill_chunk == (256, 128)
+    assert seen[0].budgets == (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+    assert (seen[0].samples, seen[0].seed, seen[0].method) == (5, 3, None)
+    for name in ("table.csv", "table.md", "claims.md", "report.html", "recall.pdf"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    claims = (tmp_path / "out" / "claims.md").read_text()
+    assert "- [x] **PruLong depends on the size of the prefill chunk: true**" in claims
+    assert claims.count("dynamic sparsity: not in this run") == 1
+    printed = capsys.readouterr().out
+    assert "summary" not in printed
+    assert "not measured Recency eviction fails at recall" in printed
+
+    monkeypatch.setattr(reproduce, "run_sweep", lambda choices, home: 130)
+    code = reproduce.reproduce_small(tmp_path / "no", samples=5, seed=3, threshold=0.9)
+    assert code == 130
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_full_scale_says_what_is_missing(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from kvbench.cli import cli
+    from kvbench.reproduce import FULL_SCALE
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "kvbench", "reproduce", "--scale", "full"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert "cannot run here, for want of" in lines[0]
+    assert any("the model meta-llama/Llama-3.1-8B-Instruct" in line for line in lines)
+    assert any("HELMET and LongProc" in line for line in lines)
+    assert any("icl, longqa" in line for line in lines)
+    assert list(tmp_path.rglob("*.jsonl")) == []
+    # the configuration holds options of kvbench run, and nothing else
+    read = CliRunner().invoke(cli, ["run", "--config", str(FULL_SCALE), "--samples", "0"])
+    assert "--samples" in read.output
+    assert "unknown key" not in read.output
