@@ -18,6 +18,7 @@ from kvbench.learning.cli import train
 from kvbench.options import Amount, CommaList, Commands, budget, key_value, memory, tokens
 
 RUNS = Path("results/runs")
+REPRODUCE = Path("results/reproduce")
 DEFAULT_BUDGETS = "0.1,0.2,0.3,0.5,0.7,0.9"
 KINDS = ("methods", "tasks", "models")
 # what a missing package is installed with
@@ -132,24 +133,18 @@ def run(**choices: Any) -> int:
 @click.option("--out", type=click.Path(path_type=Path),
               help="Folder for what is written [default: the run's own].")  # fmt: skip
 def report(runs: tuple[str, ...], threshold: float, form: str, out: Path | None) -> int:
-    """Critical footprints and pictures of RUNs [default: the latest]."""
+    """Critical footprints, pictures and a page of RUNs [default: the latest]."""
     from kvbench.report import find_run_folders, make_report
-    from kvbench.results import write_atomically
-    from kvbench.tables import print_report, to_csv
+    from kvbench.tables import print_report
 
     folders = find_run_folders(runs, RUNS)
     found = make_report(folders, threshold)
     folder = out or (folders[0] if len(folders) == 1 else RUNS.parent / "report")
-    from kvbench.figures import save_pictures
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file; name a folder")
+    from kvbench.publish import publish
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "critical.csv", to_csv(found))
-        written = [folder / "critical.csv", *save_pictures(found, folder)]
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {folder}: {error.strerror}; choose another --out"
-        ) from error
+    written = publish(found, folder)
     print_report(found, form)
     for note in found.notes:
         click.echo(f"note: {note}", err=True)
@@ -173,11 +168,43 @@ def list_command(kinds: tuple[str, ...] | None, form: str) -> int:
 
 
 @cli.command()
-def reproduce() -> int:
-    """The paper's tables beside the paper's own numbers."""
-    raise InputError(
-        f"kvbench {kvbench.__version__} cannot reproduce the paper's tables; "
-        "'kvbench run' and 'kvbench report' measure the embedded model"
+@click.option("--scale", type=click.Choice(["small", "full"]), default="small", show_default=True,
+              help="The embedded model, or the paper's with its context and data.")  # fmt: skip
+@click.option("--samples", type=click.IntRange(min=1), default=32, show_default=True,
+              help="Samples a task, at small scale.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Seed of the samples.")  # fmt: skip
+@click.option("--threshold", type=click.FloatRange(0, 1, min_open=True), default=0.9,
+              show_default=True, help="Share of the baseline's score to keep.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default=REPRODUCE, show_default=True,
+              help="Folder for records, tables, pictures and the page.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Show the plan and its cost, measure nothing.")
+def reproduce(
+    scale: str, samples: int, seed: int, threshold: float, out: Path, dry_run: bool
+) -> int:
+    """The paper's table and claims beside the paper's own numbers; continues where it stopped."""
+    from kvbench import reproduce as reproduction
+
+    if scale == "small":
+        return reproduction.reproduce_small(
+            out, samples=samples, seed=seed, threshold=threshold, dry_run=dry_run
+        )
+    missing = reproduction.missing_for_full_scale(reproduction.full_scale_choices())
+    if missing:
+        lines = "".join(f"\n  - {text}" for text in missing)
+        click.echo(
+            f"kvbench: the full scale ({reproduction.FULL_SCALE}) cannot run here, for want of"
+            f"{lines}\n'kvbench reproduce' without --scale measures the embedded model",
+            err=True,
+        )
+        return 2
+    sweep = ["run", "--config", str(reproduction.FULL_SCALE), "--out", str(out / "full-scale")]
+    dry = ["--dry-run"] if dry_run else []
+    code = int(cli.main(args=[*sweep, *dry], prog_name="kvbench", standalone_mode=False) or 0)
+    if code == 130 or dry_run:
+        return code
+    return int(
+        cli.main(args=["report", sweep[-1]], prog_name="kvbench", standalone_mode=False) or code
     )
 
 

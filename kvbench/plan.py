@@ -22,8 +22,8 @@ ANSWER_PREFIX = "answer_prefix"
 
 # Modules that show, store or order results; every other module of kvbench can change one.
 _NOT_MEASURING = {
-    *("__main__", "cli", "cost", "errors", "figures", "listing", "progress"),
-    *("report", "results", "run", "tables"),
+    *("__main__", "claims", "cli", "cost", "curves", "errors", "figures", "html", "listing"),
+    *("options", "paper", "progress", "publish", "report", "reproduce", "results", "run", "tables"),
 }
 
 

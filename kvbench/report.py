@@ -1,45 +1,65 @@
-"""From records to curves and critical footprints (ALGORITHMS, section 2). Needs no torch."""
+"""From records to curves, critical footprints and what tells methods apart. Needs no torch.
+
+What a run directory holds becomes curves here; the statistics are in `curves.py`. Tables, pictures
+and the page are made from a `Report` by `tables.py`, `figures.py` and `html.py`.
+"""
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbench.curves import (
+    Floats,
+    Interval,
+    Status,
+    critical,
+    critical_rows,
+    fit,
+    interval,
+    intervals,
+    resampled_means,
+)
 from kvbench.errors import InputError
 from kvbench.plan import BASELINE
-from kvbench.results import Record, find_runs, is_run, read_records
+from kvbench.results import Record, find_runs, is_run, read_records, read_settings
 
-Floats = NDArray[np.float64]
-
-RESAMPLES = 1000
-BOOTSTRAP_SEED = 0
-INTERVAL = (2.5, 97.5)  # per cent
 FEWEST_SHARE = 0.5  # of a curve's samples that a budget needs to count as a point of it
+FEW_SAMPLES = 10  # an interval from fewer is rough
 
-
-class Status(StrEnum):
-    """How the critical footprint was found."""
-
-    REACHED = "reached"  # the curve crosses the threshold between measured points
-    AT_MOST = "at_most"  # every measured point reaches the threshold
-    EXTRAPOLATED = "extrapolated"  # only the baseline itself does
+SeriesKey = tuple[
+    "Setting", str, str, int | None
+]  # setting, method, options as JSON, prefill chunk
+Series = dict[float, dict[int, Record]]  # budget -> sample index -> record
 
 
 @dataclass(frozen=True)
 class Point:
-    """One budget of a curve: means over the curve's samples, fractions of full attention's."""
+    """One budget of a curve: means over its samples, costs as fractions of full attention's."""
 
     budget: float
     kv_footprint: float
     score: float
-    kv_peak: float
+    score_interval: Interval | None
+    kv_peak: float | None
+    kv_reads: float | None
+    kv_bytes_peak: float | None  # bytes
     samples: int
+
+
+@dataclass(frozen=True)
+class Critical:
+    """The smallest cost that keeps the threshold, and its bootstrap draws [R]."""
+
+    value: float
+    status: Status
+    interval: Interval | None
+    draws: Floats = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -54,7 +74,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Curve:
-    """A method on a task, from its smallest footprint to its largest, and what follows from it."""
+    """A method on a task, from its smallest footprint to its largest, and what follows from it.
+
+    Both critical values are None where the baseline is 0 (there is nothing to lose); the peak's
+    also where no peak was measured.
+    """
 
     setting: Setting
     method: str
@@ -64,11 +88,14 @@ class Curve:
     label: str  # the method, with whatever tells it from another curve of the same method
     baseline: float
     threshold: float
+    samples: int
     points: tuple[Point, ...]
-    critical_footprint: float | None  # None where the baseline is 0: nothing to lose
-    ci_low: float | None
-    ci_high: float | None
-    status: Status | None
+    fitted: tuple[tuple[float, float], ...]  # (footprint, score), the last at full attention
+    footprint: Critical | None
+    peak: Critical | None
+    cells: Series = field(repr=False, compare=False)
+    best: bool = False  # of its setting, by critical footprint
+    tied: bool = False  # not distinguishable from the best
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable; footprints and scores in 0..1."""
@@ -84,13 +111,28 @@ class Curve:
             "label": self.label,
             "baseline": self.baseline,
             "threshold": self.threshold,
-            "critical_footprint": self.critical_footprint,
-            "ci_low": self.ci_low,
-            "ci_high": self.ci_high,
-            "status": self.status,
-            "samples": min(point.samples for point in self.points),
-            "points": [vars(point) for point in self.points],
+            **_critical_dict(self.footprint, "critical_footprint", ""),
+            **_critical_dict(self.peak, "critical_peak", "peak_"),
+            "best": self.best,
+            "tied_with_best": self.tied,
+            "samples": self.samples,
+            "points": [_point_dict(point) for point in self.points],
         }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much the critical footprint of `left` is larger than that of `right`, of a setting."""
+
+    left: Curve
+    right: Curve
+    value: float
+    interval: Interval | None
+
+    @property
+    def distinct(self) -> bool:
+        """Whether the interval lies on one side of 0."""
+        return self.interval is not None and 0 not in self.interval
 
 
 @dataclass(frozen=True)
@@ -98,7 +140,9 @@ class Report:
     """All curves of some runs, by setting, and what a reader should know beside them."""
 
     curves: tuple[Curve, ...]
+    threshold: float
     notes: tuple[str, ...]
+    runs: tuple[dict[str, Any], ...] = ()  # the contents of each run.json, with its folder's name
 
     def settings(self) -> list[Setting]:
         """The settings in order of first appearance: one table and one picture each."""
@@ -109,8 +153,24 @@ class Report:
         return [curve for curve in self.curves if curve.setting == setting]
 
 
-SeriesKey = tuple[Setting, str, str, int | None]  # setting, method, options as JSON, prefill chunk
-Series = dict[float, dict[int, Record]]  # budget -> sample index -> record
+def _critical_dict(found: Critical | None, name: str, prefix: str) -> dict[str, Any]:
+    ends = found.interval if found else None
+    return {
+        name: found.value if found else None,
+        f"{prefix}ci_low": ends.low if ends else None,
+        f"{prefix}ci_high": ends.high if ends else None,
+        f"{prefix}status": found.status if found else None,
+    }
+
+
+def _point_dict(point: Point) -> dict[str, Any]:
+    values = dict(vars(point))
+    ends = values.pop("score_interval")
+    return {
+        **values,
+        "score_low": ends.low if ends else None,
+        "score_high": ends.high if ends else None,
+    }
 
 
 def find_run_folders(names: Sequence[str], home: Path) -> list[Path]:
@@ -147,36 +207,88 @@ def make_report(folders: Sequence[Path], threshold: float) -> Report:
     Raises InputError if there is nothing to report: no record, or no baseline for any.
     """
     records = [record for folder in folders for record in read_records(folder)]
-    notes: list[str] = []
     names = ", ".join(str(folder) for folder in folders)
     if not records:
         raise InputError(f"{names}: no sample is finished yet; continue it with 'kvbench run'")
+    runs = tuple(
+        {"folder": folder.name, **settings}
+        for folder in folders
+        if (settings := read_settings(folder)) is not None
+    )
+    report = report_records(records, threshold, runs)
+    if not report.curves:
+        raise InputError(f"{names}: nothing to report; " + "; ".join(report.notes))
+    return report
+
+
+def report_records(
+    records: Sequence[Record], threshold: float, runs: tuple[dict[str, Any], ...] = ()
+) -> Report:
+    """The curves of records, and notes on what was left out; no curve where no baseline is."""
+    notes = _notes_on_runs(runs)
     measured = [record for record in records if record.error is None]
     if len(measured) < len(records):
-        notes.append(f"{len(records) - len(measured)} cells failed and are left out")
+        notes.append(
+            f"{len(records) - len(measured)} of {len(records)} cells failed and are left out; "
+            "'kvbench run' with the same settings measures them again"
+        )
     series, repeated = _group(measured)
     if repeated:
         notes.append(f"{repeated} cells were measured more than once; the latest counts")
-
     curves: list[Curve] = []
     for setting in sorted({key[0] for key in series}, key=lambda s: (s.task, s.model, s.context)):
         keys = [key for key in series if key[0] == setting]
-        baseline_key = next((key for key in keys if key[1] == BASELINE), None)
-        if baseline_key is None:
-            notes.append(
-                f"{setting.model}/{setting.task}: full attention has not been measured, so there "
-                "is no baseline; continue the run with 'kvbench run'"
-            )
-            continue
-        baseline = {i: r.score or 0.0 for i, r in series[baseline_key][1.0].items()}
-        names_of = _labels(keys)
-        for key in sorted(keys, key=lambda k: (k[1] != BASELINE, k[1], k[2], k[3] or 0)):
-            curve = _curve(key, names_of[key], series[key], baseline, threshold, notes)
-            if curve is not None:
-                curves.append(curve)
-    if not curves:
-        raise InputError(f"{names}: nothing to report; " + "; ".join(notes))
-    return Report(tuple(curves), tuple(notes))
+        curves += _curves_of(setting, {key: series[key] for key in keys}, threshold, notes)
+    return Report(tuple(curves), threshold, tuple(notes), runs)
+
+
+def difference(left: Curve, right: Curve) -> Difference | None:
+    """Of two critical footprints of one setting, paired over samples; None if either is unknown."""
+    if left.footprint is None or right.footprint is None:
+        return None
+    if left.setting != right.setting:
+        raise ValueError("differences are paired over samples, so within one setting")
+    found = interval(left.footprint.draws - right.footprint.draws, min(left.samples, right.samples))
+    return Difference(left, right, left.footprint.value - right.footprint.value, found)
+
+
+def differences(curves: Sequence[Curve]) -> list[Difference]:
+    """Between every two of a setting's curves but full attention's, the smaller one at the right.
+
+    The same numbers as `difference` pair by pair, faster.
+    """
+    known = [c for c in by_critical(curves) if c.footprint is not None and c.method != BASELINE]
+    found = []
+    for index, right in enumerate(known):
+        lefts = known[index + 1 :]
+        by_count: dict[int, list[Curve]] = defaultdict(list)
+        for left in lefts:
+            by_count[min(left.samples, right.samples)].append(left)
+        ends: dict[int, Interval] = {}
+        for count, group in by_count.items():
+            draws = np.stack([_draws(left) - _draws(right) for left in group], axis=1)
+            both = intervals(draws, count)
+            if both is not None:
+                for left, low, high in zip(group, *both.tolist(), strict=True):
+                    ends[id(left)] = Interval(low, high)
+        found += [
+            Difference(left, right, _value(left) - _value(right), ends.get(id(left)))
+            for left in lefts
+        ]
+    return found
+
+
+def _notes_on_runs(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """What runs that are reported together differ in, beyond what the report keeps apart."""
+    kept_apart = {"model", "context", "seed"}
+    commons = [run["common"] for run in runs]
+    keys = dict.fromkeys(key for common in commons for key in common if key not in kept_apart)
+    different = [
+        key for key in keys if len({json.dumps(c.get(key), sort_keys=True) for c in commons}) > 1
+    ]
+    if not different:
+        return []
+    return [f"the runs differ in {', '.join(different)}; cells that both have: the latest counts"]
 
 
 def _group(records: Iterable[Record]) -> tuple[dict[SeriesKey, Series], int]:
@@ -193,143 +305,240 @@ def _group(records: Iterable[Record]) -> tuple[dict[SeriesKey, Series], int]:
     return series, repeated
 
 
-def _labels(keys: Sequence[SeriesKey]) -> dict[SeriesKey, str]:
+def _labels(keys: Iterable[SeriesKey]) -> dict[SeriesKey, str]:
     """Names for curves: the method's, and where needed the options or prefill chunk that differ."""
-    labels = {}
+    by_method: dict[str, list[SeriesKey]] = defaultdict(list)
     for key in keys:
-        _, method, options, chunk = key
-        same = [k for k in keys if k[1] == method]
-        mine: dict[str, Any] = json.loads(options)
-        others: list[dict[str, Any]] = [json.loads(k[2]) for k in same]
-        differing = [
-            f"{name}={value}"
-            for name, value in mine.items()
-            if any(other.get(name) != value for other in others)
-        ]
-        if len({k[3] for k in same}) > 1:
-            differing.append(f"chunk {chunk}")
-        labels[key] = f"{method} ({', '.join(differing)})" if differing else method
+        by_method[key[1]].append(key)
+    labels = {}
+    for method, same in by_method.items():
+        options: dict[SeriesKey, dict[str, Any]] = {key: json.loads(key[2]) for key in same}
+        names = dict.fromkeys(name for values in options.values() for name in values)
+        differing = [n for n in names if len({json.dumps(v.get(n)) for v in options.values()}) > 1]
+        for key in same:
+            parts = [f"{name}={options[key].get(name)}" for name in differing]
+            if len({k[3] for k in same}) > 1:
+                parts.append(f"chunk {key[3]}")
+            labels[key] = f"{method} ({', '.join(parts)})" if parts else method
     return labels
 
 
-def _curve(
-    key: SeriesKey,
-    label: str,
-    series: Series,
-    baseline: dict[int, float],
-    threshold: float,
-    notes: list[str],
-) -> Curve | None:
-    """The curve of one series over the samples that all its budgets and the baseline share."""
-    setting, method, options, chunk = key
-    family = next(iter(next(iter(series.values())).values())).family
-    shared = {budget: cells.keys() & baseline.keys() for budget, cells in series.items()}
-    most = max(len(samples) for samples in shared.values())
-    kept = [b for b, samples in shared.items() if samples and len(samples) >= FEWEST_SHARE * most]
-    left_out = sorted(set(series) - set(kept))
-    where = f"{setting.model}/{setting.task}/{label}"
-    if left_out:
-        budgets = ", ".join(f"{b:g}" for b in left_out)
-        notes.append(f"{where}: too few samples at budget {budgets}, left out")
-    samples = sorted(set.intersection(*(set(shared[b]) for b in kept))) if kept else []
-    if not samples:
-        notes.append(f"{where}: no sample that the baseline has too, left out")
-        return None
-    unshared = len(set().union(*(series[b].keys() for b in kept))) - len(samples)
-    if unshared:
-        notes.append(f"{where}: {unshared} samples that not every budget has yet are left out")
-
-    def table(value: Callable[[Record], float | None]) -> Floats:
-        return np.array([[value(series[b][i]) for b in kept] for i in samples], dtype=float)
-
-    footprints, scores = table(lambda r: r.kv_footprint), table(lambda r: r.score)
-    peaks = table(lambda r: r.kv_peak)
-    order = np.argsort(footprints.mean(axis=0), kind="stable")
-    footprints, scores, peaks = footprints[:, order], scores[:, order], peaks[:, order]
-    points = tuple(
-        Point(kept[column], x, y, peak, len(samples))
-        for column, x, y, peak in zip(
-            order.tolist(),
-            footprints.mean(axis=0).tolist(),
-            scores.mean(axis=0).tolist(),
-            peaks.mean(axis=0).tolist(),
-            strict=True,
+def _curves_of(
+    setting: Setting, series: dict[SeriesKey, Series], threshold: float, notes: list[str]
+) -> list[Curve]:
+    """The curves of one setting, from one bootstrap of its samples."""
+    where = f"{setting.model}/{setting.task}"
+    baseline_key = next((key for key in series if key[1] == BASELINE), None)
+    if baseline_key is None:
+        notes.append(
+            f"{where}: full attention has not been measured, so there is no baseline; continue "
+            "the run with 'kvbench run'"
         )
+        return []
+    full = series[baseline_key][1.0]
+    if not any(record.score for record in full.values()):
+        notes.append(f"{where}: full attention scores 0, so there is nothing to lose")
+    if len(full) < FEW_SAMPLES:
+        notes.append(f"{where}: {_few(len(full))}")
+    labels = _labels(series)
+    kept: dict[SeriesKey, dict[float, list[int]]] = {}
+    for key in sorted(series, key=lambda k: (k[1] != BASELINE, k[1], k[2], k[3] or 0)):
+        samples = _usable(series[key], full, f"{where}/{labels[key]}", notes)
+        if samples:
+            kept[key] = samples
+    rows = {sample: row for row, sample in enumerate(sorted(full))}
+    tables = {key: _table(series[key], samples, full, rows) for key, samples in kept.items()}
+    scores = [
+        np.arange(table.shape[1]) < len(kept[key]) for key, table in tables.items()
+    ]  # a table's first columns
+    means, counts = resampled_means(
+        np.concatenate(list(tables.values()), axis=1), np.concatenate(scores)
     )
-    full = np.array([baseline[i] for i in samples])
-    value, status = critical(
-        [(p.kv_footprint, p.score) for p in points], float(full.mean()), threshold
+    curves, start = [], 0
+    for key, table in tables.items():
+        part = slice(start, start + table.shape[1])
+        start = part.stop
+        curves.append(
+            _curve(
+                key,
+                labels[key],
+                {budget: series[key][budget] for budget in kept[key]},
+                _Resampled(table, means[:, part], counts[:, part]),
+                threshold,
+            )
+        )
+    return _mark_best(curves)
+
+
+def _few(samples: int) -> str:
+    if samples == 1:
+        return "one sample only, so there are no intervals"
+    return f"intervals of {samples} samples are rough"
+
+
+def _usable(
+    series: Series, full: dict[int, Record], where: str, notes: list[str]
+) -> dict[float, list[int]]:
+    """The samples of each budget that the baseline has too; budgets that have too few are out."""
+    shared = {b: sorted(cells.keys() & full.keys()) for b, cells in sorted(series.items())}
+    most = max(len(samples) for samples in shared.values())
+    if most == 0:
+        notes.append(f"{where}: no sample that the baseline has too, left out")
+        return {}
+    kept = {b: s for b, s in shared.items() if s and len(s) >= FEWEST_SHARE * most}
+    left_out = ", ".join(f"{b:g}" for b in shared if b not in kept)
+    if left_out:
+        notes.append(f"{where}: too few samples at budget {left_out}, left out")
+    fewest = min(len(s) for s in kept.values())
+    if fewest < most:
+        notes.append(f"{where}: unfinished, {fewest} to {most} samples a budget")
+    elif most < len(full):
+        notes.append(f"{where}: unfinished, {most} of {len(full)} samples")
+    alone = sum(len(series[b]) - len(s) for b, s in kept.items())
+    if alone:
+        notes.append(f"{where}: {alone} cells of samples that the baseline lacks are left out")
+    return kept
+
+
+def _table(
+    series: Series, kept: dict[float, list[int]], full: dict[int, Record], rows: dict[int, int]
+) -> Floats:
+    """A curve's samples as a table [S, 3 P + 1]: scores, footprints, peaks, then the baseline's.
+
+    The baseline is taken over the samples that any point of the curve has. NaN where a point lacks
+    a sample.
+    """
+
+    def column(records: dict[int, Record], samples: Iterable[int], name: str) -> Floats:
+        values = np.full(len(rows), np.nan)
+        for sample in samples:
+            value = getattr(records[sample], name)
+            values[rows[sample]] = np.nan if value is None else value
+        return values
+
+    columns = [
+        column(series[budget], samples, name)
+        for name in ("score", "kv_footprint", "kv_peak")
+        for budget, samples in kept.items()
+    ]
+    everywhere = set().union(*kept.values())
+    return np.stack([*columns, column(full, everywhere, "score")], axis=1)
+
+
+@dataclass(frozen=True)
+class _Resampled:
+    """A curve's table [S, 3 P + 1] with the means and counts [R, 3 P + 1] of its resamples."""
+
+    table: Floats
+    means: Floats
+    counts: Floats
+
+
+def _curve(
+    key: SeriesKey, label: str, cells: Series, resampled: _Resampled, threshold: float
+) -> Curve:
+    """The curve of one series; of what `resampled` holds, see `_table`."""
+    setting, method, options, chunk = key
+    table, means, counts = resampled.table, resampled.means, resampled.counts
+    there = (~np.isnan(table)).sum(axis=0)
+    mean = np.nansum(table, axis=0) / np.maximum(there, 1)
+    count = len(cells)
+    samples = int(there[-1])
+    baseline = float(mean[-1])
+
+    def points_by(first: int) -> NDArray[np.intp]:
+        """Columns of the scores, in order of the cost whose columns start at `first`."""
+        return np.argsort(mean[first : first + count], kind="stable")
+
+    def find(first: int) -> Critical | None:
+        cost = first + points_by(first)
+        score = cost - first
+        if baseline <= 0 or not there[cost].all():
+            return None
+        if method == BASELINE:
+            return Critical(1.0, Status.REACHED, Interval(1.0, 1.0), np.ones(len(means)))
+        value, status = critical(
+            mean[cost], mean[score], there[score].astype(float), baseline, samples, threshold
+        )
+        draws = critical_rows(
+            means[:, cost],
+            means[:, score],
+            counts[:, score],
+            means[:, -1],
+            counts[:, -1],
+            threshold,
+        )
+        return Critical(value, status, interval(draws, samples), draws)
+
+    order = points_by(count)
+    budgets = list(cells)
+    points = tuple(
+        Point(
+            budget=budgets[i],
+            kv_footprint=float(mean[count + i]),
+            score=float(mean[i]),
+            score_interval=interval(means[:, i], int(there[i])),
+            kv_peak=float(mean[2 * count + i]) if there[2 * count + i] else None,
+            kv_reads=_mean(r.kv_reads for r in cells[budgets[i]].values()),
+            kv_bytes_peak=_mean(r.kv_bytes_peak for r in cells[budgets[i]].values()),
+            samples=int(there[i]),
+        )
+        for i in order.tolist()
     )
-    low, high = (None, None) if value is None else _interval(footprints, scores, full, threshold)
+    scores = fit(mean[order], there[order].astype(float), baseline, samples)
+    footprints = [*np.minimum(mean[count + order], 1.0).tolist(), 1.0]
     return Curve(
-        setting,
-        method,
-        family,
-        json.loads(options),
-        chunk,
-        label,
-        float(full.mean()),
-        threshold,
-        points,
-        value,
-        low,
-        high,
-        status,
+        setting=setting,
+        method=method,
+        family=next(iter(next(iter(cells.values())).values())).family,
+        options=json.loads(options),
+        prefill_chunk=chunk,
+        label=label,
+        baseline=baseline,
+        threshold=threshold,
+        samples=samples,
+        points=points,
+        fitted=tuple(zip(footprints, scores.tolist(), strict=True)),
+        footprint=find(count),
+        peak=find(2 * count),
+        cells=cells,
     )
 
 
-def critical(
-    points: Sequence[tuple[float, float]], baseline: float, threshold: float
-) -> tuple[float | None, Status | None]:
-    """The smallest footprint at which the curve keeps `threshold` of the baseline's score.
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
-    `points` are (footprint, score) pairs in order of footprint. The curve is linear between them
-    and ends in (1, baseline). (None, None) where the baseline is 0.
+
+def _value(curve: Curve) -> float:
+    return curve.footprint.value if curve.footprint else float("nan")
+
+
+def _draws(curve: Curve) -> Floats:
+    return curve.footprint.draws if curve.footprint else np.empty(0)
+
+
+def by_critical(curves: Iterable[Curve]) -> list[Curve]:
+    """Curves from the smallest critical footprint to the largest, unknown ones last."""
+    return sorted(curves, key=lambda c: (c.footprint is None, _value(c), c.label))
+
+
+def _mark_best(curves: list[Curve]) -> list[Curve]:
+    """Mark the smallest critical footprint of a setting, and those not distinguishable from it.
+
+    That is where the interval of the difference includes 0; where there is no interval; and where
+    a footprint is only known to be at most something, which may hide a smaller one. Full attention
+    takes no part.
     """
-    if baseline <= 0:
-        return None, None
-    x, y = np.array(points, dtype=float).T
-    value = float(_crossing(x[None], y[None], np.array([baseline]), threshold)[0])
-    reach = y >= _target(np.array(baseline), threshold)
-    if reach.all():
-        return value, Status.AT_MOST
-    return value, Status.REACHED if reach.any() else Status.EXTRAPOLATED
+    known = [c for c in by_critical(curves) if c.footprint is not None and c.method != BASELINE]
+    if not known:
+        return curves
+    best = known[0]
+    tied = {id(curve) for curve in known[1:] if _may_equal(curve, best)}
+    return [replace(c, best=c is best, tied=id(c) in tied) for c in curves]
 
 
-def _target(baseline: Floats, threshold: float) -> Floats:
-    """The score to reach, less what rounding of a mean may take away."""
-    return np.asarray(threshold * baseline - 1e-9)
-
-
-def _crossing(x: Floats, y: Floats, baseline: Floats, threshold: float) -> Floats:
-    """For each of R curves x, y [R, P], in order of footprint, the first crossing; [R]."""
-    ends = np.maximum(x[:, -1:], 1.0)
-    x = np.concatenate([x, ends], axis=1)
-    y = np.concatenate([y, baseline[:, None]], axis=1)
-    target = _target(baseline, threshold)
-    first = (y >= target[:, None]).argmax(axis=1)
-    row = np.arange(len(x))
-    before = np.maximum(first - 1, 0)
-    x0, y0, x1, y1 = x[row, before], y[row, before], x[row, first], y[row, first]
-    rise = np.where(y1 > y0, y1 - y0, 1.0)
-    found = np.where(first == 0, x1, x0 + (x1 - x0) * (target - y0) / rise)
-    return np.asarray(found)
-
-
-def _interval(
-    footprints: Floats, scores: Floats, baseline: Floats, threshold: float
-) -> tuple[float, float]:
-    """95 % percentile bootstrap over samples, tables [S, P] and baseline [S].
-
-    The seed is fixed and the samples are in order of index, so curves over equal samples see equal
-    resamples: their differences are paired. Resamples in which the baseline is 0 are left out.
-    """
-    count = len(baseline)
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
-    resampled = weights @ baseline
-    weights, resampled = weights[resampled > 0], resampled[resampled > 0]
-    x = np.sort(weights @ footprints, axis=1)
-    found = _crossing(x, weights @ scores, resampled, threshold)
-    low, high = np.percentile(found, INTERVAL)
-    return float(low), float(high)
+def _may_equal(curve: Curve, best: Curve) -> bool:
+    found = difference(curve, best)
+    hidden = curve.footprint is not None and curve.footprint.status is Status.AT_MOST
+    return hidden or found is None or not found.distinct

@@ -5,83 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from records import record, store
 
+from kvbench.curves import Status
 from kvbench.errors import InputError
-from kvbench.report import Status, critical, find_run_folders, make_report
+from kvbench.report import find_run_folders, make_report
 from kvbench.results import Record, RunWriter, from_line, read_records, to_line
 from kvbench.tables import to_csv, to_json, to_latex, to_markdown
-
-
-def record(method: str, budget: float, sample: int, score: float | None, **changes: Any) -> Record:
-    values: dict[str, Any] = {
-        "fingerprint": f"{method}/{budget}/{sample}/{changes}",
-        "model": "m",
-        "task": "recall",
-        "subtask": "any",
-        "method": method,
-        "family": method,
-        "options": {},
-        "budget": budget,
-        "prefill_chunk": None,
-        "sample": sample,
-        "sample_seed": 0,
-        "context": 100,
-        "finished": "2026-01-01T00:00:00",
-        "prompt_tail": "",
-        "reference": ["x"],
-        "prediction": "y",
-        "score": score,
-        "kv_footprint": budget,
-        "kv_peak": budget,
-    }
-    return Record(**{**values, **changes})
-
-
-def store(folder: Path, records: list[Record]) -> Path:
-    with RunWriter(folder, {"model": "m"}, {}) as writer:
-        writer.append(records)
-    return folder
 
 
 def curve_of(folder: Path, method: str, threshold: float = 0.9) -> Any:
     report = make_report([folder], threshold)
     return next(curve for curve in report.curves if curve.method == method)
-
-
-def test_a_crossing_between_two_points() -> None:
-    # from (0.4, 0.5) to (0.6, 1.0): 0.9 is reached four fifths of the way
-    assert critical([(0.2, 0.1), (0.4, 0.5), (0.6, 1.0)], 1.0, 0.9) == (
-        pytest.approx(0.56),
-        Status.REACHED,
-    )
-
-
-def test_every_point_reaches_and_none_does() -> None:
-    assert critical([(0.3, 0.95), (0.5, 1.0)], 1.0, 0.9) == (pytest.approx(0.3), Status.AT_MOST)
-    value, status = critical([(0.2, 0.1), (0.6, 0.5)], 1.0, 0.9)
-    assert (value, status) == (pytest.approx(0.6 + 0.4 * 0.8), Status.EXTRAPOLATED)
-    assert critical([(0.5, 0.0)], 0.0, 0.9) == (None, None)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.tuples(st.floats(0.01, 0.99), st.floats(0, 1)), min_size=1, max_size=6),
-    st.floats(0.05, 1),
-    st.floats(0.1, 1),
-)
-def test_the_critical_footprint_is_where_the_curve_is_first_high_enough(
-    points: list[tuple[float, float]], baseline: float, threshold: float
-) -> None:
-    points = sorted({round(x, 4): y for x, y in points}.items())
-    value, status = critical(points, baseline, threshold)
-    assert value is not None
-    assert points[0][0] <= value <= 1
-    for x, y in points:
-        if x < value - 1e-6:
-            assert y < threshold * baseline + 1e-6
-    assert (status is Status.AT_MOST) == all(y >= threshold * baseline - 1e-9 for _, y in points)
 
 
 def test_a_run_becomes_curves_with_intervals(tmp_path: Path) -> None:
@@ -96,10 +31,11 @@ def test_a_run_becomes_curves_with_intervals(tmp_path: Path) -> None:
         (pytest.approx(0.2), pytest.approx(0.2)),
         (pytest.approx(0.8), 1.0),
     ]
-    assert curve.critical_footprint == pytest.approx(0.2 + 0.6 * 0.7 / 0.8)
-    assert curve.ci_low < curve.critical_footprint < curve.ci_high
+    assert curve.footprint.value == pytest.approx(0.2 + 0.6 * 0.7 / 0.8)
+    assert curve.footprint.interval.low < curve.footprint.value < curve.footprint.interval.high
+    assert curve.footprint.status is Status.REACHED
     full = curve_of(folder, "full")
-    assert (full.critical_footprint, full.baseline) == (1.0, 1.0)
+    assert (full.footprint.value, full.footprint.status, full.baseline) == (1, Status.REACHED, 1)
     report = make_report([folder], 0.9)
     assert len(json.loads(to_json(report))) == 2
     for export in (to_csv, to_markdown, to_latex):
@@ -110,7 +46,8 @@ def test_the_best_is_no_worse_than_full_attention(tmp_path: Path) -> None:
     rows = [record("full", 1.0, i, 0.5) for i in range(4)]
     rows += [record("snapkv", b, i, 0.9) for i in range(4) for b in (0.2, 0.5)]
     curve = curve_of(store(tmp_path / "run", rows), "snapkv")
-    assert (curve.critical_footprint, curve.status) == (pytest.approx(0.2), Status.AT_MOST)
+    assert (curve.footprint.value, curve.footprint.status) == (pytest.approx(0.2), Status.AT_MOST)
+    assert curve.fitted[-1][1] > curve.baseline  # the curve's end is pooled with what is above it
 
 
 def test_runs_that_are_odd_give_a_sensible_answer_or_a_line(tmp_path: Path) -> None:
@@ -121,14 +58,14 @@ def test_runs_that_are_odd_give_a_sensible_answer_or_a_line(tmp_path: Path) -> N
         tmp_path / "nothing",
         [record("full", 1.0, 0, 0.0), record("snapkv", 0.3, 0, 0.0)],
     )
-    assert curve_of(nothing, "snapkv").critical_footprint is None
+    assert curve_of(nothing, "snapkv").footprint is None
     failed = store(
         tmp_path / "failed",
         [*full, record("snapkv", 0.3, 0, None, error="out of memory")],
     )
     report = make_report([failed], 0.9)
     assert [curve.method for curve in report.curves] == ["full"]
-    assert "1 cells failed" in report.notes[0]
+    assert "1 of 5 cells failed" in report.notes[0]
     with pytest.raises(InputError, match="full attention has not been measured"):
         make_report([store(tmp_path / "none", [record("snapkv", 0.2, 0, 1.0)])], 0.9)
     with pytest.raises(InputError, match="no run in"):
