@@ -210,9 +210,9 @@ class RowCache:
             order = None if ordered else torch.tensor(flat, device=device).argsort()
             self.orders.append(order)
 
-    def group_of(self, layer: int, head: int) -> HeadGroup:
-        """The group that a KV head belongs to."""
-        return next(group for group in self.layers[layer] if head in group.heads)
+    def group_like(self, layer: int, other: HeadGroup) -> HeadGroup:
+        """The group of the same KV heads as another cache's."""
+        return next(group for group in self.layers[layer] if group.heads == other.heads)
 
     def joined(self, layer: int, parts: Sequence[Tensor]) -> Tensor:
         """What was computed for each of a layer's groups, [Kg, ...], as [K, ...], in order."""
