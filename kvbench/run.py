@@ -19,7 +19,6 @@ from kvbench.progress import duration, show_progress
 from kvbench.registry import tasks as task_registry
 from kvbench.results import Record, RunWriter, check_common, read_records
 from kvbench.spec import MethodSpec, check_option_names, method_names, parse_method
-
 from kvbench.task import Task
 
 if TYPE_CHECKING:

@@ -58,7 +58,7 @@ class Slab:
             self.sizes = torch.tensor([w.size for w in windows if w], device=device)
             self.limits = self.sinks + self.sizes
             self.limit = max(w.sinks + w.size for w in windows if w)
-            self.ragged = self.ragged or len({w for w in windows}) > 1
+            self.ragged = self.ragged or len(set(windows)) > 1
         self.keys, self.values, self.positions = self._storage(groups, adoptable(waiting))
         self.order = torch.arange(len(lengths), device=device)
         self.mask: Tensor | None = None
@@ -76,7 +76,12 @@ class Slab:
         made = []
         for name in ("keys", "values", "positions"):
             first = getattr(groups[0], name)
-            slab = first.new_empty((len(self.owners), self.room, *first.shape[2:]))
+            if name == "keys" and first.device.type == "cpu":
+                # A query's products with consecutive entries: a CPU reads them faster transposed.
+                shape = (len(self.owners), first.shape[2], self.room)
+                slab = first.new_empty(shape).transpose(1, 2)
+            else:
+                slab = first.new_empty((len(self.owners), self.room, *first.shape[2:]))
             if name != "positions":
                 self.ledger.allocate(slab.nbytes)
                 self.size += slab.nbytes
@@ -108,7 +113,7 @@ class Slab:
         """
         # The longest grows on the host as the lengths do on the device: nobody waits for either.
         full = self.streams and self.longest >= self.limit
-        seen = self.longest + 1
+        seen = min(self.longest + 1, self.keys.shape[1])
         slots = torch.minimum(self.lengths, self.limits) if self.streams else self.lengths
         self._write(slots, keys, values)
         mask = self.mask
@@ -124,11 +129,13 @@ class Slab:
         lengths = slots + 1
         out = backend.token(
             queries,
-            self.keys[:, :seen],
-            self.values[:, :seen],
+            self.keys,
+            self.values,
             scaling=scaling,
             lengths=lengths,
+            seen=seen,
             mask=mask,
+            sliding=sliding,
         )
         self.lengths = lengths
         if self.streams:
