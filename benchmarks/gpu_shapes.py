@@ -21,6 +21,7 @@ from kvbench.engine import Row, run_rows
 from kvbench.flash import find_kernel
 from kvbench.model import LoadedModel, wrap_model
 from kvbench.spec import parse_method
+from kvbench.sweep import gib
 
 SHAPE = {
     "vocab_size": 128256,
@@ -125,10 +126,11 @@ def measured(
     predicted = entries * 2 * shape.head_dim * model.dtype.itemsize
     taken = (outcome.device_bytes_peak or 0) - weights
     token = outcome.decode_seconds / (outcome.new_tokens - 1)
+    prefill = outcome.prefill_seconds
     return (
-        f"{method:16} {outcome.prefill_seconds:9.2f} {own[0]:5.2f} {outcome.prefill_seconds / own[0]:6.2f}"
-        f" {1000 * token:9.2f} {1000 * own[1]:5.2f} {token / own[1]:6.2f}"
-        f"  {taken / 2**30:.2f} all, {outcome.kv_bytes_peak / 2**30:.2f} KV / {predicted / 2**30:.2f}"
+        f"{method:16} {prefill:9.2f} {own[0]:5.2f} {prefill / own[0]:6.2f}"
+        f" {1000 * token:9.2f} {1000 * own[1]:5.2f} {token / own[1]:6.2f}  {gib(taken)} all, "
+        f"{gib(outcome.kv_bytes_peak)} KV / {gib(predicted)}"
     )
 
 
