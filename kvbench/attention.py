@@ -44,13 +44,16 @@ class Backend(Protocol):
         *,
         scaling: float,
         lengths: Tensor,
+        seen: int,
         mask: Tensor | None,
+        sliding: int | None,
     ) -> Tensor:
         """One token of each of U sequences, a KV head of a row each, attends to all it holds.
 
         queries [U, G, D], keys [U, S, D], values [U, S, Dv] -> [U, G, Dv]. Of sequence u the first
-        `lengths[u]` entries count. `mask` [U, S] is added to the logits: -inf hides an entry, as it
-        does all beyond the length. Without one, all lengths are S.
+        `lengths[u]` entries count, at most `seen`. `mask` [U, seen] is added to the logits: -inf
+        hides an entry, as it does all beyond the length and all that is outside `sliding`, a window
+        of the model's in tokens. Without a mask, the first `seen` entries all count.
         """
         ...
 
@@ -90,9 +93,12 @@ class Sdpa:
         *,
         scaling: float,
         lengths: Tensor,
+        seen: int,
         mask: Tensor | None,
+        sliding: int | None,
     ) -> Tensor:
         """As `Backend.token`; the query group stands where tokens would, so keys are read once."""
+        keys, values = keys[:, :seen], values[:, :seen]
         if queries.device.type == "cpu" and queries.dtype == torch.float32:
             logits = torch.bmm(queries * scaling, keys.transpose(1, 2))
             if mask is not None:
@@ -177,10 +183,13 @@ class Reference:
         *,
         scaling: float,
         lengths: Tensor,
+        seen: int,
         mask: Tensor | None,
+        sliding: int | None,
     ) -> Tensor:
         """As `Backend.token`."""
-        order = torch.arange(keys.shape[1], device=keys.device)
+        keys, values = keys[:, :seen], values[:, :seen]
+        order = torch.arange(seen, device=keys.device)
         unseen = order >= lengths[:, None]
         if mask is not None:
             unseen = unseen | mask.isneginf()
@@ -209,7 +218,7 @@ def observed_attention(
     resident entries, causal by position, summed over the W queries and averaged over the G of the
     query group. One KV head at a time, so that the memory is G x W x E whatever the model.
     """
-    rows = []
+    rows: list[Tensor] = []
     for block in blocks:
         for index in range(len(block[0].keys)):
             query = queries[len(rows)].float()

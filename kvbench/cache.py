@@ -64,9 +64,7 @@ class HeadGroup:
         """The entries there are, None for none."""
         if not self.length:
             return None
-        assert self.keys is not None and self.values is not None and self.positions is not None
-        stop = self.length
-        return Entries(self.keys[:, :stop], self.values[:, :stop], self.positions[:, :stop])
+        return Entries(*(tensor[:, : self.length] for tensor in self._tensors()))
 
     def add(self, new: Entries, capacity: int) -> None:
         """Add entries [Kg, T, ...], in storage with room for `capacity` if there is none yet."""
@@ -131,7 +129,9 @@ class HeadGroup:
         return tensors
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None and self.positions is not None
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.positions is not None
         return self.keys, self.values, self.positions
 
     def _grow(self, like: Entries, capacity: int) -> None:
@@ -210,9 +210,9 @@ class RowCache:
             order = None if ordered else torch.tensor(flat, device=device).argsort()
             self.orders.append(order)
 
-    def group_of(self, layer: int, head: int) -> HeadGroup:
-        """The group that a KV head belongs to."""
-        return next(group for group in self.layers[layer] if head in group.heads)
+    def group_like(self, layer: int, other: HeadGroup) -> HeadGroup:
+        """The group of the same KV heads as another cache's."""
+        return next(group for group in self.layers[layer] if group.heads == other.heads)
 
     def joined(self, layer: int, parts: Sequence[Tensor]) -> Tensor:
         """What was computed for each of a layer's groups, [Kg, ...], as [K, ...], in order."""

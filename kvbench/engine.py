@@ -21,7 +21,7 @@ from kvbench.eviction import Chooser, Chunk, Evictor, Layer
 from kvbench.footprint import Meter, full_rows
 from kvbench.method import Entries, KVShape
 from kvbench.model import LoadedModel, unvisited
-from kvbench.slabs import Slab, make_slabs, meter_moves
+from kvbench.slabs import SlabLayer, make_slabs, meter_moves
 from kvbench.spec import MethodSpec
 
 PACKED_TOKENS = 2048  # tokens that go through the model at once, unless one chunk has more
@@ -180,13 +180,8 @@ class RowState:
         if choice is None:
             everything = torch.arange(before + new, device=own.keys.device)
             choice = everything.expand(len(group.heads), -1)
-        for index, head in enumerate(group.heads):
-            here = slice(index, index + 1)
-            self.cache.group_of(layer.index, head).replace(
-                None if past is None else Entries(*(tensor[here] for tensor in past)),
-                Entries(*(tensor[here] for tensor in own)),
-                choice[here],
-            )
+        self.cache.group_like(layer.index, group).replace(past, own, choice)
+        for _ in group.heads:  # alone, a row's heads have storage each, and move one by one
             for tensor in (own.keys, own.values):
                 entry = tensor.shape[-1] * tensor.itemsize
                 self.meter.allocate(choice.shape[1] * entry)
@@ -325,9 +320,11 @@ def make_streams(
         chunks = members[0].evictor.chunks(prefill_chunk)
         streams.append(Stream(members, cache, chunks, [None] * model.shape.layers))
 
+    sharing = sum(evictor_of(model, row).waits for row in rows) > 1
     for row in rows:
         evictor = evictor_of(model, row)
-        apart = evictor.scores and not evictor.chunked
+        # Of a cache that is shared the whole storage stays until the last row has left it.
+        apart = evictor.scores and not evictor.chunked and not (evictor.waits and sharing)
         cache = RowCache(evictor.windows(), ledger, model.device, apart=apart)
         states.append(RowState(row, evictor, cache))
         if evictor.keeps_all:
@@ -343,8 +340,7 @@ def make_streams(
     elif len(leaving) == 1:
         add_stream(leaving, leaving[0].cache)
     elif leaving:
-        windows = leaving[0].evictor.windows()
-        add_stream(leaving, RowCache(windows, ledger, model.device, apart=True))
+        add_stream(leaving, RowCache(leaving[0].evictor.windows(), ledger, model.device))
     return states, streams
 
 
@@ -462,7 +458,7 @@ def decode(model: LoadedModel, states: Sequence[RowState], ledger: Ledger) -> No
             running = [running[at] for at in stay]
             kept = torch.tensor(stay, dtype=torch.long, device=model.device)
             ids = ids[kept]
-            kv.leave(stay, kept)
+            kv.leave(stay, kept, model.shape.kv_heads)
 
 
 def ended(model: LoadedModel, state: RowState) -> bool:
@@ -500,7 +496,7 @@ def forward(
 class DecodeKV:
     """What attention finds in `kv` while rows decode a token each."""
 
-    layers: list[list[Slab]]
+    layers: list[SlabLayer]
     positions: Tensor  # [R], of the tokens that are fed
     backend: Backend
     rows: list[int]  # the rows still running, by their numbers at the start
@@ -512,12 +508,12 @@ class DecodeKV:
             meter_moves(state.cache, state.evictor.decoded, state.meter)
         caches = [state.cache for state in states]
         tokens = [state.evictor.decoded for state in states]
-        layers = make_slabs(caches, tokens, ledger, model.device)
         prompts = [len(state.row.prompt) for state in states]
-        positions = torch.tensor(prompts, device=model.device)
-        kv = cls(layers, positions, model.backend, list(range(len(states))))
-        kv._place(model.shape.kv_heads)
-        return kv
+        rows = list(range(len(states)))
+        layers = make_slabs(caches, tokens, ledger, model.device)
+        for layer in layers:
+            layer.place(rows, model.shape.kv_heads, model.device)
+        return cls(layers, torch.tensor(prompts, device=model.device), model.backend, rows)
 
     def attend(
         self,
@@ -533,35 +529,18 @@ class DecodeKV:
         q = query.reshape(rows * kv_heads, -1, query.shape[-1])
         k, v = key.reshape(rows * kv_heads, -1), value.reshape(rows * kv_heads, -1)
         positions = self.positions.repeat_interleave(kv_heads)
-        slabs = self.layers[layer]
-        if len(slabs) == 1 and slabs[0].all:
-            out = slabs[0].attend(self.backend, q, k, v, positions, scaling, sliding)
-        else:
-            out = q.new_empty((*q.shape[:2], v.shape[-1]))
-            for slab in slabs:
-                at = slab.where
-                out[at] = slab.attend(
-                    self.backend, q[at], k[at], v[at], positions[at], scaling, sliding
-                )
+        out = self.layers[layer].attend(self.backend, q, k, v, positions, scaling, sliding)
         return out.reshape(rows, -1, 1, v.shape[-1])
 
-    def leave(self, stay: Sequence[int], kept: Tensor) -> None:
+    def leave(self, stay: Sequence[int], kept: Tensor, kv_heads: int) -> None:
         """Go on with the rows that are at `stay` in the batch."""
         rows = [self.rows[at] for at in stay]
         over = set(self.rows) - set(rows)
         self.rows = rows
         self.positions = self.positions[kept]
-        for layer, slabs in enumerate(self.layers):
-            for slab in slabs:
-                slab.leave(over)
-            self.layers[layer] = [slab for slab in slabs if slab.owners]
-        self._place(self.heads)
-
-    def _place(self, kv_heads: int) -> None:
-        self.heads = kv_heads
-        for slabs in self.layers:
-            for slab in slabs:
-                slab.place(self.rows, kv_heads, self.positions.device)
+        for layer in self.layers:
+            layer.leave(over)
+            layer.place(rows, kv_heads, kept.device)
 
 
 def outcome(

@@ -4,8 +4,10 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,14 @@ class LoadedModel:
     fingerprint: str
     card: ModelCard = field(default_factory=ModelCard)
 
-    @property
+    @cached_property
     def backend(self) -> Backend:
         """The attention backend that `attention` names."""
+        if self.attention == "flash":
+            from kvbench.flash import Flash, find_kernel
+
+            kernel, _ = find_kernel()
+            return BACKENDS["sdpa"] if kernel is None else Flash(kernel)
         return BACKENDS[self.attention]
 
     @property
@@ -104,7 +111,7 @@ def load_model(
     """
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
-    backend = resolve_attention(attention)
+    backend = resolve_attention(attention, where)
     folder = model_folder(name)
     quiet()
     try:
@@ -218,16 +225,23 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-def resolve_attention(attention: str) -> str:
-    """The attention backend that `--attention` names."""
+def resolve_attention(attention: str, device: torch.device) -> str:
+    """The attention backend that `--attention` names; InputError for one that the device lacks."""
     if attention == "auto":
         return "sdpa"
     if attention == "flash":
-        raise InputError("attention 'flash' is not there yet: use auto or sdpa")
+        if device.type != "cuda":
+            raise InputError("attention 'flash' needs a GPU: use auto or sdpa, or --device cuda")
+        from kvbench.flash import find_kernel
+
+        kernel, name = find_kernel()
+        if kernel is None:
+            print(f"kvbench: no flash attention installed, using {name}", file=sys.stderr)
+            return "sdpa"
+        return "flash"
     if attention not in BACKENDS:
-        raise InputError(
-            f"unknown attention '{attention}': {did_you_mean(attention, ['auto', *BACKENDS])}"
-        )
+        names = ["auto", "flash", *BACKENDS]
+        raise InputError(f"unknown attention '{attention}': {did_you_mean(attention, names)}")
     return attention
 
 

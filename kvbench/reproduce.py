@@ -132,6 +132,7 @@ def small_choices(run: Path, *, samples: int, seed: int, dry_run: bool = False) 
         option={},
         chat_template="auto",
         batch_rows=None,
+        memory_limit=None,
         dry_run=dry_run,
     )
 

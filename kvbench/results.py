@@ -221,8 +221,10 @@ class RunWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # By the file itself: an interrupt may come after a write and before it is counted.
+        empty = os.fstat(self._file).st_size == 0
         os.close(self._file)
-        if self._length == 0:
+        if empty:
             self.path.unlink(missing_ok=True)
             self._remove_what_is_new()
 

@@ -58,7 +58,7 @@ class Slab:
             self.sizes = torch.tensor([w.size for w in windows if w], device=device)
             self.limits = self.sinks + self.sizes
             self.limit = max(w.sinks + w.size for w in windows if w)
-            self.ragged = self.ragged or len({w for w in windows}) > 1
+            self.ragged = self.ragged or len(set(windows)) > 1
         self.keys, self.values, self.positions = self._storage(groups, adoptable(waiting))
         self.order = torch.arange(len(lengths), device=device)
         self.mask: Tensor | None = None
@@ -76,7 +76,12 @@ class Slab:
         made = []
         for name in ("keys", "values", "positions"):
             first = getattr(groups[0], name)
-            slab = first.new_empty((len(self.owners), self.room, *first.shape[2:]))
+            if name == "keys" and first.device.type == "cpu":
+                # A query's products with consecutive entries: a CPU reads them faster transposed.
+                shape = (len(self.owners), first.shape[2], self.room)
+                slab = first.new_empty(shape).transpose(1, 2)
+            else:
+                slab = first.new_empty((len(self.owners), self.room, *first.shape[2:]))
             if name != "positions":
                 self.ledger.allocate(slab.nbytes)
                 self.size += slab.nbytes
@@ -91,13 +96,6 @@ class Slab:
             for group in groups:
                 group.free(name)
         return made[0], made[1], made[2]
-
-    def place(self, rows: Sequence[int], heads: int, device: torch.device) -> None:
-        """Note where in a batch of the rows `rows` each sequence is; [R * K] is flattened."""
-        at = {row: index for index, row in enumerate(rows)}
-        where = [at[row] * heads + head for row, head in self.owners]
-        self.all = where == list(range(len(rows) * heads))
-        self.where = torch.tensor(where, device=device)
 
     def attend(
         self,
@@ -115,40 +113,45 @@ class Slab:
         """
         # The longest grows on the host as the lengths do on the device: nobody waits for either.
         full = self.streams and self.longest >= self.limit
-        seen = self.longest + 1
+        seen = min(self.longest + 1, self.keys.shape[1])
         slots = torch.minimum(self.lengths, self.limits) if self.streams else self.lengths
-        self.write(slots, keys, values, positions)
+        self._write(slots, keys, values)
         mask = self.mask
         if mask is not None:
             mask[self.order, slots] = 0
             mask = mask[:, :seen]
         if sliding is not None:
+            self.positions[self.order, slots] = positions.int()
             far = self.positions[:, :seen] <= positions[:, None] - sliding
             if mask is None:
                 mask = torch.zeros(far.shape, dtype=keys.dtype, device=keys.device)
             mask = mask.masked_fill(far, -torch.inf)
+        lengths = slots + 1
         out = backend.token(
             queries,
-            self.keys[:, :seen],
-            self.values[:, :seen],
+            self.keys,
+            self.values,
             scaling=scaling,
-            lengths=slots + 1,
+            lengths=lengths,
+            seen=seen,
             mask=mask,
+            sliding=sliding,
         )
+        self.lengths = lengths
         if self.streams:
+            self.lengths = torch.minimum(lengths, self.limits)
             ring = self.sinks + (positions - self.sinks) % self.sizes
-            self.write(torch.where(slots < self.limits, slots, ring), keys, values, positions)
-            self.lengths = torch.minimum(slots + 1, self.limits)
-        else:
-            self.lengths = slots + 1
+            stays = torch.where(slots < self.limits, slots, ring)
+            self._write(stays, keys, values)
+            if sliding is not None:
+                self.positions[self.order, stays] = positions.int()
         self.longest = self.longest if full else seen
         return out
 
-    def write(self, slots: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    def _write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put one entry into each sequence, at `slots` [U]."""
         self.keys[self.order, slots] = keys
         self.values[self.order, slots] = values
-        self.positions[self.order, slots] = positions.int()
 
     def leave(self, ended: set[int]) -> None:
         """Let go of the sequences of the rows `ended`; the last sequences take their places."""
@@ -177,9 +180,57 @@ class Slab:
         return names + ["mask"] * (self.mask is not None)
 
 
+class SlabLayer:
+    """One layer of all rows that decode: its slabs, and whose sequence is where in them."""
+
+    def __init__(self, slabs: Sequence[Slab]) -> None:
+        self.slabs = list(slabs)
+        self.order: Tensor | None = None
+        self.back: Tensor | None = None
+
+    def place(self, rows: Sequence[int], kv_heads: int, device: torch.device) -> None:
+        """Note where in a batch of the rows `rows` each sequence is; [R * K] is flattened."""
+        at = {row: index for index, row in enumerate(rows)}
+        order = [at[row] * kv_heads + head for slab in self.slabs for row, head in slab.owners]
+        self.order = self.back = None
+        if order != sorted(order):
+            self.order = torch.tensor(order, device=device)
+            self.back = self.order.argsort()
+
+    def leave(self, ended: set[int]) -> None:
+        """Let go of the rows `ended`."""
+        for slab in self.slabs:
+            slab.leave(ended)
+        self.slabs = [slab for slab in self.slabs if slab.owners]
+
+    def attend(
+        self,
+        backend: Backend,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        scaling: float,
+        sliding: int | None,
+    ) -> Tensor:
+        """As `Slab.attend`, in the order of the batch."""
+        given = [queries, keys, values, positions]
+        if self.order is not None:
+            given = [tensor[self.order] for tensor in given]
+        sizes = [len(slab.owners) for slab in self.slabs]
+        parts = [
+            slab.attend(backend, q, k, v, p, scaling, sliding)
+            for slab, q, k, v, p in zip(
+                self.slabs, *(tensor.split(sizes) for tensor in given), strict=True
+            )
+        ]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out if self.back is None else out[self.back]
+
+
 def make_slabs(
     caches: Sequence[RowCache], tokens: Sequence[int], ledger: Ledger, device: torch.device
-) -> list[list[Slab]]:
+) -> list[SlabLayer]:
     """The slabs of every layer, for rows that decode at most `tokens[row]` tokens each.
 
     Layer by layer, the rows' storage is freed as its entries have moved.
@@ -191,7 +242,8 @@ def make_slabs(
             for row, cache in enumerate(caches)
             for group in cache.layers[layer]
         ]
-        layers.append([Slab(members, ledger, device) for members in bucketed(waiting)])
+        slabs = [Slab(members, ledger, device) for members in bucketed(waiting)]
+        layers.append(SlabLayer(slabs))
     return layers
 
 

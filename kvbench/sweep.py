@@ -222,7 +222,7 @@ def gib(size: float) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU, whose allocator raises a bare RuntimeError."""
+    """Whether memory ran out; the CPU's allocator raises a bare RuntimeError."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -8,10 +8,9 @@ import torch
 from models import loaded_model, plain_model
 from torch import Tensor
 
-from kvbench.cache import HeadGroup, Ledger
+from kvbench.cache import Ledger
 from kvbench.engine import Row, prefill
-from kvbench.footprint import Meter
-from kvbench.method import Entries, LayerView, Window
+from kvbench.method import Entries, LayerView
 from kvbench.spec import parse_method
 
 PROMPT, LAYERS, KV_HEADS, GROUP = 96, 3, 2, 2

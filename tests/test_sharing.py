@@ -1,6 +1,7 @@
 """What rows share changes nothing that they give or hold: a sweep equals its cells run alone."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,9 @@ def test_forks_do_not_disturb_each_other_or_the_baseline() -> None:
             if group.keys is not None and group.values is not None
         )
         assert ledger.bytes == held  # whatever is shared is freed or belongs to a row
-        found = {i: [s.cache.kept(x) for x in range(LAYERS)] for i, s in zip(order, states)}
+        found = {
+            i: [s.cache.kept(x) for x in range(LAYERS)] for i, s in zip(order, states, strict=True)
+        }
         storages = [g.keys.data_ptr() for s in states for gs in s.cache.layers for g in gs]
         assert len(set(storages)) == len(storages)
         return [found[i] for i in sorted(order)]
@@ -142,16 +145,14 @@ def test_the_area_under_the_timeline_is_the_footprint(
     line = got.timeline
     assert line[0] == [0, 0]
     assert line[-1][0] == prompt + got.new_tokens - 1
-    assert all(a[0] <= b[0] for a, b in zip(line, line[1:], strict=False))
+    assert all(a[0] <= b[0] for a, b in pairwise(line))
     # Every row adds an entry to every head in its own course: a triangle of area 1/2 to a count of
     # 1. While a full window decodes the entry leaves again at once: the line is flat, and the count
     # one more than it.
-    twice_area = sum((b[0] - a[0]) * (a[1] + b[1]) for a, b in zip(line, line[1:], strict=False))
+    twice_area = sum((b[0] - a[0]) * (a[1] + b[1]) for a, b in pairwise(line))
     heads = LAYERS * KV_HEADS
     twice = twice_area + heads * line[-1][0]
     flat = sum(
-        (b[0] - a[0]) * heads - (b[1] - a[1])
-        for a, b in zip(line, line[1:], strict=False)
-        if prompt <= a[0] < b[0]
+        (b[0] - a[0]) * heads - (b[1] - a[1]) for a, b in pairwise(line) if prompt <= a[0] < b[0]
     )
     assert got.resident_rows * 2 == twice + flat
