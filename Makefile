@@ -29,7 +29,7 @@ reproduce: $(READY)
 
 # Both files of head scores that come with the embedded model.
 heads: $(READY)
-	$(BIN)/kvbench train prulong --target 0.3,0.5,0.7 --out results/training/prulong
+	$(BIN)/kvbench train prulong --out results/training/prulong
 	$(BIN)/kvbench train duoattention --out results/training/duoattention
 	cp results/training/prulong/scores-prulong.json kvbench/tiny/
 	cp results/training/duoattention/scores-duoattention.json kvbench/tiny/

@@ -30,6 +30,8 @@ ATTENTION = "kvbench"
 # What some models ask of attention beyond softmax(QK)V, by the name of the argument.
 UNSUPPORTED = {"softcap": "soft-capped logits", "s_aux": "attention sinks of its own"}
 
+LENGTH_DEPENDENT = {"dynamic", "longrope"}  # types of RoPE
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -159,6 +161,21 @@ def read_model(name: str, **options: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def check_rotation(config: Any, name: str) -> None:
+    """InputError if RoPE turns a position by more or less as the input is longer or shorter.
+
+    Keys are cached after RoPE, and rows of several lengths share a forward: neither is right then.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    found = {str(kind.get("rope_type")) for kind in kinds} & LENGTH_DEPENDENT
+    if found:
+        raise InputError(
+            f"model '{name}' has RoPE of type {', '.join(sorted(found))}, which depends on the "
+            "length of the input: its cached keys would be wrong after eviction or in chunks"
+        )
+
+
 def wrap_model(
     model: Any,
     tokenizer: Any,
@@ -180,6 +197,7 @@ def wrap_model(
         limit = config.max_position_embeddings
     except AttributeError as error:
         raise InputError(f"model '{name}' is not an attention-only decoder: {error}") from None
+    check_rotation(config, name)
     model.set_attn_implementation(ATTENTION)
     weight = next(model.parameters())
     return LoadedModel(

@@ -316,3 +316,12 @@ def test_models_that_attend_in_other_ways_are_refused() -> None:
     assert "not an attention-only decoder" in refusal(MambaForCausalLM(MambaConfig(**small)))
     both = T5ForConditionalGeneration(T5Config(vocab_size=199, d_model=16, d_ff=16, num_layers=1))
     assert "encoder-decoder" in refusal(both)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_length_is_refused(kind: str) -> None:
+    special: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    if kind == "longrope":
+        special |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+        special["original_max_position_embeddings"] = 64
+    assert kind in refusal(plain_model(rope_parameters=special))
