@@ -170,7 +170,7 @@ def list_command(kinds: tuple[str, ...] | None, form: str) -> int:
 @cli.command()
 @click.option("--scale", type=click.Choice(["small", "full"]), default="small", show_default=True,
               help="The embedded model, or the paper's with its context and data.")  # fmt: skip
-@click.option("--samples", type=click.IntRange(min=1), default=32, show_default=True,
+@click.option("--samples", type=click.IntRange(min=1), default=24, show_default=True,
               help="Samples a task, at small scale.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
               help="Seed of the samples.")  # fmt: skip
