@@ -4,12 +4,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 DEMO := results/runs/demo
-DEMO_METHODS := recency,snapkv,snapkv-naive,snapkv-patched,pyramidkv,pyramidkv-naive,pyramidkv-patched,knorm,random
+DEMO_METHODS := recency,snapkv,snapkv-naive,snapkv-patched,pyramidkv-naive,pyramidkv-patched,duoattention,prulong,random
 
 .PHONY: demo test lint reproduce heads setup smollm2 clean
 
 demo: $(READY)
-	$(BIN)/kvbench run --out $(DEMO) --method $(DEMO_METHODS) --budgets 0.1,0.3,0.5,0.7,0.9 --samples 16
+	$(BIN)/kvbench run --out $(DEMO) --method $(DEMO_METHODS) --budgets 0.1,0.2,0.3,0.5,0.7,0.9 --samples 12
 	$(BIN)/kvbench report $(DEMO)
 	@echo "The curves are in $(DEMO)"
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from kvbench.card import EMBEDDED
+
 KVBENCH = [sys.executable, "-m", "kvbench"]
 SMALL = ["--task", "rag", "--context", "256", "--samples", "3", "--budgets", "0.3,0.6"]
 
@@ -48,7 +50,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
         ("run --model organisation/name", "cannot be loaded"),
         ("run --context 100000", "at most 8192"),
         ("run --context 20", "too short"),
-        ("run --method prulong", "needs head scores"),
+        ("run --model plain --method prulong", "needs head scores"),
         ("run --method prulong --option scores=none.tsv", "cannot be read"),
         ("run --method prulong --option scores=words.tsv", "not a table of numbers"),
         ("run --method prulong --option scores=other.tsv", "1 layers of 2 KV heads"),
@@ -75,6 +77,10 @@ def test_bad_input_is_one_line_and_code_2(arguments: str, message: str, tmp_path
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "plain").mkdir()  # the embedded model without its head scores
+    for file in EMBEDDED["tiny"].iterdir():
+        if file.is_file() and not file.name.startswith("scores-"):
+            (tmp_path / "plain" / file.name).symlink_to(file)
     (tmp_path / "words.tsv").write_text("not numbers\n")
     (tmp_path / "other.tsv").write_text("0.1\t0.2\n")
     (tmp_path / "unknown.yaml").write_text("budgts: 0.3\n")

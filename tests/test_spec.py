@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.card import ModelCard, model_folder, read_card
+from kvbench.card import EMBEDDED, ModelCard, model_folder, read_card
 from kvbench.errors import InputError
 from kvbench.heads import ScoreSet, nearest, read_scores
+from kvbench.method import KVShape
 from kvbench.spec import Chunking, check_option_names, parse_method
 
+TINY = KVShape(layers=4, kv_heads=4, query_heads=8, head_dim=32)
 SCORES = Path(__file__).parent / "data" / "scores.tsv"
 
 
@@ -114,3 +116,11 @@ def test_models_that_are_not_there(name: str) -> None:
 
 def test_a_hub_id_is_left_to_the_hub() -> None:
     assert model_folder("organisation/name") is None
+
+
+@pytest.mark.parametrize("name", ["prulong", "duoattention"])
+def test_the_embedded_model_comes_with_head_scores(name: str) -> None:
+    spec = parse_method(name, {}, read_card(EMBEDDED["tiny"]).options)
+    assert spec.method.missing() is None
+    kinds = [window for layer in spec.method.windows(TINY, 0.25, 1000) or () for window in layer]
+    assert (len(kinds), kinds.count(None)) == (16, 4)
