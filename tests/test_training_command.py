@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from test_command_line import kvbench
+from test_command_line import KVBENCH, kvbench
 
 SMALL = ["--steps", "6", "--batch", "4", "--length", "160"]
 
@@ -40,6 +42,21 @@ def test_trained_scores_are_scores_to_run_with(tmp_path: Path) -> None:
     lines = [json.loads(t) for f in (tmp_path / "r").glob("samples-*") for t in f.open()]
     (record,) = [line for line in lines if line["method"] == "prulong"]
     assert record["options"]["score_targets"] == [0.4, 0.8]
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [*KVBENCH, "train", "prulong", *SMALL, "--steps", "500", "--out", "t"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "t" / "log.jsonl"
+    while process.poll() is None and not (log.is_file() and log.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "t" / "checkpoint.safetensors").is_file()
+    assert not (tmp_path / "t" / "scores-prulong.json").exists()
 
 
 def launched(folder: Path, *arguments: str) -> None:

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,39 +76,47 @@ def train_heads(choices: HeadChoices) -> int:
         raise InputError(
             f"cannot write to '{choices.out}': {error.strerror}; choose another --out"
         ) from None
-    sets = []
-    for recipe in recipes:
-        folder = choices.out if len(recipes) == 1 else choices.out / f"target-{recipe.target:g}"
-        objective = make_objective(recipe, model)
-        log = learn(
-            net,
-            objective,
-            rows,
-            recipe,
-            folder,
-            accelerator,
-            progress_lines(recipe),
-        )
-        final = objective.state(recipe.steps - 1)["sparsity"]
-        scores = [[round(s, 6) for s in row] for row in objective.scores().tolist()]
-        sets.append(
-            {
-                "target": recipe.target,
-                "sparsity": round(final, 6),
-                "seconds": round(sum(line["seconds"] for line in log), 1),
-                "scores": scores,
-            }
-        )
-        if accelerator.is_main_process:
-            save_training_pictures(log, scores, folder / "training", recipe)
+    try:
+        sets = [
+            learn_set(
+                recipe, model, net, rows, folder_of(recipe, recipes, choices.out), accelerator
+            )
+            for recipe in recipes
+        ]
+    except KeyboardInterrupt:
+        say(f"interrupted; the same command goes on from the checkpoint in {choices.out}")
+        return 130
     if accelerator.is_main_process:
         path = choices.out / f"scores-{choices.method}.json"
-        write_atomically(path, score_file(recipes[0], sets, accelerator.num_processes))
+        how = {"processes": accelerator.num_processes, "dtype": str(model.dtype)[6:]}
+        write_atomically(path, score_file(recipes[0], sets, how))
         if recipes[0].weights_rate:
             model.model.save_pretrained(choices.out / "model")
             model.tokenizer.save_pretrained(choices.out / "model")
         say(f"scores are in {path}: kvbench run --method {choices.method} --option scores={path}")
     return 0
+
+
+def folder_of(recipe: Recipe, recipes: Sequence[Recipe], out: Path) -> Path:
+    """Where a training keeps its checkpoint, log and picture: of several targets each its own."""
+    return out if len(recipes) == 1 else out / f"target-{recipe.target:g}"
+
+
+def learn_set(
+    recipe: Recipe, model: LoadedModel, net: Any, rows: Rows, folder: Path, accelerator: Any
+) -> dict[str, Any]:
+    """Learn the scores of one recipe; what the file of scores says of them."""
+    objective = make_objective(recipe, model)
+    log = learn(net, objective, rows, recipe, folder, accelerator, progress_lines(recipe))
+    scores = [[round(s, 6) for s in row] for row in objective.scores().tolist()]
+    if accelerator.is_main_process:
+        save_training_pictures(log, scores, folder / "training", recipe)
+    return {
+        "target": recipe.target,
+        "sparsity": round(objective.state(recipe.steps - 1)["sparsity"], 6),
+        "seconds": round(sum(line["seconds"] for line in log), 1),
+        "scores": scores,
+    }
 
 
 def make_recipes(choices: HeadChoices, model: LoadedModel) -> list[Recipe]:
@@ -204,14 +212,14 @@ def shard(net: Any, recipe: Recipe, accelerator: Any) -> None:
     fully_shard(net)
 
 
-def score_file(recipe: Recipe, sets: list[dict[str, Any]], processes: int) -> str:
+def score_file(recipe: Recipe, sets: list[dict[str, Any]], how: Mapping[str, Any]) -> str:
     """The file of scores: how they were learnt, then a table [L][K] for each target."""
     settings = {key: value for key, value in asdict(recipe).items() if value is not None}
     if len(sets) > 1:
         del settings["target"]
     content = {
         **settings,
-        "processes": processes,
+        **how,
         "date": datetime.now(UTC).date().isoformat(),
         "kvbench": kvbench.__version__,
         "torch": str(torch.__version__),
