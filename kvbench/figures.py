@@ -63,6 +63,7 @@ STYLES = {
     "pyramidkv-patched": Style(VERMILLION, "^", "-"),
     "duoattention": Style(PURPLE, "o", "-"),
     "prulong": Style(GREEN, "*", "-"),
+    "random-heads": Style(PURPLE, "<", ":", filled=False),
 }
 _SPARE_COLOURS = (PURPLE, GREEN, BLUE, VERMILLION, ORANGE, SKY)
 _SPARE_MARKERS = ("h", "p", "X", "<", "d", "H")
