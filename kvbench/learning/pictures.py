@@ -53,7 +53,9 @@ def draw_map(axes: Axes, scores: list[list[float]]) -> None:
     for budget in sorted(BUDGETS, reverse=True):
         for layer, head in retrieval_heads(scores, budget):
             first[layer][head] = budget
-    axes.imshow([[1 - b for b in row] for row in first], cmap="Blues", vmin=-0.1, vmax=1.1)
+    axes.imshow(
+        [[1 - b for b in row] for row in first], cmap="Blues", vmin=-0.1, vmax=1.1, aspect="auto"
+    )
     if layers * heads <= MOST_NUMBERED:
         for layer in range(layers):
             for head in range(heads):
