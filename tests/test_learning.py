@@ -150,6 +150,7 @@ def test_blocks_of_streaming_attention_are_the_dense_mask(
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called")  # fused on CUDA alone
 @pytest.mark.parametrize("sliding", [None, 70])
 def test_flex_attention_is_the_dense_mask(sliding: int | None) -> None:
     q = torch.randn(1, 4, 300, 16, generator=torch.Generator().manual_seed(1))
