@@ -31,6 +31,7 @@ from kvbench.results import Record, find_runs, is_run, read_records, read_settin
 
 FEWEST_SHARE = 0.5  # of a curve's samples that a budget needs to count as a point of it
 FEW_SAMPLES = 10  # an interval from fewer is rough
+FILE_HASH = " sha256:"  # before the hash, in an option of a record that is a file
 
 SeriesKey = tuple[
     "Setting", str, str, int | None
@@ -316,11 +317,17 @@ def _labels(keys: Iterable[SeriesKey]) -> dict[SeriesKey, str]:
         names = dict.fromkeys(name for values in options.values() for name in values)
         differing = [n for n in names if len({json.dumps(v.get(n)) for v in options.values()}) > 1]
         for key in same:
-            parts = [f"{name}={options[key].get(name)}" for name in differing]
+            parts = [f"{name}={_short(options[key].get(name))}" for name in differing]
             if len({k[3] for k in same}) > 1:
                 parts.append(f"chunk {key[3]}")
             labels[key] = f"{method} ({', '.join(parts)})" if parts else method
     return labels
+
+
+def _short(value: Any) -> str:
+    """An option's value in a label; of a file the beginning of its hash, which tells it apart."""
+    text = str(value)
+    return text.rpartition(FILE_HASH)[2][:6] if FILE_HASH in text else text
 
 
 def _curves_of(

@@ -114,3 +114,10 @@ def test_nothing_appended_leaves_nothing_behind(tmp_path: Path) -> None:
     store(tmp_path / "run", [record("full", 1.0, 0, 1.0)])
     with pytest.raises(InputError, match="other settings"):
         RunWriter(tmp_path / "run", {"model": "another"}, {})
+
+
+def test_score_files_are_told_apart_by_the_beginning_of_their_hashes() -> None:
+    from kvbench.report import _short
+
+    assert _short("scores-prulong.json sha256:57a82c35336f") == "57a82c"
+    assert _short(0.5) == "0.5"
