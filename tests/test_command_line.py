@@ -24,6 +24,11 @@ def kvbench(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def interruptible() -> None:
+    """In a child: heed SIGINT, which a shell's background jobs are born ignoring."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def records(folder: Path) -> list[dict[str, Any]]:
     lines = [line for f in folder.glob("samples-*.jsonl") for line in f.read_text().splitlines()]
     return [json.loads(line) for line in lines]
@@ -166,7 +171,11 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     sweep = ["run", "--method", "recency,random", *SMALL, "--out", "r", "--batch-rows", "1"]
     process = subprocess.Popen(
-        [*KVBENCH, *sweep], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ.copy()
+        [*KVBENCH, *sweep],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
     )
     while process.poll() is None:
         if (tmp_path / "r").is_dir() and records(tmp_path / "r"):

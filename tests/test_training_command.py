@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_command_line import KVBENCH, kvbench
+from test_command_line import KVBENCH, interruptible, kvbench
 
 SMALL = ["--steps", "6", "--batch", "4", "--length", "160"]
 
@@ -46,7 +46,9 @@ def test_trained_scores_are_scores_to_run_with(tmp_path: Path) -> None:
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     command = [*KVBENCH, "train", "prulong", *SMALL, "--steps", "500", "--out", "t"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    )
     log = tmp_path / "t" / "log.jsonl"
     while process.poll() is None and not (log.is_file() and log.stat().st_size):
         time.sleep(0.05)
