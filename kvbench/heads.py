@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,12 @@ class LearntHeads(HeadSplit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scores_file is not None:
-            read_scores(self.scores_file)
+        _ = self.sets  # a file that cannot be used is refused at once
+
+    @cached_property
+    def sets(self) -> "list[ScoreSet]":
+        """The score sets of the file, none where no file is given; read once."""
+        return [] if self.scores_file is None else read_scores(self.scores_file)
 
     def missing(self) -> str | None:
         """Head scores, where no file is given."""
@@ -66,15 +71,13 @@ class LearntHeads(HeadSplit):
 
     def remarks(self) -> dict[str, Any]:
         """The sparsities that the scores were learnt for; one serves every budget."""
-        if self.scores_file is None:
-            return {}
-        return {"score_targets": [each.target for each in read_scores(self.scores_file)]}
+        return {"score_targets": [each.target for each in self.sets]} if self.sets else {}
 
     def head_scores(self, shape: KVShape, budget: float) -> Table:
         """The scores learnt for the sparsity nearest to 1 - budget."""
-        if self.scores_file is None:
+        if not self.sets:
             raise InputError(f"{self.name} needs {self.missing()}")
-        table = nearest(read_scores(self.scores_file), 1 - budget).scores
+        table = nearest(self.sets, 1 - budget).scores
         if (len(table), len(table[0])) != (shape.layers, shape.kv_heads):
             raise InputError(
                 f"head scores '{self.scores_file}' are for {len(table)} layers of {len(table[0])} "

@@ -89,7 +89,7 @@ def make_plan(
     that does not depend on the prefill chunk. Raises InputError if a sample does not fit.
     """
     common = common_settings(model, settings)
-    source = {spec.name: _source_hash(spec) for spec in specs}
+    method = {spec.name: [spec.name, spec.options, _source_hash(spec)] for spec in specs}
     cells = []
     for index in range(settings.samples):
         for task in tasks:
@@ -105,7 +105,7 @@ def make_plan(
             }
             for spec, budget, chunk in _variants(specs, settings):
                 how = {
-                    "method": [spec.name, spec.options, source[spec.name]],
+                    "method": method[spec.name],
                     "budget": budget,
                     "prefill_chunk": chunk,
                 }
