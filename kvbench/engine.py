@@ -437,20 +437,21 @@ def decode(model: LoadedModel, states: Sequence[RowState], ledger: Ledger) -> No
     running = [state for state in states if not ended(model, state)]
     if not running:
         return
+    started = time.perf_counter()
     held = {id(state): state.cache.lengths() for state in running}
     kv = DecodeKV.of(model, running, ledger)
     ids = torch.tensor([state.tokens[-1] for state in running], device=model.device)
     while running:
-        started = time.perf_counter()
         chosen = forward(model, ids[:, None], kv.positions[:, None], kv).argmax(-1)
         tokens = chosen.tolist()
-        share = (time.perf_counter() - started) / len(running)
+        now = time.perf_counter()
         for state, token in zip(running, tokens, strict=True):
             state.tokens.append(token)
-            state.decode_seconds += share
+            state.decode_seconds += (now - started) / len(running)
+        started = now
         stay = [at for at, state in enumerate(running) if not ended(model, state)]
         ids = chosen
-        kv.positions = kv.positions + 1
+        kv.advance()
         if len(stay) < len(running):
             for state in running:
                 if ended(model, state):
@@ -498,6 +499,7 @@ class DecodeKV:
 
     layers: list[SlabLayer]
     positions: Tensor  # [R], of the tokens that are fed
+    places: Tensor  # [R * K], the same for every sequence
     backend: Backend
     rows: list[int]  # the rows still running, by their numbers at the start
 
@@ -513,7 +515,9 @@ class DecodeKV:
         layers = make_slabs(caches, tokens, ledger, model.device)
         for layer in layers:
             layer.place(rows, model.shape.kv_heads, model.device)
-        return cls(layers, torch.tensor(prompts, device=model.device), model.backend, rows)
+        positions = torch.tensor(prompts, device=model.device)
+        places = positions.repeat_interleave(model.shape.kv_heads)
+        return cls(layers, positions, places, model.backend, rows)
 
     def attend(
         self,
@@ -528,9 +532,13 @@ class DecodeKV:
         rows, kv_heads = key.shape[:2]
         q = query.reshape(rows * kv_heads, -1, query.shape[-1])
         k, v = key.reshape(rows * kv_heads, -1), value.reshape(rows * kv_heads, -1)
-        positions = self.positions.repeat_interleave(kv_heads)
-        out = self.layers[layer].attend(self.backend, q, k, v, positions, scaling, sliding)
+        out = self.layers[layer].attend(self.backend, q, k, v, self.places, scaling, sliding)
         return out.reshape(rows, -1, 1, v.shape[-1])
+
+    def advance(self) -> None:
+        """Go on to the next token of every row."""
+        self.positions += 1
+        self.places += 1
 
     def leave(self, stay: Sequence[int], kept: Tensor, kv_heads: int) -> None:
         """Go on with the rows that are at `stay` in the batch."""
@@ -538,6 +546,7 @@ class DecodeKV:
         over = set(self.rows) - set(rows)
         self.rows = rows
         self.positions = self.positions[kept]
+        self.places = self.positions.repeat_interleave(kv_heads)
         for layer in self.layers:
             layer.leave(over)
             layer.place(rows, kv_heads, kept.device)

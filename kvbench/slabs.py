@@ -76,12 +76,7 @@ class Slab:
         made = []
         for name in ("keys", "values", "positions"):
             first = getattr(groups[0], name)
-            if name == "keys" and first.device.type == "cpu":
-                # A query's products with consecutive entries: a CPU reads them faster transposed.
-                shape = (len(self.owners), first.shape[2], self.room)
-                slab = first.new_empty(shape).transpose(1, 2)
-            else:
-                slab = first.new_empty((len(self.owners), self.room, *first.shape[2:]))
+            slab = first.new_empty((len(self.owners), self.room, *first.shape[2:]))
             if name != "positions":
                 self.ledger.allocate(slab.nbytes)
                 self.size += slab.nbytes
@@ -115,7 +110,7 @@ class Slab:
         full = self.streams and self.longest >= self.limit
         seen = min(self.longest + 1, self.keys.shape[1])
         slots = torch.minimum(self.lengths, self.limits) if self.streams else self.lengths
-        self._write(slots, keys, values)
+        self._write(slots if self.ragged else seen - 1, keys, values)
         mask = self.mask
         if mask is not None:
             mask[self.order, slots] = 0
@@ -140,6 +135,7 @@ class Slab:
         self.lengths = lengths
         if self.streams:
             self.lengths = torch.minimum(lengths, self.limits)
+        if self.streams and (full or self.ragged):
             ring = self.sinks + (positions - self.sinks) % self.sizes
             stays = torch.where(slots < self.limits, slots, ring)
             self._write(stays, keys, values)
@@ -148,10 +144,11 @@ class Slab:
         self.longest = self.longest if full else seen
         return out
 
-    def _write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put one entry into each sequence, at `slots` [U]."""
-        self.keys[self.order, slots] = keys
-        self.values[self.order, slots] = values
+    def _write(self, slots: Tensor | int, keys: Tensor, values: Tensor) -> None:
+        """Put one entry into each sequence, at `slots` [U] or at the same place in all."""
+        where = (slice(None) if isinstance(slots, int) else self.order, slots)
+        self.keys[where] = keys
+        self.values[where] = values
 
     def leave(self, ended: set[int]) -> None:
         """Let go of the sequences of the rows `ended`; the last sequences take their places."""
