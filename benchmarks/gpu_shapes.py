@@ -37,12 +37,6 @@ SHAPE = {
 }
 
 
-class NoTokenizer:
-    """For a model that is only given token ids."""
-
-    eos_token_id = None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contexts", default="8192,32768,131072")
@@ -75,7 +69,7 @@ def main() -> None:
             plain.set_attn_implementation("sdpa")
             own = plain_times(plain, prompt, arguments.new)
             name = "sdpa" if kernel is None else "flash"
-            ours = wrap_model(plain, NoTokenizer(), name="llama-8b-shape", attention=name)
+            ours = wrap_model(plain, None, name="llama-8b-shape", attention=name)
             for method in ("full", "snapkv-patched", "prulong"):
                 print(f"{context:8} " + measured(ours, method, scores, prompt, arguments, own))
 

@@ -1,9 +1,13 @@
 """Peak KV bytes against what the counted peak of entries predicts, for every family.
 
-    python benchmarks/kv_bytes.py [--model tiny] [--context 4096]
+    python benchmarks/kv_bytes.py [--model tiny] [--context 4096] [--layers N]
 
-An entry takes 2 x head size x bytes of the dtype. What is above 1.00 is room kept for what is still
-to come, and the storage of one KV head while an eviction moves its entries.
+`--layers` takes, in the model's place, random weights of so many layers with 8 KV heads, as
+Llama-3.1-8B has with 32, narrow ones: bytes over prediction do not depend on a head's size.
+
+An entry takes 2 x head size x bytes of the dtype. What is above 1.00 is room kept in all layers for
+what is still to come, while one layer holds a whole chunk, and the storage of one KV head while an
+eviction moves its entries: the fewer layers, the more. Head scores are drawn at random.
 """
 
 import argparse
@@ -11,18 +15,55 @@ import tempfile
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvbench.engine import Row, run_rows
-from kvbench.model import load_model
+from kvbench.model import LoadedModel, load_model, wrap_model
 from kvbench.spec import parse_method
+
+METHODS = (
+    "full",
+    "recency",
+    "duoattention",
+    "prulong",
+    "snapkv",
+    "snapkv-naive",
+    "snapkv-patched",
+    "pyramidkv",
+    "pyramidkv-naive",
+    "pyramidkv-patched",
+    "knorm",
+    "knorm-naive",
+    "random",
+    "random-naive",
+    "prulong+snapkv",
+)
+
+
+def random_model(arguments: argparse.Namespace) -> LoadedModel:
+    """As many layers and KV heads as a real model has, with random weights."""
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=2 * arguments.context,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return wrap_model(LlamaForCausalLM(config).eval(), None, name="random weights")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--layers", type=int)
     arguments = parser.parse_args()
-    model = load_model(arguments.model)
+    torch.manual_seed(0)
+    model = random_model(arguments) if arguments.layers else load_model(arguments.model)
     shape = model.shape
     prompt = torch.randint(1, 200, (arguments.context - 8,)).tolist()
     entry = 2 * shape.head_dim * model.dtype.itemsize
@@ -32,13 +73,14 @@ def main() -> None:
         rows = torch.rand(shape.layers, shape.kv_heads).tolist()
         scores.write_text("\n".join("\t".join(map(str, row)) for row in rows))
         options = {
-            "prulong.scores": str(scores),
-            "prulong.sinks": 16,
-            "prulong.window": 128,
+            f"{split}.{option}": value
+            for split in ("duoattention", "prulong")
+            for option, value in (("scores", str(scores)), ("sinks", 16), ("window", 128))
         }
         print(f"{'method':18} budget   peak MiB  of full  bytes / predicted")
         full_bytes = 0
-        for name in ("full", "recency", "prulong", "snapkv", "snapkv-naive", "snapkv-patched"):
+        worst = 0.0
+        for name in METHODS:
             for budget in (1.0,) if name == "full" else (0.1, 0.5):
                 spec = parse_method(name, options, model.card.options)
                 outcome = run_rows(
@@ -49,11 +91,13 @@ def main() -> None:
                 fed = outcome.prompt_tokens + outcome.new_tokens - 1
                 predicted = outcome.kv_peak * fed * shape.layers * shape.kv_heads * entry
                 full_bytes = full_bytes or outcome.kv_bytes_peak
+                worst = max(worst, outcome.kv_bytes_peak / predicted)
                 print(
                     f"{name:18} {budget:6} {outcome.kv_bytes_peak / 2**20:10.2f} "
                     f"{outcome.kv_bytes_peak / full_bytes:8.3f} "
                     f"{outcome.kv_bytes_peak / predicted:10.3f}"
                 )
+        print(f"at most {worst:.3f} of the prediction, on {shape.layers} layers")
 
 
 if __name__ == "__main__":

@@ -68,19 +68,25 @@ class HeadGroup:
 
     def add(self, new: Entries, capacity: int) -> None:
         """Add entries [Kg, T, ...], in storage with room for `capacity` if there is none yet."""
-        count = new.positions.shape[1]
-        stop = self.length + count
-        if not self.length or stop > self.capacity:
-            self._grow(new, max(capacity, stop))
-        for stored, given in zip(self._tensors(), new, strict=True):
-            stored[:, self.length : stop] = given
-        self.length = stop
+        for place, given in zip(self._places(new, new.keys.shape[1], capacity), new, strict=True):
+            place.copy_(given)
 
     def take(self, new: Entries, chosen: Tensor | None, capacity: int) -> None:
         """Add the entries `chosen` [Kg, c] of `new`, None for all."""
-        if chosen is not None:
-            new = Entries(*(_gathered(tensor, chosen) for tensor in new))
-        self.add(new, capacity)
+        if chosen is None:
+            self.add(new, capacity)
+            return
+        places = self._places(new, chosen.shape[1], capacity)
+        for place, given in zip(places, new, strict=True):
+            _gathered(given.to(place.dtype), chosen, out=place)
+
+    def _places(self, like: Entries, count: int, capacity: int) -> list[Tensor]:
+        """Where `count` more entries go, which are resident from now on."""
+        start, stop = self.length, self.length + count
+        if not start or stop > self.capacity:
+            self._grow(like, max(capacity, stop))
+        self.length = stop
+        return [stored[:, start:stop] for stored in self._tensors()]
 
     def slide(self, new: Entries, start: int, capacity: int) -> None:
         """Add a chunk's entries, the first at position `start`, of which the window's stay."""
@@ -155,11 +161,11 @@ class HeadGroup:
         setattr(self, name, None)
 
 
-def _gathered(tensor: Tensor, chosen: Tensor) -> Tensor:
-    """The entries `chosen` [k, c] of [k, e, ...]."""
+def _gathered(tensor: Tensor, chosen: Tensor, out: Tensor | None = None) -> Tensor:
+    """The entries `chosen` [k, c] of [k, e, ...], written to `out` if that is given."""
     if tensor.dim() == 3:
         chosen = chosen[..., None].expand(-1, -1, tensor.shape[2])
-    return tensor.gather(1, chosen)
+    return torch.gather(tensor, 1, chosen, out=out)
 
 
 def _taken(past: Tensor | None, own: Tensor, chosen: Tensor) -> Tensor:

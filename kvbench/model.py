@@ -62,7 +62,7 @@ class LoadedModel:
     def end_tokens(self) -> frozenset[int]:
         """Ids that end an answer."""
         ids = self.model.generation_config.eos_token_id
-        if ids is None:
+        if ids is None and self.tokenizer is not None:
             ids = self.tokenizer.eos_token_id
         if ids is None:
             return frozenset()
@@ -185,7 +185,10 @@ def wrap_model(
     fingerprint: str = "",
     card: ModelCard | None = None,
 ) -> LoadedModel:
-    """A LoadedModel of a model that exists already, whose attention is switched to ours."""
+    """A LoadedModel of a model that exists already, whose attention is switched to ours.
+
+    The tokenizer may be None for a model that is given nothing but token ids.
+    """
     config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"model '{name}' is an encoder-decoder; kvbench measures decoders")

@@ -64,14 +64,8 @@ def plain_model(architecture: str = "llama", **changes: Any) -> Any:
     return model
 
 
-class NoTokenizer:
-    """For models that are only ever given token ids."""
-
-    eos_token_id = None
-
-
 def loaded_model(architecture: str = "llama", **changes: Any) -> LoadedModel:
     """The same model, loaded into the harness."""
     attention = changes.pop("attention", "sdpa")
     model = plain_model(architecture, **changes)
-    return wrap_model(model, NoTokenizer(), name=architecture, attention=attention)
+    return wrap_model(model, None, name=architecture, attention=attention)

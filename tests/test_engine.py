@@ -286,12 +286,10 @@ def test_the_flash_path_gives_what_the_others_give(
 
 
 def refusal(model: Any) -> str:
-    from models import NoTokenizer
-
     from kvbench.model import wrap_model
 
     def attempt() -> None:
-        wrapped = wrap_model(model.eval(), NoTokenizer(), name="odd")
+        wrapped = wrap_model(model.eval(), None, name="odd")
         run_rows(wrapped, [Row(tokens(8), 2, parse_method("full", {}), 1.0)], prefill_chunk=None)
 
     with pytest.raises(InputError) as caught:
