@@ -104,22 +104,21 @@ class HeadGroup:
             stored[:, slots] = given[:, rest:].to(stored.dtype)
         self.length = min(start + count, sinks + size)
 
-    def replace(self, past: Entries | None, own: Entries, chosen: Tensor) -> None:
-        """Hold the entries `chosen` [Kg, c] of past and own ones; indices ascend.
+    def replace(self, source: "HeadGroup", own: Entries, chosen: Tensor) -> None:
+        """Hold the entries `chosen` [Kg, c], ascending, of a group's and then own ones.
 
-        Keys move before values, so that old and new storage are never there both in full: `past`
-        may be this group's own.
+        `source` may be this group. Keys move before values, so that old and new storage are never
+        there both in full.
         """
-        count = chosen.shape[1]
-        for name, which in (("keys", 0), ("values", 1)):
-            taken = _taken(None if past is None else past[which], own[which], chosen)
+        pick = _Pick(source.length, own, chosen)
+        own = Entries(own.keys, own.values, own.positions.int())
+        for name, new in zip(("keys", "values", "positions"), own, strict=True):
+            taken = pick.of(getattr(source, name), new)
+            if name != "positions":
+                self.ledger.allocate(taken.nbytes)
             self.free(name)
-            self.ledger.allocate(taken.nbytes)
             setattr(self, name, taken)
-        self.positions = _taken(
-            None if past is None else past.positions, own.positions.int(), chosen
-        )
-        self.length = count
+        self.length = chosen.shape[1]
 
     def clear(self) -> None:
         """Free the storage."""
@@ -168,22 +167,33 @@ def _gathered(tensor: Tensor, chosen: Tensor, out: Tensor | None = None) -> Tens
     return torch.gather(tensor, 1, chosen, out=out)
 
 
-def _taken(past: Tensor | None, own: Tensor, chosen: Tensor) -> Tensor:
-    """The entries `chosen` [k, c], ascending, of [k, P + T, ...] in two pieces, not joined."""
-    if past is None:
-        return _gathered(own, chosen)
-    before, new = past.shape[1], own.shape[1]
-    taken = _gathered(past, chosen.clamp(max=before - 1))
-    tail = chosen[:, max(0, chosen.shape[1] - new) :]  # own entries come last
-    if not tail.shape[1]:
+class _Pick:
+    """Takes the entries `chosen` [k, c], ascending, of `before` stored and then own ones.
+
+    Rows of flattened storage are copied whole, ten times faster than elements are gathered; and
+    past and own entries are not put side by side first.
+    """
+
+    def __init__(self, before: int, own: Entries, chosen: Tensor) -> None:
+        new = own.keys.shape[1]
+        self.before = before
+        self.heads = torch.arange(len(chosen), device=chosen.device)[:, None]
+        self.past = chosen.clamp(max=before - 1)
+        late = chosen[:, max(0, chosen.shape[1] - new) :] - before  # own entries come last
+        self.is_own = late >= 0
+        self.own = late.clamp(min=0)
+
+    def of(self, stored: Tensor | None, own: Tensor) -> Tensor:
+        """From [k, capacity, ...] and [k, T, ...]: [k, c, ...]."""
+        late = own[self.heads, self.own]
+        if stored is None or not self.before:
+            return late
+        rows = (self.heads * stored.shape[1] + self.past).flatten()
+        taken = stored.flatten(0, 1).index_select(0, rows).unflatten(0, self.past.shape)
+        place = taken[:, taken.shape[1] - late.shape[1] :]
+        is_own = self.is_own if late.dim() == 2 else self.is_own[..., None]
+        place.copy_(torch.where(is_own, late, place))
         return taken
-    late = _gathered(own, (tail - before).clamp(min=0))
-    is_own = tail >= before
-    if taken.dim() == 3:
-        is_own = is_own[..., None]
-    place = slice(taken.shape[1] - tail.shape[1], None)
-    taken[:, place] = torch.where(is_own, late, taken[:, place])
-    return taken
 
 
 class RowCache:

@@ -147,6 +147,12 @@ class RowState:
         that it leaves with this chunk.
         """
         chunk, evictor, meter = layer.chunk, self.evictor, self.meter
+        choice, kept_room = None, 0
+        if chooser.groups and evictor.chooses(None, chunk):
+            choice = chooser.choice(evictor)
+            kept_room = chooser.room(evictor)
+        if sources[0] in self.cache.layers[layer.index]:
+            chooser.forget()
         scored = 0  # KV heads of the chooser's that are dealt with
         for group in sources:
             heads, past = len(group.heads), group.length
@@ -158,13 +164,12 @@ class RowState:
             if group.window is not None:
                 group.slide(own, chunk.start, room)
             else:
-                choice = chooser.choice(evictor)
                 mine = None if choice is None else choice[scored : scored + heads]
                 scored += heads
                 if not evictor.chunked:
                     self._choose_from_all(group, own, mine, layer)
                     continue
-                group.take(own, mine, chooser.room(evictor))
+                group.take(own, mine, kept_room)
             if not chunk.start:
                 meter.allocate(heads * group.capacity * layer.entry_bytes)
             new = chunk.length + chunk.patched
@@ -175,12 +180,11 @@ class RowState:
         self, group: HeadGroup, own: Entries, choice: Tensor | None, layer: Layer
     ) -> None:
         """Hold only the entries `choice` of a group's, and of the prompt's last chunk."""
-        past, new = group.resident(), layer.chunk.length
-        before = group.length
+        before, new = group.length, layer.chunk.length
         if choice is None:
             everything = torch.arange(before + new, device=own.keys.device)
             choice = everything.expand(len(group.heads), -1)
-        self.cache.group_like(layer.index, group).replace(past, own, choice)
+        self.cache.group_like(layer.index, group).replace(group, own, choice)
         for _ in group.heads:  # alone, a row's heads have storage each, and move one by one
             for tensor in (own.keys, own.values):
                 entry = tensor.shape[-1] * tensor.itemsize

@@ -171,6 +171,10 @@ class Chooser:
             total += min(chunk.length, scorer.capacity(then))
         return total + (evictor.decoded if total // 2 > layer.chunk.length else 0)
 
+    def forget(self) -> None:
+        """Let go of the entries; their storage may be freed then. What is scored stays known."""
+        self._views.clear()
+
     def _ranking(self, scorer: Method, view: LayerView, seed: int, observed: int) -> Tensor:
         """Indices [K, new - observed] of the new entries but the window, best first."""
         key = scorer, seed

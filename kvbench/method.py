@@ -113,8 +113,14 @@ class LayerView:
     def _joined(self, which: int) -> "Tensor":
         import torch
 
-        rows = [torch.cat([piece[which] for piece in block], 1) for block in self.blocks]
-        return torch.cat(rows)
+        like = self.blocks[0][0][which]
+        joined = like.new_empty((len(self.kv_heads), self.entries, *like.shape[2:]))
+        start = 0
+        for block in self.blocks:
+            stop = start + len(block[0][which])
+            torch.cat([piece[which].to(like.dtype) for piece in block], 1, out=joined[start:stop])
+            start = stop
+        return joined
 
 
 @dataclass(frozen=True)
