@@ -150,9 +150,9 @@ class RowState:
         choice, kept_room = None, 0
         if chooser.groups and evictor.chooses(None, chunk):
             choice = chooser.choice(evictor)
-            kept_room = chooser.room(evictor)
+            kept_room = chooser.room(evictor) if evictor.chunked else 0
         if sources[0] in self.cache.layers[layer.index]:
-            chooser.forget()
+            chooser.forget()  # or a layer's old entries would be there until all new ones are
         scored = 0  # KV heads of the chooser's that are dealt with
         for group in sources:
             heads, past = len(group.heads), group.length
