@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py [--model tiny] [--context 1024] [--new 16] [--repeats 3]
 
-Cells are {snapkv, pyramidkv} x budgets of one prompt a sample, answers of fixed length. What is
+Cells are {snapkv, pyramidkv} x budgets, of one sample and of four, answers of fixed length. What is
 compared takes turns within one run, and the medians are compared. In float32 the tokens are equal
 too; where they are not, it says how many rows differ.
 """
@@ -46,7 +46,7 @@ def main() -> None:
         return made
 
     post_fill = ("snapkv", "pyramidkv")
-    one = rows(("snapkv",), (0.3,), 1, context)
+    one, four = (rows(("snapkv",), (0.3,), samples, context) for samples in (1, 4))
     sweep = rows(post_fill, BUDGETS, 1, context)
     chunked = rows(CHUNKED, BUDGETS, 1, context)
     runs: dict[str, Callable[[], list[Outcome]]] = {
@@ -58,6 +58,7 @@ def main() -> None:
         "  one by one": lambda: alone(model, sweep, context),
         "  3 budgets": lambda: together(model, rows(post_fill, BUDGETS[::2], 1, context), context),
         "  4 samples": lambda: together(model, rows(post_fill, BUDGETS, 4, context), context),
+        "one cell of 4 samples": lambda: together(model, four, context),
         "  half the context": lambda: together(
             model, rows(post_fill, BUDGETS, 1, context // 2), context // 2
         ),
@@ -82,6 +83,10 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, seconds in medians.items():
         print(f"{name:24} {1000 * seconds:9.0f} ms {seconds / medians['one cell']:8.2f} x one cell")
+    print(
+        f"12 cells / one cell: {medians['12 post-fill cells'] / medians['one cell']:.2f} for one "
+        f"sample, {medians['  4 samples'] / medians['one cell of 4 samples']:.2f} for four"
+    )
     print(
         f"one by one / together: {medians['  one by one'] / medians['12 post-fill cells']:.2f} for "
         f"post-fill, {medians['  of them, one by one'] / medians['30 chunked cells']:.2f} for "

@@ -15,7 +15,7 @@ from kvbench.attention import Backend
 from kvbench.cache import HeadGroup, Ledger, RowCache
 from kvbench.footprint import Meter
 
-PADDING = 1 / 8  # a slab's longest sequence is at most so much longer than its shortest
+PADDING = 1 / 8  # all of a slab are stored as long as its longest: at most so much more than needed
 
 
 @dataclass(frozen=True)
@@ -247,13 +247,21 @@ def make_slabs(
 def bucketed(waiting: Sequence[Waiting]) -> list[list[Waiting]]:
     """Groups that can share a slab: about equally long, streaming heads apart from others."""
     buckets: list[list[Waiting]] = []
-    for one in sorted(waiting, key=lambda w: (w.group.window is not None, w.room)):
-        first = buckets[-1][0] if buckets else None
-        same_kind = first and (first.group.window is None) == (one.group.window is None)
-        if first is None or not same_kind or one.room > first.room * (1 + PADDING):
+    for one in sorted(waiting, key=lambda w: (w.group.window is not None, -w.room)):
+        if not buckets or not _fits(one, buckets[-1]):
             buckets.append([])
         buckets[-1].append(one)
     return buckets
+
+
+def _fits(one: Waiting, bucket: Sequence[Waiting]) -> bool:
+    """Whether these, the longest first, can share a slab."""
+    longest, members = bucket[0], [*bucket, one]
+    if (longest.group.window is None) != (one.group.window is None):
+        return False
+    held = sum(len(w.group.heads) * w.room for w in members)
+    stored = sum(len(w.group.heads) for w in members) * longest.room
+    return stored <= held * (1 + PADDING)
 
 
 def adoptable(bucket: Sequence[Waiting]) -> bool:
