@@ -1,6 +1,6 @@
 """A sweep of kvbench against the same cells in kvpress 0.5.5, on the CPU, in one run.
 
-    python benchmarks/against_kvpress.py [--contexts 1536,2048,4096] [--samples 1] [--new 32]
+    python benchmarks/against_kvpress.py [--contexts 1536,2048,4096] [--samples 1] [--new N]
 
 The cells are {snapkv, pyramidkv} x 6 budgets of each sample of `needle`; the model is smollm2-135m
 (`make smollm2`). kvpress needs an older transformers, so it lives in an environment of its own:
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--contexts", default="1536,2048,4096", help="tokens, with commas between")
     parser.add_argument("--samples", type=int, default=1, help="of each context")
-    parser.add_argument("--new", type=int, default=32, help="tokens each cell generates")
+    parser.add_argument("--new", type=int, help="tokens each cell generates; else the task's own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--kvpress-python", type=Path, help="an interpreter that has kvpress")
     arguments = parser.parse_args()
@@ -64,21 +64,22 @@ def main() -> None:
     warm = prompt_of(model, sample_of(model, 512, 0))
     ours(model, warm, 4)
     peer.run(warm, 4)
-    print(f"{len(CELLS)} cells a sample, {arguments.new} new tokens, {arguments.threads} threads")
-    print("context  sample   kvbench s   kvpress s   ratio   right: kvbench  kvpress   equal texts")
+    print(f"{len(CELLS)} cells a sample, {arguments.threads} threads")
+    print("context  new   kvbench s   kvpress s   ratio   right: kvbench  kvpress   equal texts")
     totals = [0.0, 0.0]
     for context in map(int, arguments.contexts.split(",")):
         for index in range(arguments.samples):
             sample = sample_of(model, context, index)
             prompt = prompt_of(model, sample)
-            seconds, texts = ours(model, prompt, arguments.new)
-            theirs = peer.run(prompt, arguments.new)
+            new = arguments.new or sample.max_new_tokens
+            seconds, texts = ours(model, prompt, new)
+            theirs = peer.run(prompt, new)
             peer_seconds = sum(theirs["seconds"])
             totals[0] += seconds
             totals[1] += peer_seconds
             equal = sum(a == b for a, b in zip(texts, theirs["texts"], strict=True))
             print(
-                f"{context:7} {index:7} {seconds:11.2f} {peer_seconds:11.2f} "
+                f"{context:7} {new:4} {seconds:11.2f} {peer_seconds:11.2f} "
                 f"{peer_seconds / seconds:7.2f} {right(sample, texts):16.2f} "
                 f"{right(sample, theirs['texts']):8.2f} {equal:10} of {len(CELLS)}"
             )
