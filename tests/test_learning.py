@@ -1,6 +1,8 @@
 """Learning head scores: attention against evaluation's, gradients, constraints, data, resuming."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from kvbench.learning.attention import (
 )
 from kvbench.learning.corpus import Corpus
 from kvbench.learning.duoattention import DuoAttention
-from kvbench.learning.loop import CHECKPOINT, learn
+from kvbench.learning.loop import CHECKPOINT, learn, uninterrupted
 from kvbench.learning.masks import (
     HIGH,
     LOW,
@@ -306,6 +308,33 @@ def test_a_broken_training_goes_on_to_the_same_end(tmp_path: Path) -> None:
     assert torch.equal(train(tmp_path / "broken", None), whole)
     lines = [json.loads(t) for t in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(12))
+
+
+def test_ctrl_c_waits_until_a_step_is_whole() -> None:
+    done = []
+
+    def step() -> None:
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("updated")
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    assert done == ["updated"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_has_diverged_is_not_saved(tmp_path: Path) -> None:
+    class Diverging(PruLong):
+        def settle(self) -> None:
+            self.log_alpha.data.fill_(torch.nan)
+
+    how = recipe("prulong", steps=5)
+    model = loaded_model()
+    objective = Diverging(SHAPE, how, "cpu")
+    with pytest.raises(InputError, match="diverged at step 0: give a smaller --rate"):
+        learn(model.model, objective, RandomRows(9), how, tmp_path, OneProcess, quiet)
+    assert not (tmp_path / CHECKPOINT).exists()
 
 
 def test_a_checkpoint_of_other_settings_or_a_broken_one_is_refused(tmp_path: Path) -> None:

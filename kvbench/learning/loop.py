@@ -2,10 +2,14 @@
 
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -51,10 +55,11 @@ def learn(
     log = resume_log(out / LOG, step) if accelerator.is_main_process else []
 
     def checkpoint() -> None:
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not diverged:
             save_checkpoint(out / CHECKPOINT, recipe, learnt, optimizer, step)
 
     saved = time.monotonic()
+    diverged = False
     try:
         while step < recipe.steps:
             for group in optimizer.param_groups:
@@ -65,16 +70,20 @@ def learn(
                 if tensor.grad is not None:
                     tensor.grad = accelerator.reduce(tensor.grad, "sum")
             state = objective.state(step)
-            optimizer.step()
-            optimizer.zero_grad()
-            objective.settle()
-            if not all(torch.isfinite(t).all() for t in learnt.values()):
-                raise InputError(f"the training diverged at step {step}: give a smaller --rate")
-            line = {"step": step, "loss": loss, **state, "seconds": time.monotonic() - started}
-            step += 1
+            with uninterrupted():  # a checkpoint of half a step would repeat it on resuming
+                optimizer.step()
+                optimizer.zero_grad()
+                objective.settle()
+                step += 1
+                line = {"step": step - 1, "loss": loss, **state}
+                line["seconds"] = time.monotonic() - started
+                if accelerator.is_main_process:
+                    log.append(line)
+                    append_line(out / LOG, line)
+            diverged = not all(torch.isfinite(t).all() for t in learnt.values())
+            if diverged:
+                raise InputError(f"the training diverged at step {step - 1}: give a smaller --rate")
             if accelerator.is_main_process:
-                log.append(line)
-                append_line(out / LOG, line)
                 report(line)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 checkpoint()
@@ -82,6 +91,22 @@ def learn(
     finally:
         checkpoint()
     return log
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until the block has ended."""
+    waiting: list[tuple[int, FrameType | None]] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals never interrupt another thread
+        return
+    before = signal.signal(signal.SIGINT, lambda *call: waiting.append(call))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if waiting and callable(before):
+            before(*waiting[0])
 
 
 def gradients(
