@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).parent / "token.c"
+AT_ONCE = 4  # as in token.c: queries that share a pass over the keys
 # Linked apart from -ffast-math, which would make the whole process flush denormal numbers.
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared", "-fopenmp", "-lm")
@@ -47,7 +48,7 @@ def token_kernel() -> Kernel | None:
         room, value_size = values.shape[1:]
         threads = torch.get_num_threads()
         out = queries.new_empty((count, group, value_size))
-        scratch = queries.new_empty((threads, 4 * seen))
+        scratch = queries.new_empty((threads, AT_ONCE * seen))
         tensors = (queries, keys, values, lengths, out, scratch)
         sizes = (count, group, room, size, value_size, seen)
         function(*(tensor.data_ptr() for tensor in tensors), *sizes, scaling, threads)

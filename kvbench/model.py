@@ -22,6 +22,7 @@ from transformers import (
 
 from kvbench.attention import BACKENDS, Backend
 from kvbench.card import ModelCard, model_folder, read_card
+from kvbench.compiled import token_kernel
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import KVShape
 from kvbench.wheel import WHEELS
@@ -132,6 +133,8 @@ def load_model(
         reason = " ".join(str(error).split())[:240]
         raise InputError(f"model '{name}' has a broken file: {reason}") from None
     model.eval().to(where)
+    if where.type == "cpu":
+        token_kernel()  # compiled at the first use: here, and not while tokens are timed
     return wrap_model(
         model,
         tokenizer,

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,24 @@ def kvbench(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def interruptible() -> None:
     """In a child: heed SIGINT, which a shell's background jobs are born ignoring."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def interrupted(arguments: list[str], folder: Path, under_way: Callable[[], bool]) -> str:
+    """Run kvbench, press Ctrl-C once it is under way; what it said, which is no traceback."""
+    process = subprocess.Popen(
+        [*KVBENCH, *arguments],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
+    )
+    while process.poll() is None and not under_way():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    return errors
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -170,22 +189,10 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     sweep = ["run", "--method", "recency,random", *SMALL, "--out", "r", "--batch-rows", "1"]
-    process = subprocess.Popen(
-        [*KVBENCH, *sweep],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=interruptible,
+    errors = interrupted(
+        sweep, tmp_path, lambda: (tmp_path / "r").is_dir() and bool(records(tmp_path / "r"))
     )
-    while process.poll() is None:
-        if (tmp_path / "r").is_dir() and records(tmp_path / "r"):
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
     assert "the same command continues it" in errors
-    assert "Traceback" not in errors
     assert records(tmp_path / "r")
 
 
