@@ -3,22 +3,28 @@
     python benchmarks/gpu_shapes.py [--contexts 8192,32768,131072] [--chunk 32768] [--new 64]
 
 For full, snapkv-patched and prulong at 0.3: prefill and decoding against the model's own flash (or
-SDPA) attention with transformers' cache in the same run, and peak memory beside the weights against
-what the counted peak of entries predicts. Random weights keep nothing sensible, which changes
-neither time nor memory; the head scores are random too.
+SDPA) attention with transformers' cache in the same run, and against the floor: the arithmetic at
+the speed of a large matrix product, the bytes at that of a large copy, both measured here. Peak
+bytes of keys and values, as counted, against what the counted peak of entries predicts; and all
+that the allocator gave beside the weights, of which a chunk's activations are the greater part.
+Random weights keep nothing sensible, which changes neither time nor memory; the head scores are
+random too. Up to 32,768 tokens the second of two runs counts.
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvbench.engine import Row, run_rows
-from kvbench.flash import find_kernel
+from kvbench.flash import flash_attn_partial
 from kvbench.model import LoadedModel, wrap_model
 from kvbench.spec import parse_method
 from kvbench.sweep import gib
@@ -35,6 +41,16 @@ SHAPE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+WARMED = 32768  # tokens; longer prompts are read once, and not warmed up first
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of one prompt: seconds of the prefill and of a decoded token, and bytes beside the weights."""
+
+    prefill: float
+    token: float
+    peak: int
 
 
 def main() -> None:
@@ -47,18 +63,21 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("gpu_shapes needs a GPU: this PyTorch sees none", file=sys.stderr)
         raise SystemExit(2)
-    device = torch.device("cuda")
     config = LlamaConfig(**{**SHAPE, "num_hidden_layers": arguments.layers})
     config._attn_implementation = "sdpa"
-    with device:
+    with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
         plain = LlamaForCausalLM(config).eval()
         torch.set_default_dtype(torch.float32)
     plain.generation_config.eos_token_id = None
-    kernel, kernel_name = find_kernel()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, attention: {kernel_name}")
+    flash = flash_attn_partial() is not None
+    rates = speed_of_memory(), speed_of_products()
+    kernel = "flash-attn" if flash else "PyTorch's flash"
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, attention: {kernel}")
+    print(f"memory {rates[0] / 1e12:.2f} TB/s, bfloat16 products {rates[1] / 1e12:.0f} TFLOP/s")
     print(
-        f"{'context':>8} {'method':16} prefill s  own  ratio  ms/token  own  ratio  GiB / predicted"
+        f"{'context':>8} {'method':15} prefill s  /own  /floor  ms a token  /own  /floor"
+        f"   KV bytes (predicted)   all (own all)"
     )
     with tempfile.TemporaryDirectory() as folder:
         scores = Path(folder) / "scores.tsv"
@@ -68,17 +87,46 @@ def main() -> None:
             prompt = torch.randint(1, 1000, (context - arguments.new,)).tolist()
             plain.set_attn_implementation("sdpa")
             own = plain_times(plain, prompt, arguments.new)
-            name = "sdpa" if kernel is None else "flash"
-            ours = wrap_model(plain, None, name="llama-8b-shape", attention=name)
+            ours = wrap_model(
+                plain, None, name="llama-8b-shape", attention="flash" if flash else "sdpa"
+            )
             for method in ("full", "snapkv-patched", "prulong"):
-                print(f"{context:8} " + measured(ours, method, scores, prompt, arguments, own))
+                line = measured(ours, method, scores, prompt, arguments, own, rates)
+                print(f"{context:8} {line}", flush=True)
 
 
-def plain_times(model: LlamaForCausalLM, prompt: list[int], new: int) -> tuple[float, float]:
-    """Seconds of the prefill and of a decoded token with the model's own attention and cache."""
+def speed_of_memory() -> float:
+    """Bytes a second, read and written, of a large copy."""
+    source = torch.empty(2**30, dtype=torch.float32, device="cuda").normal_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source))
+
+
+def speed_of_products() -> float:
+    """Operations a second of a large product in bfloat16."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / seconds(lambda: a @ b)
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """The median of some runs."""
+    times = []
+    for _ in range(8):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[2:])
+
+
+def plain_times(model: LlamaForCausalLM, prompt: list[int], new: int) -> Times:
+    """With the model's own attention and cache."""
     ids = torch.tensor([prompt], device="cuda")
-    times = (0.0, 0.0)
-    for _ in range(2):  # the first is a warm-up
+    for _ in range(2 if len(prompt) <= WARMED else 1):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        weights = torch.cuda.memory_allocated()
         with torch.inference_mode():
             cache = DynamicCache()
             torch.cuda.synchronize()
@@ -89,10 +137,10 @@ def plain_times(model: LlamaForCausalLM, prompt: list[int], new: int) -> tuple[f
             for _ in range(new - 1):
                 out = model(out.logits[:, -1].argmax(-1)[None], past_key_values=cache)
             torch.cuda.synchronize()
-            times = read - started, (time.perf_counter() - read) / (new - 1)
+            token = (time.perf_counter() - read) / (new - 1)
+        peak = torch.cuda.max_memory_allocated() - weights
         del cache, out
-        torch.cuda.empty_cache()
-    return times
+    return Times(read - started, token, peak)
 
 
 def measured(
@@ -101,30 +149,41 @@ def measured(
     scores: Path,
     prompt: list[int],
     arguments: argparse.Namespace,
-    own: tuple[float, float],
+    own: Times,
+    rates: tuple[float, float],
 ) -> str:
     """A line of the table."""
     options = {"prulong.scores": str(scores)}
     spec = parse_method(method, options if method == "prulong" else {})
     row = Row(prompt, arguments.new, spec, 1.0 if method == "full" else 0.3)
     try:
-        for _ in range(2):
+        for _ in range(2 if len(prompt) <= WARMED else 1):
             torch.cuda.empty_cache()
             weights = torch.cuda.memory_allocated()
             outcome = run_rows(model, [row], prefill_chunk=arguments.chunk)[0]
     except torch.OutOfMemoryError:
-        return f"{method:16} out of memory"
-    shape = model.shape
-    fed = outcome.prompt_tokens + outcome.new_tokens - 1
-    entries = outcome.kv_peak * fed * shape.layers * shape.kv_heads
-    predicted = entries * 2 * shape.head_dim * model.dtype.itemsize
+        return f"{method:15} out of memory"
+    shape, read = model.shape, len(prompt)
+    entry = 2 * shape.head_dim * model.dtype.itemsize
+    peak = outcome.kv_peak * (read + outcome.new_tokens - 1) * shape.layers * shape.kv_heads * entry
+    prefill, decoded = outcome.prefill_seconds, outcome.new_tokens - 1
+    token = outcome.decode_seconds / decoded
+    # What decoding reads: entry-rows that are not the prefill's.
+    end = outcome.timeline[-1]
+    held = entry * end[1]
+    body = weights - model.model.get_input_embeddings().weight.nbytes  # of which a row is read
+    least_token = (body + held) / rates[0]
+    head = model.model.get_output_embeddings().weight.numel()
+    operations = 2 * read * (body / model.dtype.itemsize - head)
+    attended = outcome.resident_rows - decoded * end[1]
+    operations += 4 * attended * shape.head_dim * shape.group
+    least_prefill = operations / rates[1]
     taken = (outcome.device_bytes_peak or 0) - weights
-    token = outcome.decode_seconds / (outcome.new_tokens - 1)
-    prefill = outcome.prefill_seconds
     return (
-        f"{method:16} {prefill:9.2f} {own[0]:5.2f} {prefill / own[0]:6.2f}"
-        f" {1000 * token:9.2f} {1000 * own[1]:5.2f} {token / own[1]:6.2f}  {gib(taken)} all, "
-        f"{gib(outcome.kv_bytes_peak)} KV / {gib(predicted)}"
+        f"{method:15} {prefill:9.2f} {prefill / own.prefill:5.2f} {prefill / least_prefill:7.2f}"
+        f" {1000 * token:11.2f} {token / own.token:5.2f} {token / least_token:7.2f}"
+        f"   {gib(outcome.kv_bytes_peak):>9} ({outcome.kv_bytes_peak / peak:.3f})"
+        f"   {gib(taken):>9} ({gib(own.peak)})"
     )
 
 

@@ -1,17 +1,18 @@
 """Attention of a layer: of a prefill chunk to what is resident and to itself, and of single tokens.
 
-A backend computes both; all backends compute the same. `Reference` is slow, in float64 and there
-for tests.
+All backends compute the same. `Reference` is slow, in float64 and there for tests.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from kvbench.compiled import token_kernel
+from kvbench import token_cpu
+from kvbench.cache import RowCache, TokenKernel
 from kvbench.method import Entries
 
 QUERY_BLOCK = 512  # queries that share one mask: bounds it to 512 x entries, whatever the chunk
@@ -37,30 +38,25 @@ class Backend(Protocol):
         """
         ...
 
-    def token(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        lengths: Tensor,
-        seen: int,
-        mask: Tensor | None,
-        sliding: int | None,
-    ) -> Tensor:
-        """One token of each of U sequences, a KV head of a row each, attends to all it holds.
-
-        queries [U, G, D], keys [U, S, D], values [U, S, Dv] -> [U, G, Dv]. Of sequence u the first
-        `lengths[u]` entries count, at most `seen`. `mask` [U, seen] is added to the logits: -inf
-        hides an entry, as it does all beyond the length and all that is outside `sliding`, a window
-        of the model's in tokens. Without a mask, the first `seen` entries all count.
-        """
+    def token_kernel(self, device: torch.device, dtype: torch.dtype) -> TokenKernel | None:
+        """A kernel for single tokens of many sequences; None: a token is a chunk like any other."""
         ...
 
 
+# (queries [1, H, T, D], entries, scaling, causal) -> attention [H, T, D] to these entries alone,
+# and the logarithm [H, T] of its normaliser
+Partial = Callable[[Tensor, Entries, float, bool], tuple[Tensor, Tensor]]
+
+
 class Sdpa:
-    """PyTorch's scaled dot product attention."""
+    """PyTorch's scaled dot product attention, or a kernel of the same kind on a GPU.
+
+    Past and own entries are attended to apart, where they lie, and merged, if there is a kernel
+    that gives the normaliser too. Single tokens have kernels of their own.
+    """
+
+    def __init__(self, on_gpu: Partial | None = None) -> None:
+        self.on_gpu = on_gpu
 
     def chunk(
         self,
@@ -72,51 +68,60 @@ class Sdpa:
         sliding: int | None,
     ) -> Tensor:
         """As `Backend.chunk`."""
-        new = queries.shape[2]
+        shape = queries.shape[:2]
         q = queries.flatten(0, 1)[None]
-        if past is None and (sliding is None or new <= sliding):
+        partial = self._partial(queries, own.values)
+        if past is None and (sliding is None or queries.shape[2] <= sliding):
+            if partial is not None and self.on_gpu is not None:
+                return partial(q, own, scaling, True)[0].unflatten(0, shape)
             k, v = own.keys[None], own.values[None]
-            out = sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-            return out[0].unflatten(0, queries.shape[:2])
-        same_size = own.keys.shape[-1] == own.values.shape[-1]
-        if past is None or sliding is not None or not same_size or queries.device.type != "cpu":
+            return sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)[0].unflatten(
+                0, shape
+            )
+        if past is None or sliding is not None or partial is None:
             return masked_chunk(queries, past, own, scaling=scaling, sliding=sliding)
-        return merged(
-            _partial_cpu(q, own, scaling, causal=True),
-            _partial_cpu(q, past, scaling, causal=False),
-        ).unflatten(0, queries.shape[:2])
+        mine, earlier = partial(q, own, scaling, True), partial(q, past, scaling, False)
+        return merged(mine, earlier).unflatten(0, shape)
 
-    def token(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        lengths: Tensor,
-        seen: int,
-        mask: Tensor | None,
-        sliding: int | None,
-    ) -> Tensor:
-        """As `Backend.token`; the query group stands where tokens would, so keys are read once."""
-        plain = queries.device.type == "cpu" and queries.dtype == torch.float32
-        whole = keys.is_contiguous() and values.is_contiguous()
-        if plain and whole and sliding is None and (kernel := token_kernel()) is not None:
-            return kernel(queries, keys, values, lengths, seen, scaling)
-        keys, values = keys[:, :seen], values[:, :seen]
-        if plain:
-            logits = torch.bmm(queries * scaling, keys.transpose(1, 2))
-            if mask is not None:
-                logits += mask[:, None]
-            return torch.bmm(logits.softmax(-1), values)
-        bias = None if mask is None else mask[:, None]
-        return sdpa(queries, keys, values, attn_mask=bias, scale=scaling)
+    def _partial(self, queries: Tensor, values: Tensor) -> Partial | None:
+        """What attends to some of the entries, if anything does for such tensors."""
+        size = queries.shape[-1]
+        if values.shape[-1] != size:
+            return None
+        if queries.device.type == "cpu":
+            return cpu_partial
+        half = queries.dtype in (torch.float16, torch.bfloat16)
+        return (self.on_gpu or cuda_partial) if half and not size % 8 and size <= 256 else None
+
+    def token_kernel(self, device: torch.device, dtype: torch.dtype) -> TokenKernel | None:
+        """As `Backend.token_kernel`."""
+        if device.type == "cpu":
+            return token_cpu.token_kernel() if dtype == torch.float32 else None
+        return gpu_token_kernel()
 
 
-def _partial_cpu(q: Tensor, of: Entries, scaling: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention [H, T, D] to some of the entries, and the logarithm [H, T] of its normaliser."""
+@cache
+def gpu_token_kernel() -> TokenKernel | None:
+    """The kernel for single tokens on a GPU, None without Triton."""
+    try:
+        from kvbench import token_gpu
+    except ImportError:
+        return None
+    return token_gpu.token_kernel
+
+
+def cpu_partial(q: Tensor, of: Entries, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """PyTorch's flash attention on a CPU; a `Partial`."""
     out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, of.keys[None], of.values[None], 0.0, causal, scale=scaling
+    )
+    return out[0], total[0]
+
+
+def cuda_partial(q: Tensor, of: Entries, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """PyTorch's flash attention on a GPU, in half precision; a `Partial`."""
+    out, total, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        q, of.keys[None], of.values[None], 0.0, causal, False, scale=scaling
     )
     return out[0], total[0]
 
@@ -180,26 +185,9 @@ class Reference:
             hidden = hidden | (distance >= sliding)
         return self._attend("kgtd,ked->kgte", queries, keys, values, scaling, hidden)
 
-    def token(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        lengths: Tensor,
-        seen: int,
-        mask: Tensor | None,
-        sliding: int | None,
-    ) -> Tensor:
-        """As `Backend.token`."""
-        keys, values = keys[:, :seen], values[:, :seen]
-        order = torch.arange(seen, device=keys.device)
-        unseen = order >= lengths[:, None]
-        if mask is not None:
-            unseen = unseen | mask.isneginf()
-        unseen = unseen[:, None]
-        return self._attend("ugd,usd->ugs", queries, keys, values, scaling, unseen)
+    def token_kernel(self, device: torch.device, dtype: torch.dtype) -> TokenKernel | None:
+        """None."""
+        return None
 
     def _attend(
         self, spec: str, q: Tensor, k: Tensor, v: Tensor, scaling: float, hidden: Tensor
@@ -209,6 +197,22 @@ class Reference:
         a, b = spec.split("->")[0].split(",")
         back = f"{spec.split('->')[1]},{b}->{a}"
         return torch.einsum(back, weights, v.double()).to(q.dtype)
+
+
+def attend_groups(
+    cache: RowCache, layer: int, queries: Tensor, new: Entries, backend: Backend, **how: Any
+) -> Tensor:
+    """A chunk attends to what each KV head of a row's layer holds, and to itself.
+
+    queries [K, G, T, D], new [K, T, ...] -> [K, G, T, Dv]; `how` as in `Backend.chunk`.
+    """
+    parts = [
+        backend.chunk(
+            group.of(queries), group.resident(), Entries(*(group.of(t) for t in new)), **how
+        )
+        for group in cache.layers[layer]
+    ]
+    return cache.joined(layer, parts)
 
 
 BACKENDS: dict[str, Backend] = {"sdpa": Sdpa(), "reference": Reference()}

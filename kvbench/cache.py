@@ -1,18 +1,20 @@
 """The ragged KV cache: every KV head of every layer of a row holds its own number of entries.
 
-While a prompt is read, KV heads of a layer that hold equally many entries share storage, a
-`HeadGroup`. For decoding, those of all rows that are about equally long share a `Slab`
-(kvbench/slabs.py). Keys are cached after RoPE; an entry keeps the position it had in the text.
-Where entries lie in storage means nothing to attention.
+KV heads of a layer that hold equally many entries share storage, a `HeadGroup`. Keys are cached
+after RoPE; an entry keeps the position it had in the text. Where entries lie in storage means
+nothing to attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvbench.method import Entries, Window
+
+EVERYTHING = Window(0, 2**62)  # of a KV head that does not stream, where one is asked for
 
 
 @dataclass
@@ -64,7 +66,7 @@ class HeadGroup:
         """The entries there are, None for none."""
         if not self.length:
             return None
-        return Entries(*(tensor[:, : self.length] for tensor in self._tensors()))
+        return Entries(*(tensor[:, : self.length] for tensor in self.entries()))
 
     def add(self, new: Entries, capacity: int) -> None:
         """Add entries [Kg, T, ...], in storage with room for `capacity` if there is none yet."""
@@ -83,10 +85,26 @@ class HeadGroup:
     def _places(self, like: Entries, count: int, capacity: int) -> list[Tensor]:
         """Where `count` more entries go, which are resident from now on."""
         start, stop = self.length, self.length + count
-        if not start or stop > self.capacity:
-            self._grow(like, max(capacity, stop))
+        if not start:
+            self._allocate(like, max(capacity, stop))
+        elif stop > self.capacity:
+            self.reserve(max(capacity, stop))
         self.length = stop
-        return [stored[:, start:stop] for stored in self._tensors()]
+        return [stored[:, start:stop] for stored in self.entries()]
+
+    def reserve(self, capacity: int) -> None:
+        """Have room for `capacity` entries, those there are moved if there was not.
+
+        Keys move before values: old and new storage are never there both in full.
+        """
+        for name in ("keys", "values", "positions"):
+            old: Tensor = getattr(self, name)
+            grown = old.new_empty((len(old), capacity, *old.shape[2:]))
+            if name != "positions":
+                self.ledger.allocate(grown.nbytes)
+            grown[:, : self.length] = old[:, : self.length]
+            self.free(name)
+            setattr(self, name, grown)
 
     def slide(self, new: Entries, start: int, capacity: int) -> None:
         """Add a chunk's entries, the first at position `start`, of which the window's stay."""
@@ -96,21 +114,21 @@ class HeadGroup:
         first = min(max(0, sinks - start), count)  # so many of the chunk are sinks
         rest = max(first, count - size)
         if self.positions is None:
-            self._grow(new, capacity)
+            self._allocate(new, capacity)
         order = torch.arange(start + rest, start + count, device=new.keys.device)
         slots = sinks + (order - sinks) % size
-        for stored, given in zip(self._tensors(), new, strict=True):
+        for stored, given in zip(self.entries(), new, strict=True):
             stored[:, start : start + first] = given[:, :first]
             stored[:, slots] = given[:, rest:].to(stored.dtype)
         self.length = min(start + count, sinks + size)
 
-    def replace(self, source: "HeadGroup", own: Entries, chosen: Tensor) -> None:
+    def replace(self, source: "HeadGroup", own: Entries, chosen: Tensor, capacity: int) -> None:
         """Hold the entries `chosen` [Kg, c], ascending, of a group's and then own ones.
 
         `source` may be this group. Keys move before values, so that old and new storage are never
         there both in full.
         """
-        pick = _Pick(source.length, own, chosen)
+        pick = _Pick(source.length, own, chosen, capacity)
         own = Entries(own.keys, own.values, own.positions.int())
         for name, new in zip(("keys", "values", "positions"), own, strict=True):
             taken = pick.of(getattr(source, name), new)
@@ -127,30 +145,21 @@ class HeadGroup:
         self.positions = None
         self.length = 0
 
-    def give_away(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and positions, whose storage is the taker's from then on."""
-        tensors = self._tensors()
-        self.keys = self.values = self.positions = None
-        return tensors
-
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+    def entries(self) -> Entries:
+        """The storage, resident or not."""
         assert self.keys is not None
         assert self.values is not None
         assert self.positions is not None
-        return self.keys, self.values, self.positions
+        return Entries(self.keys, self.values, self.positions)
 
-    def _grow(self, like: Entries, capacity: int) -> None:
+    def _allocate(self, like: Entries, capacity: int) -> None:
         for name, given in zip(("keys", "values", "positions"), like, strict=True):
-            old = getattr(self, name)
             dtype = torch.int32 if name == "positions" else given.dtype
             shape = (len(self.heads), capacity, *given.shape[2:])
-            grown = torch.empty(shape, dtype=dtype, device=given.device)
+            made = torch.empty(shape, dtype=dtype, device=given.device)
             if name != "positions":
-                self.ledger.allocate(grown.nbytes)
-            if old is not None:
-                grown[:, : self.length] = old[:, : self.length]
-                self.free(name)
-            setattr(self, name, grown)
+                self.ledger.allocate(made.nbytes)
+            setattr(self, name, made)
 
     def free(self, name: str) -> None:
         """Free the storage of `keys`, `values` or `positions`."""
@@ -170,30 +179,64 @@ def _gathered(tensor: Tensor, chosen: Tensor, out: Tensor | None = None) -> Tens
 class _Pick:
     """Takes the entries `chosen` [k, c], ascending, of `before` stored and then own ones.
 
-    Rows of flattened storage are copied whole, ten times faster than elements are gathered; and
-    past and own entries are not put side by side first.
+    They come with room for `capacity`. Rows of flattened storage are copied whole, ten times faster
+    than elements are gathered; and past and own entries are not put side by side first.
     """
 
-    def __init__(self, before: int, own: Entries, chosen: Tensor) -> None:
-        new = own.keys.shape[1]
+    def __init__(self, before: int, own: Entries, chosen: Tensor, capacity: int) -> None:
+        new, self.count = own.keys.shape[1], chosen.shape[1]
         self.before = before
+        self.capacity = capacity
         self.heads = torch.arange(len(chosen), device=chosen.device)[:, None]
-        self.past = chosen.clamp(max=before - 1)
-        late = chosen[:, max(0, chosen.shape[1] - new) :] - before  # own entries come last
+        self.past = pad(chosen.clamp(max=before - 1), (0, capacity - self.count))
+        late = chosen[:, max(0, self.count - new) :] - before  # own entries come last
         self.is_own = late >= 0
         self.own = late.clamp(min=0)
 
     def of(self, stored: Tensor | None, own: Tensor) -> Tensor:
-        """From [k, capacity, ...] and [k, T, ...]: [k, c, ...]."""
+        """From [k, stored, ...] and [k, T, ...]: [k, capacity, ...], the first c of them chosen."""
         late = own[self.heads, self.own]
         if stored is None or not self.before:
-            return late
+            if self.capacity == self.count:
+                return late
+            taken = late.new_empty((len(late), self.capacity, *late.shape[2:]))
+            taken[:, : self.count] = late
+            return taken
         rows = (self.heads * stored.shape[1] + self.past).flatten()
         taken = stored.flatten(0, 1).index_select(0, rows).unflatten(0, self.past.shape)
-        place = taken[:, taken.shape[1] - late.shape[1] :]
+        place = taken[:, self.count - late.shape[1] : self.count]
         is_own = self.is_own if late.dim() == 2 else self.is_own[..., None]
         place.copy_(torch.where(is_own, late, place))
         return taken
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """KV heads of one layer of some rows, U of them, as they decode: where the entries of each lie.
+
+    All are int64 tensors [U]: the position of the token that each has now, the addresses of its
+    first key, value and position, the number of entries that are resident, and the place that the
+    token takes once it has attended. No sequence ever holds more than `longest`.
+    """
+
+    here: Tensor
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    lengths: Tensor
+    slots: Tensor
+    longest: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in this order."""
+        return self.here, self.keys, self.values, self.positions, self.lengths, self.slots
+
+
+# (queries [U, G, D], keys [U, D], values [U, Dv], sequences, scaling, the model's sliding window in
+# tokens or None) -> [U, G, Dv]: each sequence's token attends to all it holds and to itself, and
+# takes its place.
+TokenKernel = Callable[[Tensor, Tensor, Tensor, Sequences, float, int | None], Tensor]
 
 
 class RowCache:
@@ -211,6 +254,7 @@ class RowCache:
         *,
         apart: bool = False,
     ) -> None:
+        self.device = device
         self.layers: list[list[HeadGroup]] = []
         self.orders: list[Tensor | None] = []  # where each KV head is among a layer's groups
         for layer in windows:
@@ -229,6 +273,12 @@ class RowCache:
     def group_like(self, layer: int, other: HeadGroup) -> HeadGroup:
         """The group of the same KV heads as another cache's."""
         return next(group for group in self.layers[layer] if group.heads == other.heads)
+
+    def clear(self) -> None:
+        """Free all storage."""
+        for groups in self.layers:
+            for group in groups:
+                group.clear()
 
     def joined(self, layer: int, parts: Sequence[Tensor]) -> Tensor:
         """What was computed for each of a layer's groups, [Kg, ...], as [K, ...], in order."""
@@ -251,6 +301,19 @@ class RowCache:
             ]
             for groups in self.layers
         ]
+
+    def addresses(self, layer: int) -> list[list[int]]:
+        """Of each KV head of a layer: where its keys, values and positions start, how many entries
+        it holds, and the sinks and the size of its window.
+        """
+        found = {}
+        for group in self.layers[layer]:
+            window = group.window or EVERYTHING
+            held = [group.length, window.sinks, window.size]
+            starts = [(t.data_ptr(), t.stride(0) * t.itemsize) for t in group.entries()]
+            for row, head in enumerate(group.heads):
+                found[head] = [start + row * step for start, step in starts] + held
+        return [found[head] for head in sorted(found)]
 
     def kept(self, layer: int) -> dict[int, list[int]]:
         """The positions that each KV head of a layer holds, sorted."""

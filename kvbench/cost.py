@@ -7,7 +7,6 @@ from kvbench.engine import PACKED_TOKENS, Row, evictor_of, run_rows
 from kvbench.eviction import Evictor
 from kvbench.model import LoadedModel
 from kvbench.plan import BASELINE
-from kvbench.slabs import PADDING
 from kvbench.spec import parse_method
 
 TRIAL_ROWS = 8
@@ -56,8 +55,8 @@ def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) 
         keeps = full if any(e.keeps_all for e in evictors) else 0
         most = max(most, (kept + held + full) * entry_bytes(model) + workspace(model, n, first))
         kept += held + keeps
-    moved = kept / model.shape.layers
-    most = max(most, round((kept * (1 + PADDING) + moved) * entry_bytes(model)))
+    moved = kept // model.shape.layers
+    most = max(most, (kept + moved) * entry_bytes(model))
     return Cost(prefill, sum(row.max_new_tokens - 1 for row in rows), attended, most)
 
 
@@ -67,7 +66,7 @@ def entries_kept(evictor: Evictor) -> int:
     share = evictor.spec.scorer_budget(evictor.budget) if evictor.scores else 1.0
     scored = min(whole, round(share * evictor.prompt) + 1 + evictor.decoded)
     return sum(
-        scored if window is None else min(whole, window.sinks + window.size + 1)
+        scored if window is None else min(whole, window.sinks + window.size)
         for layer in evictor.windows()
         for window in layer
     )

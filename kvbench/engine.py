@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvbench.attention import Backend
+from kvbench.attention import Backend, attend_groups
 from kvbench.cache import HeadGroup, Ledger, RowCache
+from kvbench.decoding import DecodeKV
 from kvbench.errors import InputError
 from kvbench.eviction import Chooser, Chunk, Evictor, Layer
 from kvbench.footprint import Meter, full_rows
+from kvbench.graph import Repeated
 from kvbench.method import Entries, KVShape
 from kvbench.model import LoadedModel, unvisited
-from kvbench.slabs import SlabLayer, make_slabs, meter_moves
 from kvbench.spec import MethodSpec
 
 PACKED_TOKENS = 2048  # tokens that go through the model at once, unless one chunk has more
@@ -82,7 +83,7 @@ def run_rows(
     with torch.inference_mode():
         for group in groups.values():
             states += prefill(model, [rows[i[0]] for i in group.values()], prefill_chunk, ledger)
-        decode(model, states, ledger)
+        decode(model, states)
     peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
     results: dict[int, Outcome] = {}
     waiting = iter(states)
@@ -184,14 +185,36 @@ class RowState:
         if choice is None:
             everything = torch.arange(before + new, device=own.keys.device)
             choice = everything.expand(len(group.heads), -1)
-        self.cache.group_like(layer.index, group).replace(group, own, choice)
+        room = self.evictor.room_for_answer(choice.shape[1], before, new)
+        self.cache.group_like(layer.index, group).replace(group, own, choice, room)
         for _ in group.heads:  # alone, a row's heads have storage each, and move one by one
-            for tensor in (own.keys, own.values):
-                entry = tensor.shape[-1] * tensor.itemsize
-                self.meter.allocate(choice.shape[1] * entry)
-                self.meter.allocate(-before * entry)
+            self._moved(own, 1, before, room)
             self.meter.hold(choice.shape[1] - before - new)
             self.meter.allocate(-new * layer.entry_bytes)
+
+    def make_room(self) -> None:
+        """Make room for the answer where there is none."""
+        evictor = self.evictor
+        for group in (group for groups in self.cache.layers for group in groups):
+            room = group.length + evictor.decoded
+            if group.window is not None:
+                room = min(room, group.window.sinks + group.window.size)
+            if group.capacity >= room:
+                continue
+            before = group.capacity
+            group.reserve(room)
+            together = len(group.heads)
+            if evictor.one_by_one and group.window is None:
+                together = 1
+            for _ in range(len(group.heads) // together):
+                self._moved(group.entries(), together, before, room)
+
+    def _moved(self, entries: Entries, heads: int, before: int, after: int) -> None:
+        """Count the storage of `heads` KV heads that had room for `before` entries each."""
+        for tensor in (entries.keys, entries.values):
+            entry = heads * tensor.shape[-1] * tensor.itemsize
+            self.meter.allocate(after * entry)
+            self.meter.allocate(-before * entry)
 
 
 @dataclass
@@ -274,17 +297,9 @@ class Piece:
         if not chunk.start:
             out = backend.chunk(grouped, None, fed, scaling=scaling, sliding=sliding)
         else:
-            parts = [
-                backend.chunk(
-                    group.of(grouped),
-                    group.resident(),
-                    Entries(*(group.of(tensor) for tensor in fed)),
-                    scaling=scaling,
-                    sliding=sliding,
-                )
-                for group in lead.layers[layer]
-            ]
-            out = lead.joined(layer, parts)
+            out = attend_groups(
+                lead, layer, grouped, fed, backend, scaling=scaling, sliding=sliding
+            )
         own = Entries(*(tensor[:, : chunk.length] for tensor in fed))
         patch = Entries(*(t[:, chunk.length :] for t in fed)) if chunk.patched else None
         for stream in self.streams:
@@ -328,7 +343,7 @@ def make_streams(
     for row in rows:
         evictor = evictor_of(model, row)
         # Of a cache that is shared the whole storage stays until the last row has left it.
-        apart = evictor.scores and not evictor.chunked and not (evictor.waits and sharing)
+        apart = evictor.one_by_one and not (evictor.waits and sharing)
         cache = RowCache(evictor.windows(), ledger, model.device, apart=apart)
         states.append(RowState(row, evictor, cache))
         if evictor.keeps_all:
@@ -436,34 +451,46 @@ class PrefillKV:
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[None]
 
 
-def decode(model: LoadedModel, states: Sequence[RowState], ledger: Ledger) -> None:
+def decode(model: LoadedModel, states: Sequence[RowState]) -> None:
     """Decode until every row has ended; rows leave the batch as they end."""
     running = [state for state in states if not ended(model, state)]
     if not running:
         return
     started = time.perf_counter()
     held = {id(state): state.cache.lengths() for state in running}
-    kv = DecodeKV.of(model, running, ledger)
+    for state in running:
+        state.make_room()
+    kv = DecodeKV(
+        [state.cache for state in running],
+        [len(state.row.prompt) for state in running],
+        [state.evictor.decoded for state in running],
+        model.backend,
+        model.dtype,
+    )
     ids = torch.tensor([state.tokens[-1] for state in running], device=model.device)
+
+    def step() -> None:
+        ids.copy_(forward(model, ids[:, None], kv.positions[:, None], kv).argmax(-1))
+        kv.advance()
+
+    take = Repeated(step, kv.capturable)
     while running:
-        chosen = forward(model, ids[:, None], kv.positions[:, None], kv).argmax(-1)
-        tokens = chosen.tolist()
+        take()
+        tokens = ids.tolist()
         now = time.perf_counter()
         for state, token in zip(running, tokens, strict=True):
             state.tokens.append(token)
             state.decode_seconds += (now - started) / len(running)
         started = now
         stay = [at for at, state in enumerate(running) if not ended(model, state)]
-        ids = chosen
-        kv.advance()
         if len(stay) < len(running):
             for state in running:
                 if ended(model, state):
                     state.meter.decoded(held[id(state)], len(state.tokens) - 1)
             running = [running[at] for at in stay]
-            kept = torch.tensor(stay, dtype=torch.long, device=model.device)
-            ids = ids[kept]
-            kv.leave(stay, kept, model.shape.kv_heads)
+            ids = ids[torch.tensor(stay, dtype=torch.long, device=model.device)]
+            kv.leave(stay)
+            take.changed()
 
 
 def ended(model: LoadedModel, state: RowState) -> bool:
@@ -495,65 +522,6 @@ def forward(
     if ends is None:
         return logits[:, -1]
     return logits[0] if len(ends) > 1 else logits[0, :1]
-
-
-@dataclass
-class DecodeKV:
-    """What attention finds in `kv` while rows decode a token each."""
-
-    layers: list[SlabLayer]
-    positions: Tensor  # [R], of the tokens that are fed
-    places: Tensor  # [R * K], the same for every sequence
-    backend: Backend
-    rows: list[int]  # the rows still running, by their numbers at the start
-
-    @classmethod
-    def of(cls, model: LoadedModel, states: Sequence[RowState], ledger: Ledger) -> "DecodeKV":
-        """Move the rows' caches to where they decode."""
-        for state in states:
-            meter_moves(state.cache, state.evictor.decoded, state.meter)
-        caches = [state.cache for state in states]
-        tokens = [state.evictor.decoded for state in states]
-        prompts = [len(state.row.prompt) for state in states]
-        rows = list(range(len(states)))
-        layers = make_slabs(caches, tokens, ledger, model.device)
-        for layer in layers:
-            layer.place(rows, model.shape.kv_heads, model.device)
-        positions = torch.tensor(prompts, device=model.device)
-        places = positions.repeat_interleave(model.shape.kv_heads)
-        return cls(layers, positions, places, model.backend, rows)
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        sliding: int | None,
-    ) -> Tensor:
-        """query [R, H, 1, D], key [R, K, 1, D], value [R, K, 1, Dv] -> [R, H, 1, Dv]."""
-        rows, kv_heads = key.shape[:2]
-        q = query.reshape(rows * kv_heads, -1, query.shape[-1])
-        k, v = key.reshape(rows * kv_heads, -1), value.reshape(rows * kv_heads, -1)
-        out = self.layers[layer].attend(self.backend, q, k, v, self.places, scaling, sliding)
-        return out.reshape(rows, -1, 1, v.shape[-1])
-
-    def advance(self) -> None:
-        """Go on to the next token of every row."""
-        self.positions += 1
-        self.places += 1
-
-    def leave(self, stay: Sequence[int], kept: Tensor, kv_heads: int) -> None:
-        """Go on with the rows that are at `stay` in the batch."""
-        rows = [self.rows[at] for at in stay]
-        over = set(self.rows) - set(rows)
-        self.rows = rows
-        self.positions = self.positions[kept]
-        self.places = self.positions.repeat_interleave(kv_heads)
-        for layer in self.layers:
-            layer.leave(over)
-            layer.place(rows, kv_heads, kept.device)
 
 
 def outcome(

@@ -69,6 +69,11 @@ class Evictor:
         return self.scores and self.spec.chunking is not Chunking.NONE
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether KV heads that do not stream have storage each, to be moved one by one."""
+        return self.scores and not self.chunked
+
+    @property
     def waits(self) -> bool:
         """Whether nothing is evicted before the whole prompt is read."""
         return not self.chunked and all(w is None for layer in self.windows() for w in layer)
@@ -90,8 +95,18 @@ class Evictor:
         """
         whole = self.prompt + self.decoded
         if window is not None:
-            return min(whole, window.sinks + window.size + 1)
+            return min(whole, window.sinks + window.size)
         return self.prompt - last_chunk if self.scores else whole
+
+    def room_for_answer(self, kept: int, before: int, new: int) -> int:
+        """Entries of a KV head to have room for, once `kept` of `before` and `new` ones stay.
+
+        The answer's are among them, so that nothing moves later, unless they would raise the peak
+        by more than a hundredth: all layers have that room while one still holds what is evicted.
+        """
+        layers = self.shape.layers
+        raised = min(self.decoded * layers, new) if kept + self.decoded > before else 0
+        return kept + (self.decoded if 100 * raised <= kept * layers else 0)
 
 
 @dataclass(frozen=True)
@@ -157,11 +172,7 @@ class Chooser:
         return torch.cat([best, window.expand(heads, -1)], dim=1)
 
     def room(self, evictor: Evictor) -> int:
-        """Entries to have room for, for one that evicts after this and all following chunks.
-
-        The answer's are among them only where moving the entries later would take more memory than
-        the chunk does.
-        """
+        """Entries to have room for, for one that evicts after this and all following chunks."""
         scorer, layer = evictor.spec.scorer, self.layer
         assert scorer is not None
         view = _at_budget(self._view(evictor), evictor)
@@ -169,7 +180,7 @@ class Chooser:
         for chunk in (layer.chunk, *layer.following):
             then = replace(view, new=chunk.length, patched=chunk.patched, last=chunk.last)
             total += min(chunk.length, scorer.capacity(then))
-        return total + (evictor.decoded if total // 2 > layer.chunk.length else 0)
+        return evictor.room_for_answer(total, 0, layer.chunk.length)
 
     def forget(self) -> None:
         """Let go of the entries; their storage may be freed then. What is scored stays known."""

@@ -20,11 +20,11 @@ from transformers import (
     AutoTokenizer,
 )
 
-from kvbench.attention import BACKENDS, Backend
+from kvbench.attention import BACKENDS, Backend, Sdpa
 from kvbench.card import ModelCard, model_folder, read_card
-from kvbench.compiled import token_kernel
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import KVShape
+from kvbench.token_cpu import token_kernel
 from kvbench.wheel import WHEELS
 
 ATTENTION = "kvbench"
@@ -53,10 +53,9 @@ class LoadedModel:
     def backend(self) -> Backend:
         """The attention backend that `attention` names."""
         if self.attention == "flash":
-            from kvbench.flash import Flash, find_kernel
+            from kvbench.flash import flash_attn_partial
 
-            kernel, _ = find_kernel()
-            return BACKENDS["sdpa"] if kernel is None else Flash(kernel)
+            return Sdpa(flash_attn_partial())
         return BACKENDS[self.attention]
 
     @property
@@ -256,11 +255,10 @@ def resolve_attention(attention: str, device: torch.device) -> str:
     if attention == "flash":
         if device.type != "cuda":
             raise InputError("attention 'flash' needs a GPU: use auto or sdpa, or --device cuda")
-        from kvbench.flash import find_kernel
+        from kvbench.flash import flash_attn_partial
 
-        kernel, name = find_kernel()
-        if kernel is None:
-            print(f"kvbench: no flash attention installed, using {name}", file=sys.stderr)
+        if flash_attn_partial() is None:
+            print("kvbench: flash-attn is not installed, using PyTorch's own", file=sys.stderr)
             return "sdpa"
         return "flash"
     if attention not in BACKENDS:

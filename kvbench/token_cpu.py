@@ -1,7 +1,7 @@
-"""Attention of single tokens on a CPU, compiled from `token.c` by the machine's C compiler.
+"""Attention of single tokens on a CPU, compiled from `token_cpu.c` by the machine's C compiler.
 
-PyTorch's own kernels take up to twice as long for the few queries of a query group. They do the
-work where there is no compiler. What is compiled is kept in the user's cache folder.
+It reads every sequence where it lies, which no kernel of PyTorch's does. Where there is no compiler
+each row is attended to by itself. What is compiled is kept in the user's cache folder.
 """
 
 import ctypes
@@ -12,46 +12,46 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).parent / "token.c"
-AT_ONCE = 4  # as in token.c: queries that share a pass over the keys
+from kvbench.cache import Sequences, TokenKernel
+
+SOURCE = Path(__file__).parent / "token_cpu.c"
 # Linked apart from -ffast-math, which would make the whole process flush denormal numbers.
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared", "-fopenmp", "-lm")
 
-# (queries [U, G, D], keys [U, S, D], values [U, S, Dv], lengths [U], at most `seen`, scaling)
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
-
 
 @cache
-def token_kernel() -> Kernel | None:
-    """The kernel, compiled if it has not been on this machine; None if it cannot be."""
+def token_kernel() -> TokenKernel | None:
+    """The kernel, for float32, compiled if it was not yet on this machine; None if it cannot be."""
     try:
         function = ctypes.CDLL(str(library())).kvbench_token
     except (OSError, subprocess.SubprocessError, AttributeError):
         return None
-    pointers, sizes = [ctypes.c_void_p] * 6, [ctypes.c_int64] * 6
+    pointers, sizes = [ctypes.c_void_p] * 10, [ctypes.c_int64] * 5
     function.argtypes = [*pointers, *sizes, ctypes.c_float, ctypes.c_int]
     function.restype = None
 
     def kernel(
-        queries: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, seen: int, scaling: float
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        sequences: Sequences,
+        scaling: float,
+        sliding: int | None,
     ) -> Tensor:
-        queries = queries.contiguous()
+        queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
         count, group, size = queries.shape
-        room, value_size = values.shape[1:]
-        threads = torch.get_num_threads()
-        out = queries.new_empty((count, group, value_size))
-        scratch = queries.new_empty((threads, AT_ONCE * seen))
-        tensors = (queries, keys, values, lengths, out, scratch)
-        sizes = (count, group, room, size, value_size, seen)
-        function(*(tensor.data_ptr() for tensor in tensors), *sizes, scaling, threads)
+        out = queries.new_empty((count, group, values.shape[1]))
+        tensors = (queries, keys, values, *sequences.tensors, out)
+        sizes = (count, group, size, values.shape[1], sliding or 0)
+        pointers = (tensor.data_ptr() for tensor in tensors)
+        function(*pointers, *sizes, scaling, torch.get_num_threads())
         return out
 
     return kernel

@@ -1,16 +1,18 @@
-"""The compiled attention of single tokens: against float64, and where there is no compiler."""
+"""Kernels for single tokens: against float64, and where there is no compiler."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from models import loaded_model
+from sequences import Made
 
-from kvbench.attention import Reference
-from kvbench.compiled import library, token_kernel
 from kvbench.engine import Row, run_rows
 from kvbench.spec import parse_method
+from kvbench.token_cpu import library, token_kernel
 
 without_compiler = pytest.mark.skipif(token_kernel() is None, reason="there is no C compiler")
 
@@ -18,22 +20,28 @@ without_compiler = pytest.mark.skipif(token_kernel() is None, reason="there is n
 @without_compiler
 @pytest.mark.parametrize("group", range(1, 10))
 @pytest.mark.parametrize(("size", "value_size"), [(8, 8), (32, 24), (5, 7)])
-def test_the_kernel_agrees_with_the_float64_reference(
-    group: int, size: int, value_size: int
+@pytest.mark.parametrize("sliding", [None, 20])
+def test_the_kernel_agrees_with_float64(
+    group: int, size: int, value_size: int, sliding: int | None
 ) -> None:
     kernel = token_kernel()
     assert kernel is not None
-    torch.manual_seed(group)
-    lengths = torch.tensor([1, 40, 17, 33, 2])
-    queries = 3 * torch.randn(5, group, size)
-    keys, values = torch.randn(5, 41, size), torch.randn(5, 41, value_size)
-    keys[0, 1:] = values[0, 1:] = torch.nan  # beyond its length nothing is read
-    got = kernel(queries, keys, values, lengths, 40, 0.7)
-    keys[0, 1:] = values[0, 1:] = 0
-    want = Reference().token(
-        queries, keys, values, scaling=0.7, lengths=lengths, seen=40, mask=None, sliding=None
+    Made([1, 40, 600, 33, 256], size, value_size, group).check(kernel, sliding, 2e-5)
+
+
+@pytest.mark.parametrize("sliding", [None, 20])
+@pytest.mark.parametrize("programs", [1, 40])
+def test_the_gpu_kernel_agrees_with_float64_where_triton_interprets_it(
+    sliding: int | None, programs: int
+) -> None:
+    pytest.importorskip("triton")
+    script = (
+        "from sequences import Made; from kvbench import token_gpu; "
+        f"token_gpu.PROGRAMS = {programs}; "
+        f"Made([1, 300, 900, 64], 16, 8, 3).check(token_gpu.token_kernel, {sliding}, 2e-5)"
     )
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    interpreted = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", script], check=True, env=interpreted)
 
 
 @without_compiler
@@ -42,7 +50,7 @@ def test_rows_decode_the_same_without_it(monkeypatch: pytest.MonkeyPatch) -> Non
     names = ("full", "recency", "snapkv")
     rows = [Row(prompt, 8, parse_method(name, {}), 0.5) for name in names]
     compiled = run_rows(model, rows, prefill_chunk=30)
-    monkeypatch.setattr("kvbench.attention.token_kernel", lambda: None)
+    monkeypatch.setattr("kvbench.token_cpu.token_kernel", lambda: None)
     for a, b in zip(compiled, run_rows(model, rows, prefill_chunk=30), strict=True):
         assert a.tokens == b.tokens
 
@@ -51,9 +59,9 @@ def test_rows_decode_the_same_without_it(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_large_logits_do_not_overflow() -> None:
     kernel = token_kernel()
     assert kernel is not None
-    keys = torch.tensor([[[1.0], [2.0], [-300.0]]])
-    got = kernel(torch.tensor([[[500.0]]]), keys, keys, torch.tensor([3]), 3, 1.0)
-    torch.testing.assert_close(got, torch.tensor([[[2.0]]]))
+    made = Made([40, 600], 8, 8, 2)
+    made.queries *= 500
+    made.check(kernel, None, 1e-4)
 
 
 @without_compiler

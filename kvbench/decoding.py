@@ -1,0 +1,145 @@
+"""Decoding over ragged caches: rows of different samples, methods and budgets, a token each.
+
+Every KV head of a row is a sequence of its own length. It is read where it lies, a token is written
+where it stays, and a row that has ended frees its storage: nothing is copied, and nothing padded.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvbench.attention import Backend, attend_groups
+from kvbench.cache import RowCache, Sequences
+from kvbench.method import Entries
+
+
+class DecodeKV:
+    """What attention finds in `kv` while rows decode a token each.
+
+    The rows' caches must have room for all the tokens that they decode. With a kernel, the lengths
+    of sequences are counted in `lengths` [layers, R * K]; those of the caches stay as they were.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[RowCache],
+        prompts: Sequence[int],
+        tokens: Sequence[int],
+        backend: Backend,
+        dtype: torch.dtype,
+    ) -> None:
+        self.caches = list(caches)
+        self.backend = backend
+        device = caches[0].device
+        self.kernel = backend.token_kernel(device, dtype)
+        kv_heads = sum(len(group.heads) for group in caches[0].layers[0])
+        # [R, K], the positions of the tokens that are fed
+        self.here = torch.tensor(prompts, device=device)[:, None].repeat(1, kv_heads)
+        if self.kernel is None:
+            return
+        table = torch.tensor(
+            [
+                [head for cache in caches for head in cache.addresses(layer)]
+                for layer in range(len(caches[0].layers))
+            ],
+            device=device,
+        )
+        *where, self.lengths, self.sinks, self.sizes = table.unbind(-1)
+        self.where = torch.stack(where)  # [3, layers, R * K]
+        self.lengths = self.lengths.contiguous()
+        self.streams = any(
+            group.window for cache in caches for groups in cache.layers for group in groups
+        )
+        self.longest = max(
+            group.length + count
+            for cache, count in zip(caches, tokens, strict=True)
+            for groups in cache.layers
+            for group in groups
+        )
+        self._place()
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a step only works on tensors of a GPU, so that a CUDA graph can repeat it."""
+        return self.kernel is not None and self.here.is_cuda
+
+    @property
+    def positions(self) -> Tensor:
+        """Of the tokens that are fed, [R]."""
+        return self.here[:, 0]
+
+    def _place(self) -> None:
+        """Note each layer's sequences."""
+        self.slots = self.lengths
+        if self.streams:
+            self.slots = torch.empty_like(self.lengths)
+            self._choose_slots()
+        here = self.here.flatten()
+        self.sequences = [
+            Sequences(here, *where, lengths, slots, self.longest)
+            for where, lengths, slots in zip(
+                self.where.unbind(1), self.lengths, self.slots, strict=True
+            )
+        ]
+
+    def _choose_slots(self) -> None:
+        """A token goes behind the others, or where the entry lies that leaves the window."""
+        ring = self.sinks + (self.here.flatten() - self.sinks) % self.sizes
+        full = self.lengths >= self.sinks + self.sizes
+        torch.where(full, ring, self.lengths, out=self.slots)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        sliding: int | None,
+    ) -> Tensor:
+        """query [R, H, 1, D], key [R, K, 1, D], value [R, K, 1, Dv] -> [R, H, 1, Dv]."""
+        rows, kv_heads = key.shape[:2]
+        if self.kernel is not None:
+            k, v = key.reshape(rows * kv_heads, -1), value.reshape(rows * kv_heads, -1)
+            q = query.reshape(rows * kv_heads, -1, query.shape[-1])
+            out = self.kernel(q, k, v, self.sequences[layer], scaling, sliding)
+            return out.reshape(rows, -1, 1, v.shape[-1])
+        out = query.new_empty((*query.shape[:3], value.shape[-1]))
+        for row, cache in enumerate(self.caches):
+            grouped = query[row].unflatten(0, (kv_heads, -1))
+            own = Entries(key[row], value[row], self.here[row, :, None])
+            how = {"scaling": scaling, "sliding": sliding}
+            out[row] = attend_groups(cache, layer, grouped, own, self.backend, **how).flatten(0, 1)
+            for group in cache.layers[layer]:
+                mine = Entries(*(group.of(tensor) for tensor in own))
+                if group.window is None:
+                    group.add(mine, group.capacity)
+                else:
+                    group.slide(mine, int(self.here[row, 0]), group.capacity)
+        return out
+
+    def advance(self) -> None:
+        """Go on to the next token of every row."""
+        self.here += 1
+        if self.kernel is None:
+            return
+        self.lengths += 1
+        if self.streams:
+            torch.minimum(self.lengths, self.sinks + self.sizes, out=self.lengths)
+            self._choose_slots()
+
+    def leave(self, stay: Sequence[int]) -> None:
+        """Go on with the rows at `stay`; the others' storage is freed."""
+        for row in set(range(len(self.caches))) - set(stay):
+            self.caches[row].clear()
+        self.caches = [self.caches[row] for row in stay]
+        kept = torch.tensor(stay, dtype=torch.long, device=self.here.device)
+        if self.kernel is not None:
+            shape = self.here.shape
+            for name in ("where", "lengths", "sinks", "sizes"):
+                table = getattr(self, name).unflatten(-1, shape)
+                setattr(self, name, table[..., kept, :].flatten(-2))
+        self.here = self.here[kept]
+        if self.kernel is not None:
+            self._place()

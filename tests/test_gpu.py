@@ -1,0 +1,166 @@
+"""What only a GPU shows: its kernels, graphs, memory, and that nothing waits within a layer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import plain_model
+
+from kvbench.attention import Reference, cuda_partial, gpu_token_kernel
+from kvbench.decoding import DecodeKV
+from kvbench.engine import PrefillKV, Row, run_rows
+from kvbench.method import Entries
+from kvbench.model import LoadedModel, load_model, wrap_model
+from kvbench.spec import method_names, parse_method
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+SCORES = Path(__file__).parent / "data" / "scores.tsv"
+
+
+def on_gpu(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> LoadedModel:
+    return wrap_model(plain_model(architecture).to("cuda", dtype), None, name=architecture)
+
+
+def rows(budget: float = 0.4, new: int = 12) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(1, 199, (2, 90), generator=generator).tolist()
+    options = {"scores": str(SCORES), "sinks": 2, "window": 5}
+    names = [*method_names(), "prulong+snapkv-naive"]
+    made = []
+    for index, prompt in enumerate(prompts):
+        for name in names:
+            given = options if name.startswith(("prulong", "duo")) else {}
+            if "kv" in name and "norm" not in name:
+                given = given | {"snapkv.window": 6, "pyramidkv.window": 6}
+            made.append(Row(prompt, new + index, parse_method(name, given), budget, index))
+    return made
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral-sliding", "gemma3"])
+def test_every_method_gives_on_a_gpu_what_it_gives_on_a_cpu(architecture: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    names = [row for row in rows() if architecture != "gemma3" or "knorm" not in row.spec.name]
+    cpu = wrap_model(plain_model(architecture), None, name=architecture)
+    expected = run_rows(cpu, names, prefill_chunk=25)
+    got = run_rows(on_gpu(architecture), names, prefill_chunk=25)
+    for row, a, b in zip(names, expected, got, strict=True):
+        assert a.resident_rows == b.resident_rows
+        assert a.tokens == b.tokens, row.spec.name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)],
+)
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 17])
+@pytest.mark.parametrize("size", [8, 64, 80, 128])
+@pytest.mark.parametrize("sliding", [None, 50])
+def test_the_token_kernel_agrees_with_float64(
+    dtype: torch.dtype, tolerance: float, group: int, size: int, sliding: int | None
+) -> None:
+    from sequences import Made
+
+    made = Made([1, 300, 2000, 64, 65, 9000], size, size, group, dtype, "cuda")
+    kernel = gpu_token_kernel()
+    assert kernel is not None
+    made.check(kernel, sliding, tolerance)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_partial_attention_gives_the_logarithm_of_its_normaliser(causal: bool) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(1, 8, 128, 64, device="cuda", dtype=torch.float16)
+    stored = torch.randn(2, 2, 300, 64, device="cuda", dtype=torch.float16)
+    keys, values = stored[:, :, : 128 if causal else 200]
+    got, total = cuda_partial(q, Entries(keys, values, None), 0.2, causal)  # type: ignore[arg-type]
+    grouped = q[0].unflatten(0, (2, 4)).double()
+    logits = torch.einsum("kgtd,ksd->kgts", grouped, keys.double()) * 0.2
+    if causal:
+        logits = logits.masked_fill(torch.ones(128, 128, device="cuda").triu(1).bool(), -torch.inf)
+    want = torch.einsum("kgts,ksd->kgtd", logits.softmax(-1), values.double()).flatten(0, 1)
+    torch.testing.assert_close(got.double(), want, atol=3e-3, rtol=3e-3)
+    torch.testing.assert_close(
+        total.double(), logits.logsumexp(-1).flatten(0, 1), atol=2e-3, rtol=2e-3
+    )
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_layer_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    for kind in (PrefillKV, DecodeKV):
+        attend = kind.attend
+
+        def watched(*arguments: Any, attend: Any = attend) -> Any:
+            with waiting_is_an_error():
+                return attend(*arguments)
+
+        monkeypatch.setattr(kind, "attend", watched)
+    with pytest.raises(RuntimeError, match="synchroniz"), waiting_is_an_error():
+        torch.ones(1, device="cuda").item()  # or the check would check nothing
+    assert run_rows(on_gpu(dtype=dtype), rows(), prefill_chunk=25)
+
+
+def test_a_captured_step_gives_what_a_plain_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, several = on_gpu(), rows(new=30)
+    replayed = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph: (replayed.append(graph), replay(graph))
+    )
+    captured = run_rows(model, several, prefill_chunk=25)
+    assert len(replayed) > 20
+    monkeypatch.setattr("kvbench.graph.FIRST", 10**9)
+    for a, b in zip(captured, run_rows(model, several, prefill_chunk=25), strict=True):
+        assert a.tokens == b.tokens
+
+
+def test_a_step_that_cannot_be_captured_goes_on_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, several = on_gpu(), rows(new=20)
+    expected = run_rows(model, several, prefill_chunk=25)
+    attend = DecodeKV.attend
+
+    def waits(self: DecodeKV, *arguments: Any) -> Any:
+        self.here.sum().item()
+        return attend(self, *arguments)
+
+    monkeypatch.setattr(DecodeKV, "attend", waits)
+    for a, b in zip(expected, run_rows(model, several, prefill_chunk=25), strict=True):
+        assert a.tokens == b.tokens
+
+
+@pytest.mark.parametrize("name", ["full", "recency", "snapkv", "snapkv-patched"])
+def test_the_allocator_gives_what_is_counted(name: str) -> None:
+    model = load_model("tiny", device="cuda", dtype="bfloat16")
+    spec = parse_method(name, {}, model.card.options)
+    prompt = torch.randint(1, 200, (4000,), generator=torch.Generator().manual_seed(0)).tolist()
+    wide = [Row([p % 500 + 1 for p in prompt[i:] + prompt[:i]], 8, spec, 0.5) for i in range(8)]
+    for _ in range(2):
+        weights = torch.cuda.memory_allocated()
+        outcome = run_rows(model, wide, prefill_chunk=256)[0]
+    assert outcome.device_bytes_peak is not None
+    taken = outcome.device_bytes_peak - weights
+    assert outcome.group_bytes_peak <= taken
+
+
+def test_bfloat16_agrees_with_the_reference_as_far_as_it_can() -> None:
+    model = on_gpu(dtype=torch.bfloat16)
+    slow = wrap_model(
+        plain_model().to("cuda", torch.bfloat16), None, name="llama", attention="reference"
+    )
+    assert isinstance(slow.backend, Reference)
+    first = [
+        [outcome.tokens[0] for outcome in run_rows(each, rows(new=2), prefill_chunk=25)]
+        for each in (model, slow)
+    ]
+    assert sum(a == b for a, b in zip(*first, strict=True)) > len(first[0]) * 0.8
