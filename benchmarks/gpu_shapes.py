@@ -46,7 +46,7 @@ WARMED = 32768  # tokens; longer prompts are read once, and not warmed up first
 
 @dataclass(frozen=True)
 class Times:
-    """Of one prompt: seconds of the prefill and of a decoded token, and bytes beside the weights."""
+    """Of one prompt: seconds of the prefill and of a decoded token; peak bytes but the weights'."""
 
     prefill: float
     token: float

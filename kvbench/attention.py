@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvbench import token_cpu
@@ -119,9 +120,16 @@ def cpu_partial(q: Tensor, of: Entries, scaling: float, causal: bool) -> tuple[T
 
 
 def cuda_partial(q: Tensor, of: Entries, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """PyTorch's flash attention on a GPU, in half precision; a `Partial`."""
+    """PyTorch's flash attention on a GPU, in half precision, its own or cuDNN's; a `Partial`."""
+    k, v = of.keys[None], of.values[None]
+    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scaling, enable_gqa=True)
+    if choice == SDPBackend.CUDNN_ATTENTION.value:
+        out, total, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scaling
+        )
+        return out[0], total[0, ..., 0]
     out, total, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        q, of.keys[None], of.values[None], 0.0, causal, False, scale=scaling
+        q, k, v, 0.0, causal, False, scale=scaling
     )
     return out[0], total[0]
 

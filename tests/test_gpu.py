@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import plain_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvbench.attention import Reference, cuda_partial, gpu_token_kernel
 from kvbench.decoding import DecodeKV
@@ -55,8 +56,8 @@ def test_every_method_gives_on_a_gpu_what_it_gives_on_a_cpu(architecture: str) -
     ("dtype", "tolerance"),
     [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)],
 )
-@pytest.mark.parametrize("group", [1, 3, 4, 8, 17])
-@pytest.mark.parametrize("size", [8, 64, 80, 128])
+@pytest.mark.parametrize("group", [1, 4, 17])
+@pytest.mark.parametrize("size", [8, 80, 128])
 @pytest.mark.parametrize("sliding", [None, 50])
 def test_the_token_kernel_agrees_with_float64(
     dtype: torch.dtype, tolerance: float, group: int, size: int, sliding: int | None
@@ -69,13 +70,17 @@ def test_the_token_kernel_agrees_with_float64(
     made.check(kernel, sliding, tolerance)
 
 
+@pytest.mark.parametrize("kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
 @pytest.mark.parametrize("causal", [True, False])
-def test_partial_attention_gives_the_logarithm_of_its_normaliser(causal: bool) -> None:
+def test_partial_attention_gives_the_logarithm_of_its_normaliser(
+    causal: bool, kernel: SDPBackend
+) -> None:
     torch.manual_seed(0)
     q = torch.randn(1, 8, 128, 64, device="cuda", dtype=torch.float16)
     stored = torch.randn(2, 2, 300, 64, device="cuda", dtype=torch.float16)
     keys, values = stored[:, :, : 128 if causal else 200]
-    got, total = cuda_partial(q, Entries(keys, values, None), 0.2, causal)  # type: ignore[arg-type]
+    with sdpa_kernel(kernel):
+        got, total = cuda_partial(q, Entries(keys, values, values), 0.2, causal)
     grouped = q[0].unflatten(0, (2, 4)).double()
     logits = torch.einsum("kgtd,ksd->kgts", grouped, keys.double()) * 0.2
     if causal:
