@@ -16,6 +16,9 @@ from kvbench import token_cpu
 from kvbench.cache import RowCache, TokenKernel
 from kvbench.method import Entries
 
+# Pairs of a query and a key, all query heads, from which cuDNN saves 32 layers the 40 to 60 ms that
+# it takes to plan for a length that is new (measured on an H100: results/benchmarks).
+WORTH_CUDNN = 2**31
 QUERY_BLOCK = 512  # queries that share one mask: bounds it to 512 x entries, whatever the chunk
 
 
@@ -73,12 +76,11 @@ class Sdpa:
         q = queries.flatten(0, 1)[None]
         partial = self._partial(queries, own.values)
         if past is None and (sliding is None or queries.shape[2] <= sliding):
-            if partial is not None and self.on_gpu is not None:
+            if partial is not None:
                 return partial(q, own, scaling, True)[0].unflatten(0, shape)
             k, v = own.keys[None], own.values[None]
-            return sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)[0].unflatten(
-                0, shape
-            )
+            out = sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+            return out[0].unflatten(0, shape)
         if past is None or sliding is not None or partial is None:
             return masked_chunk(queries, past, own, scaling=scaling, sliding=sliding)
         mine, earlier = partial(q, own, scaling, True), partial(q, past, scaling, False)
@@ -120,10 +122,14 @@ def cpu_partial(q: Tensor, of: Entries, scaling: float, causal: bool) -> tuple[T
 
 
 def cuda_partial(q: Tensor, of: Entries, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """PyTorch's flash attention on a GPU, in half precision, its own or cuDNN's; a `Partial`."""
+    """Flash attention on a GPU, PyTorch's or, where it pays, cuDNN's; half precision; a `Partial`.
+
+    cuDNN's is faster where PyTorch would choose it, but takes time anew for every length.
+    """
     k, v = of.keys[None], of.values[None]
     choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scaling, enable_gqa=True)
-    if choice == SDPBackend.CUDNN_ATTENTION.value:
+    worth = q.shape[1] * q.shape[2] * k.shape[2] >= WORTH_CUDNN
+    if worth and choice == SDPBackend.CUDNN_ATTENTION.value:
         out, total, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scaling
         )

@@ -75,11 +75,11 @@ class DecodeKV:
         if self.streams:
             self.slots = torch.empty_like(self.lengths)
             self._choose_slots()
-        here = self.here.flatten()
+        here, longest = self.here.flatten(), self.longest
         self.sequences = [
-            Sequences(here, *where, lengths, slots, self.longest)
-            for where, lengths, slots in zip(
-                self.where.unbind(1), self.lengths, self.slots, strict=True
+            Sequences(here, keys, values, positions, lengths, slots, longest)
+            for keys, values, positions, lengths, slots in zip(
+                *self.where, self.lengths, self.slots, strict=True
             )
         ]
 

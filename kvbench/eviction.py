@@ -195,7 +195,7 @@ class Chooser:
             assert scores is not None
             own = view.entries - view.patched
             candidates = scores[:, own - view.new : own - observed]
-            candidates = candidates.to(self.layer.own.keys.device)
+            candidates = candidates.to(self.layer.own.keys.device, non_blocking=True)
             self._rankings[key] = candidates.argsort(dim=-1, descending=True, stable=True)
         return self._rankings[key]
 

@@ -24,7 +24,6 @@ from kvbench.attention import BACKENDS, Backend, Sdpa
 from kvbench.card import ModelCard, model_folder, read_card
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import KVShape
-from kvbench.token_cpu import token_kernel
 from kvbench.wheel import WHEELS
 
 ATTENTION = "kvbench"
@@ -132,8 +131,6 @@ def load_model(
         reason = " ".join(str(error).split())[:240]
         raise InputError(f"model '{name}' has a broken file: {reason}") from None
     model.eval().to(where)
-    if where.type == "cpu":
-        token_kernel()  # compiled at the first use: here, and not while tokens are timed
     return wrap_model(
         model,
         tokenizer,

@@ -61,6 +61,7 @@ def run_sweep(choices: Choices, home: Path) -> int:
     specs, left_out = choose_methods(choices, read_card(folder) if folder else ModelCard())
 
     from kvbench.model import load_model
+    from kvbench.sweep import warm_up
 
     model = load_model(
         choices.model, device=choices.device, dtype=choices.dtype, attention=choices.attention
@@ -84,6 +85,7 @@ def run_sweep(choices: Choices, home: Path) -> int:
     if not open_cells:
         say(f"all {len(cells)} cells are measured already")
         return finish(out, [])
+    warm_up(model)
     sweep = make_sweep(choices, model, settings, tasks)
     return measure(choices, sweep, common, open_cells, out, len(cells))
 

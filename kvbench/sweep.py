@@ -13,8 +13,9 @@ import torch
 from kvbench.cost import cost_of
 from kvbench.engine import Outcome, Row, run_rows
 from kvbench.model import LoadedModel
-from kvbench.plan import Cell
+from kvbench.plan import BASELINE, Cell
 from kvbench.results import Record, RunWriter
+from kvbench.spec import parse_method
 from kvbench.task import Task
 
 PROMPT_TAIL = 240  # characters of the prompt kept in a record
@@ -136,6 +137,12 @@ class Sweep:
 
 def _chunk(cell: Cell, default: int) -> int:
     return default if cell.prefill_chunk is None else cell.prefill_chunk
+
+
+def warm_up(model: LoadedModel) -> None:
+    """Run a short row: no record's seconds pay for what is compiled or set up at the first use."""
+    row = Row([0] * 8, 8, parse_method(BASELINE, {}), 1.0)
+    run_rows(model, [row], prefill_chunk=4)
 
 
 def rows_of(batch: Sequence[Cell]) -> list[Row]:

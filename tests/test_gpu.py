@@ -43,7 +43,9 @@ def rows(budget: float = 0.4, new: int = 12) -> list[Row]:
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral-sliding", "gemma3"])
 def test_every_method_gives_on_a_gpu_what_it_gives_on_a_cpu(architecture: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    names = [row for row in rows() if architecture != "gemma3" or "knorm" not in row.spec.name]
+    # Some architectures normalise keys: their norms tie, but for rounding.
+    tie = architecture in ("gemma3", "qwen3")
+    names = [row for row in rows() if not (tie and "knorm" in row.spec.name)]
     cpu = wrap_model(plain_model(architecture), None, name=architecture)
     expected = run_rows(cpu, names, prefill_chunk=25)
     got = run_rows(on_gpu(architecture), names, prefill_chunk=25)
@@ -73,12 +75,13 @@ def test_the_token_kernel_agrees_with_float64(
 @pytest.mark.parametrize("kernel", [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
 @pytest.mark.parametrize("causal", [True, False])
 def test_partial_attention_gives_the_logarithm_of_its_normaliser(
-    causal: bool, kernel: SDPBackend
+    causal: bool, kernel: SDPBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     q = torch.randn(1, 8, 128, 64, device="cuda", dtype=torch.float16)
     stored = torch.randn(2, 2, 300, 64, device="cuda", dtype=torch.float16)
     keys, values = stored[:, :, : 128 if causal else 200]
+    monkeypatch.setattr("kvbench.attention.WORTH_CUDNN", 0)
     with sdpa_kernel(kernel):
         got, total = cuda_partial(q, Entries(keys, values, values), 0.2, causal)
     grouped = q[0].unflatten(0, (2, 4)).double()
