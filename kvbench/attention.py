@@ -16,9 +16,10 @@ from kvbench import token_cpu
 from kvbench.cache import RowCache, TokenKernel
 from kvbench.method import Entries
 
-# Pairs of a query and a key, all query heads, from which cuDNN saves 32 layers the 40 to 60 ms that
-# it takes to plan for a length that is new (measured on an H100: results/benchmarks).
-WORTH_CUDNN = 2**31
+# Pairs of a query and a key, of all query heads, from which cuDNN's attention is used: by then it
+# has saved the 40 to 60 ms that it takes to plan for each new length (measured on an H100:
+# results/benchmarks). A chunk is as long in all layers; what is resident may not be.
+WORTH_CUDNN = {"own": 2**31, "past": 2**34}
 QUERY_BLOCK = 512  # queries that share one mask: bounds it to 512 x entries, whatever the chunk
 
 
@@ -128,7 +129,8 @@ def cuda_partial(q: Tensor, of: Entries, scaling: float, causal: bool) -> tuple[
     """
     k, v = of.keys[None], of.values[None]
     choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scaling, enable_gqa=True)
-    worth = q.shape[1] * q.shape[2] * k.shape[2] >= WORTH_CUDNN
+    pairs = q.shape[1] * q.shape[2] * k.shape[2]
+    worth = pairs >= WORTH_CUDNN["own" if causal else "past"]
     if worth and choice == SDPBackend.CUDNN_ATTENTION.value:
         out, total, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scaling

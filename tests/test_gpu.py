@@ -81,7 +81,7 @@ def test_partial_attention_gives_the_logarithm_of_its_normaliser(
     q = torch.randn(1, 8, 128, 64, device="cuda", dtype=torch.float16)
     stored = torch.randn(2, 2, 300, 64, device="cuda", dtype=torch.float16)
     keys, values = stored[:, :, : 128 if causal else 200]
-    monkeypatch.setattr("kvbench.attention.WORTH_CUDNN", 0)
+    monkeypatch.setattr("kvbench.attention.WORTH_CUDNN", {"own": 0, "past": 0})
     with sdpa_kernel(kernel):
         got, total = cuda_partial(q, Entries(keys, values, values), 0.2, causal)
     grouped = q[0].unflatten(0, (2, 4)).double()
