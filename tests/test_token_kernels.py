@@ -1,8 +1,6 @@
 """Kernels for single tokens: against float64, and where there is no compiler."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,21 +25,6 @@ def test_the_kernel_agrees_with_float64(
     kernel = token_kernel()
     assert kernel is not None
     Made([1, 40, 600, 33, 256], size, value_size, group).check(kernel, sliding, 2e-5)
-
-
-@pytest.mark.parametrize("sliding", [None, 20])
-@pytest.mark.parametrize("programs", [1, 40])
-def test_the_gpu_kernel_agrees_with_float64_where_triton_interprets_it(
-    sliding: int | None, programs: int
-) -> None:
-    pytest.importorskip("triton")
-    script = (
-        "from sequences import Made; from kvbench import token_gpu; "
-        f"token_gpu.PROGRAMS = {programs}; "
-        f"Made([1, 300, 900, 64], 16, 8, 3).check(token_gpu.token_kernel, {sliding}, 2e-5)"
-    )
-    interpreted = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    subprocess.run([sys.executable, "-c", script], check=True, env=interpreted)
 
 
 @without_compiler
