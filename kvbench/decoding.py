@@ -135,11 +135,10 @@ class DecodeKV:
             self.caches[row].clear()
         self.caches = [self.caches[row] for row in stay]
         kept = torch.tensor(stay, dtype=torch.long, device=self.here.device)
-        if self.kernel is not None:
-            shape = self.here.shape
-            for name in ("where", "lengths", "sinks", "sizes"):
-                table = getattr(self, name).unflatten(-1, shape)
-                setattr(self, name, table[..., kept, :].flatten(-2))
-        self.here = self.here[kept]
-        if self.kernel is not None:
-            self._place()
+        shape, self.here = self.here.shape, self.here[kept]
+        if self.kernel is None:
+            return
+        for name in ("where", "lengths", "sinks", "sizes"):
+            table = getattr(self, name).unflatten(-1, shape)
+            setattr(self, name, table[..., kept, :].flatten(-2))
+        self._place()

@@ -193,21 +193,15 @@ class RowState:
             self.meter.allocate(-new * layer.entry_bytes)
 
     def make_room(self) -> None:
-        """Make room for the answer where there is none."""
-        evictor = self.evictor
+        """Make room for the answer where there is none; windows have all they need."""
         for group in (group for groups in self.cache.layers for group in groups):
-            room = group.length + evictor.decoded
-            if group.window is not None:
-                room = min(room, group.window.sinks + group.window.size)
-            if group.capacity >= room:
+            before, room = group.capacity, group.length + self.evictor.decoded
+            if group.window is not None or before >= room:
                 continue
-            before = group.capacity
             group.reserve(room)
-            together = len(group.heads)
-            if evictor.one_by_one and group.window is None:
-                together = 1
-            for _ in range(len(group.heads) // together):
-                self._moved(group.entries(), together, before, room)
+            moves = len(group.heads) if self.evictor.one_by_one else 1
+            for _ in range(moves):
+                self._moved(group.entries(), len(group.heads) // moves, before, room)
 
     def _moved(self, entries: Entries, heads: int, before: int, after: int) -> None:
         """Count the storage of `heads` KV heads that had room for `before` entries each."""

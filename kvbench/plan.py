@@ -179,8 +179,8 @@ def _file_hash(cls: type) -> str:
 
 def _code_hash() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(kvbench.__file__).parent.glob("*.py")):
-        if path.stem not in _NOT_MEASURING:
+    for path in sorted(Path(kvbench.__file__).parent.iterdir()):
+        if path.suffix in (".py", ".c") and path.stem not in _NOT_MEASURING:
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:8]
 

@@ -17,7 +17,9 @@ from kvbench.method import Entries
 from kvbench.model import LoadedModel, load_model, wrap_model
 from kvbench.spec import method_names, parse_method
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU", allow_module_level=True)
+
 SCORES = Path(__file__).parent / "data" / "scores.tsv"
 
 
