@@ -174,3 +174,18 @@ def test_bfloat16_agrees_with_the_reference_as_far_as_it_can() -> None:
         for each in (model, slow)
     ]
     assert sum(a == b for a, b in zip(*first, strict=True)) > len(first[0]) * 0.8
+
+
+def test_streaming_attention_in_training_is_what_blocks_give() -> None:
+    from kvbench.learning.attention import streaming_blocks, streaming_flex
+
+    torch.manual_seed(0)
+    shapes = ((2, 4, 700, 32), (2, 2, 700, 32), (2, 2, 700, 32))
+    given = [torch.randn(shape, device="cuda", requires_grad=True) for shape in shapes]
+    weights = torch.randn(shapes[0], device="cuda")
+    found = []
+    for attend in (streaming_blocks, streaming_flex):
+        out = attend(*given, 0.2, 4, 64, None)
+        found.append([out, *torch.autograd.grad((out * weights).sum(), given)])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
