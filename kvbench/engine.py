@@ -9,6 +9,7 @@ packed sequence: only attention knows whose tokens are whose.
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -72,7 +73,8 @@ def run_rows(
     """
     for row in rows:
         check(model, row)
-    if model.device.type == "cuda":
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     ledger = Ledger()
     groups: dict[tuple[int, ...], dict[object, list[int]]] = {}
@@ -80,11 +82,12 @@ def run_rows(
         same = (row.max_new_tokens,) if evictor_of(model, row).keeps_all else index
         groups.setdefault(tuple(row.prompt), {}).setdefault(same, []).append(index)
     states: list[RowState] = []
-    with torch.inference_mode():
+    # Kernels and graphs go to the current GPU, which may be another than the model's.
+    with torch.inference_mode(), torch.cuda.device(model.device) if on_gpu else nullcontext():
         for group in groups.values():
             states += prefill(model, [rows[i[0]] for i in group.values()], prefill_chunk, ledger)
         decode(model, states)
-    peak = torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else None
+    peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else None
     results: dict[int, Outcome] = {}
     waiting = iter(states)
     for group in groups.values():

@@ -1,8 +1,10 @@
 """The engine against `generate`, token for token, and its measurements against closed forms."""
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,28 +225,44 @@ def test_sdpa_is_the_float64_reference_for_chunks(
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
 
 
-def slow_partial(
-    q: torch.Tensor, of: Entries, scaling: float, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kernels of a GPU compute."""
-    keys, values = (t.repeat_interleave(q.shape[1] // len(t), 0) for t in of[:2])
-    logits = q[0] @ keys.transpose(1, 2) * scaling
+def slow_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    return_attn_probs: bool,
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """flash_attn_varlen_func of one sequence: q [T, H, D], k and v [S, K, D]."""
+    assert cu_seqlens_q.tolist() == [0, max_seqlen_q] == [0, len(q)]
+    assert cu_seqlens_k.tolist() == [0, max_seqlen_k] == [0, len(k)]
+    assert return_attn_probs
+    keys, values = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    logits = torch.einsum("thd,shd->hts", q, keys) * softmax_scale
     if causal:
         logits = logits.masked_fill(torch.ones(logits.shape[1:]).triu(1).bool(), -torch.inf)
-    return logits.softmax(-1) @ values, logits.logsumexp(-1)
+    out = torch.einsum("hts,shd->thd", logits.softmax(-1), values)
+    return out, logits.logsumexp(-1), None
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral-sliding"])
-def test_the_path_of_a_gpu_gives_what_the_others_give(
+def test_flash_attn_gives_what_the_others_give(
     architecture: str, scores_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The package takes half precision on a GPU only; a slow one of its kind takes float32 here.
+    package = SimpleNamespace(flash_attn_varlen_func=slow_varlen)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setattr(Sdpa, "_partial", lambda self, *_: self.on_gpu)
     names = [*method_names(), "prulong+snapkv"]
     rows = [Row(tokens(90, 1), 10, spec(name, scores_file), 0.4, seed=3) for name in names]
     rows += [Row(tokens(60, 2), 5, spec("full", scores_file), 1.0)]
     expected = run_rows(loaded_model(architecture, attention="reference"), rows, prefill_chunk=25)
-    model = loaded_model(architecture)
-    model.__dict__["backend"] = Sdpa(slow_partial)
+    model = loaded_model(architecture, attention="flash")
     for row, a, b in zip(rows, expected, run_rows(model, rows, prefill_chunk=25), strict=True):
         assert a.tokens == b.tokens, row.spec.name
         assert a.resident_rows == b.resident_rows
