@@ -43,8 +43,11 @@ class Backend(Protocol):
         """
         ...
 
-    def token_kernel(self, device: torch.device, dtype: torch.dtype) -> TokenKernel | None:
-        """A kernel for single tokens of many sequences; None: a token is a chunk like any other."""
+    def token_kernel(self, entries: Entries) -> TokenKernel | None:
+        """A kernel for single tokens of many sequences that hold entries of this kind.
+
+        None: a token is a chunk like any other.
+        """
         ...
 
 
@@ -97,11 +100,14 @@ class Sdpa:
         half = queries.dtype in (torch.float16, torch.bfloat16)
         return (self.on_gpu or cuda_partial) if half and not size % 8 and size <= 256 else None
 
-    def token_kernel(self, device: torch.device, dtype: torch.dtype) -> TokenKernel | None:
+    def token_kernel(self, entries: Entries) -> TokenKernel | None:
         """As `Backend.token_kernel`."""
-        if device.type == "cpu":
-            return token_cpu.token_kernel() if dtype == torch.float32 else None
-        return gpu_token_kernel()
+        keys, values = entries.keys, entries.values
+        if keys.device.type != "cpu":
+            return gpu_token_kernel()
+        if keys.dtype != torch.float32:
+            return None
+        return token_cpu.token_kernel(keys.shape[-1], values.shape[-1])
 
 
 @cache
@@ -201,7 +207,7 @@ class Reference:
             hidden = hidden | (distance >= sliding)
         return self._attend("kgtd,ked->kgte", queries, keys, values, scaling, hidden)
 
-    def token_kernel(self, device: torch.device, dtype: torch.dtype) -> TokenKernel | None:
+    def token_kernel(self, entries: Entries) -> TokenKernel | None:
         """None."""
         return None
 

@@ -17,7 +17,7 @@ from kvbench.method import Entries
 class DecodeKV:
     """What attention finds in `kv` while rows decode a token each.
 
-    The rows' caches must have room for all the tokens that they decode. With a kernel, the lengths
+    The rows' caches must have room for all the tokens that they decode. With kernels, the lengths
     of sequences are counted in `lengths` [layers, R * K]; those of the caches stay as they were.
     """
 
@@ -27,21 +27,22 @@ class DecodeKV:
         prompts: Sequence[int],
         tokens: Sequence[int],
         backend: Backend,
-        dtype: torch.dtype,
     ) -> None:
         self.caches = list(caches)
         self.backend = backend
-        device = caches[0].device
-        self.kernel = backend.token_kernel(device, dtype)
-        kv_heads = sum(len(group.heads) for group in caches[0].layers[0])
+        layers, device = caches[0].layers, caches[0].device
+        kernels = [backend.token_kernel(groups[0].entries()) for groups in layers]
+        self.kernels = [kernel for kernel in kernels if kernel is not None]
+        self.by_kernel = len(self.kernels) == len(layers)
+        kv_heads = sum(len(group.heads) for group in layers[0])
         # [R, K], the positions of the tokens that are fed
         self.here = torch.tensor(prompts, device=device)[:, None].repeat(1, kv_heads)
-        if self.kernel is None:
+        if not self.by_kernel:
             return
         table = torch.tensor(
             [
                 [head for cache in caches for head in cache.addresses(layer)]
-                for layer in range(len(caches[0].layers))
+                for layer in range(len(layers))
             ],
             device=device,
         )
@@ -62,7 +63,7 @@ class DecodeKV:
     @property
     def capturable(self) -> bool:
         """Whether a step only works on tensors of a GPU, so that a CUDA graph can repeat it."""
-        return self.kernel is not None and self.here.is_cuda
+        return self.by_kernel and self.here.is_cuda
 
     @property
     def positions(self) -> Tensor:
@@ -100,10 +101,10 @@ class DecodeKV:
     ) -> Tensor:
         """query [R, H, 1, D], key [R, K, 1, D], value [R, K, 1, Dv] -> [R, H, 1, Dv]."""
         rows, kv_heads = key.shape[:2]
-        if self.kernel is not None:
+        if self.by_kernel:
             k, v = key.reshape(rows * kv_heads, -1), value.reshape(rows * kv_heads, -1)
             q = query.reshape(rows * kv_heads, -1, query.shape[-1])
-            out = self.kernel(q, k, v, self.sequences[layer], scaling, sliding)
+            out = self.kernels[layer](q, k, v, self.sequences[layer], scaling, sliding)
             return out.reshape(rows, -1, 1, v.shape[-1])
         out = query.new_empty((*query.shape[:3], value.shape[-1]))
         for row, cache in enumerate(self.caches):
@@ -122,7 +123,7 @@ class DecodeKV:
     def advance(self) -> None:
         """Go on to the next token of every row."""
         self.here += 1
-        if self.kernel is None:
+        if not self.by_kernel:
             return
         self.lengths += 1
         if self.streams:
@@ -136,7 +137,7 @@ class DecodeKV:
         self.caches = [self.caches[row] for row in stay]
         kept = torch.tensor(stay, dtype=torch.long, device=self.here.device)
         shape, self.here = self.here.shape, self.here[kept]
-        if self.kernel is None:
+        if not self.by_kernel:
             return
         for name in ("where", "lengths", "sinks", "sizes"):
             table = getattr(self, name).unflatten(-1, shape)

@@ -462,7 +462,6 @@ def decode(model: LoadedModel, states: Sequence[RowState]) -> None:
         [len(state.row.prompt) for state in running],
         [state.evictor.decoded for state in running],
         model.backend,
-        model.dtype,
     )
     ids = torch.tensor([state.tokens[-1] for state in running], device=model.device)
 

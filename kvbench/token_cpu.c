@@ -2,6 +2,9 @@
  *
  * One sequence is a KV head of a row: its keys and values are read once, where they lie, for all
  * query heads of its group. The threads are PyTorch's own: it has loaded the same OpenMP.
+ *
+ * Compiled for one SIZE of keys and queries and one VALUE_SIZE of values: so that sums stay in
+ * registers, which makes it up to twice as fast.
  */
 #include <math.h>
 #include <omp.h>
@@ -17,18 +20,18 @@
 static inline __attribute__((always_inline)) void
 attend(const int queries, const float *restrict q, const float *restrict keys,
        const float *restrict values, const int32_t *restrict positions, int64_t hidden,
-       int64_t length, int64_t size, int64_t value_size, float scaling, float *restrict out,
-       float *restrict total, float *restrict most)
+       int64_t length, float scaling, float *restrict out, float *restrict total,
+       float *restrict most)
 {
     float weights[AT_ONCE][BLOCK];
     for (int64_t start = 0; start < length; start += BLOCK) {
         const int64_t count = length - start < BLOCK ? length - start : BLOCK;
-        const float *k = keys + start * size, *v = values + start * value_size;
+        const float *k = keys + start * SIZE, *v = values + start * VALUE_SIZE;
         for (int64_t s = 0; s < count; s++)
             for (int g = 0; g < queries; g++) {
                 float sum = 0;
-                for (int64_t d = 0; d < size; d++)
-                    sum += q[g * size + d] * k[s * size + d];
+                for (int64_t d = 0; d < SIZE; d++)
+                    sum += q[g * SIZE + d] * k[s * SIZE + d];
                 weights[g][s] = sum * scaling;
             }
         for (int g = 0; g < queries; g++) {
@@ -44,8 +47,8 @@ attend(const int queries, const float *restrict q, const float *restrict keys,
             }
             if (high > most[g]) {
                 const float shrink = expf(most[g] - high);
-                for (int64_t d = 0; d < value_size; d++)
-                    out[g * value_size + d] *= shrink;
+                for (int64_t d = 0; d < VALUE_SIZE; d++)
+                    out[g * VALUE_SIZE + d] *= shrink;
                 total[g] *= shrink;
                 most[g] = high;
             }
@@ -53,8 +56,8 @@ attend(const int queries, const float *restrict q, const float *restrict keys,
         }
         for (int64_t s = 0; s < count; s++)
             for (int g = 0; g < queries; g++)
-                for (int64_t d = 0; d < value_size; d++)
-                    out[g * value_size + d] += weights[g][s] * v[s * value_size + d];
+                for (int64_t d = 0; d < VALUE_SIZE; d++)
+                    out[g * VALUE_SIZE + d] += weights[g][s] * v[s * VALUE_SIZE + d];
     }
 }
 
@@ -63,41 +66,39 @@ attend(const int queries, const float *restrict q, const float *restrict keys,
 static inline __attribute__((always_inline)) void
 finish(const int queries, const float *q, const float *keys, const float *values,
        const int32_t *positions, int64_t hidden, int64_t length, const float *key,
-       const float *value, int64_t size, int64_t value_size, float scaling, float *out)
+       const float *value, float scaling, float *out)
 {
     float total[AT_ONCE] = {0}, most[AT_ONCE] = {LEAST, LEAST, LEAST, LEAST};
-    memset(out, 0, queries * value_size * sizeof(float));
-    attend(queries, q, keys, values, positions, hidden, length, size, value_size, scaling, out,
-           total, most);
-    attend(queries, q, key, value, 0, 0, 1, size, value_size, scaling, out, total, most);
+    memset(out, 0, queries * VALUE_SIZE * sizeof(float));
+    attend(queries, q, keys, values, positions, hidden, length, scaling, out, total, most);
+    attend(queries, q, key, value, 0, 0, 1, scaling, out, total, most);
     for (int g = 0; g < queries; g++)
-        for (int64_t d = 0; d < value_size; d++)
-            out[g * value_size + d] /= total[g];
+        for (int64_t d = 0; d < VALUE_SIZE; d++)
+            out[g * VALUE_SIZE + d] /= total[g];
 }
 
-/* Each of `count` sequences has a token: q [count, group, size], key [count, size], value [count,
- * value_size], all contiguous, at the positions `here`. It attends to itself and to the first
+/* Each of `count` sequences has a token: q [count, group, SIZE], key [count, SIZE], value [count,
+ * VALUE_SIZE], all contiguous, at the positions `here`. It attends to itself and to the first
  * lengths[u] entries at the addresses keys[u] and values[u], to those of the last `sliding` tokens
- * only if that is not 0, and then takes the place slots[u]. out [count, group, value_size]. */
+ * only if that is not 0, and then takes the place slots[u]. out [count, group, VALUE_SIZE]. */
 void kvbench_token(const float *q, const float *key, const float *value, const int64_t *here,
                    const int64_t *keys, const int64_t *values, const int64_t *positions,
                    const int64_t *lengths, const int64_t *slots, float *out, int64_t count,
-                   int64_t group, int64_t size, int64_t value_size, int64_t sliding,
-                   float scaling, int threads)
+                   int64_t group, int64_t sliding, float scaling, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t u = 0; u < count; u++) {
         float *ks = (float *)keys[u], *vs = (float *)values[u];
         int32_t *places = (int32_t *)positions[u];
-        const float *own_key = key + u * size, *own_value = value + u * value_size;
+        const float *own_key = key + u * SIZE, *own_value = value + u * VALUE_SIZE;
         for (int64_t g = 0; g < group; g += AT_ONCE) {
-            const float *qs = q + (u * group + g) * size;
-            float *to = out + (u * group + g) * value_size;
+            const float *qs = q + (u * group + g) * SIZE;
+            float *to = out + (u * group + g) * VALUE_SIZE;
             switch (group - g) {
 #define CASE(label, n)                                                                             \
     label:                                                                                         \
         finish(n, qs, ks, vs, sliding ? places : 0, here[u] - sliding, lengths[u], own_key,        \
-               own_value, size, value_size, scaling, to);                                          \
+               own_value, scaling, to);                                                            \
         break;
                 CASE(case 1, 1)
                 CASE(case 2, 2)
@@ -105,8 +106,8 @@ void kvbench_token(const float *q, const float *key, const float *value, const i
                 CASE(default, AT_ONCE)
             }
         }
-        memcpy(ks + slots[u] * size, own_key, size * sizeof(float));
-        memcpy(vs + slots[u] * value_size, own_value, value_size * sizeof(float));
+        memcpy(ks + slots[u] * SIZE, own_key, SIZE * sizeof(float));
+        memcpy(vs + slots[u] * VALUE_SIZE, own_value, VALUE_SIZE * sizeof(float));
         places[slots[u]] = here[u];
     }
 }

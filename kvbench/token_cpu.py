@@ -27,13 +27,16 @@ LINK = ("-shared", "-fopenmp", "-lm")
 
 
 @cache
-def token_kernel() -> TokenKernel | None:
-    """The kernel, for float32, compiled if it was not yet on this machine; None if it cannot be."""
+def token_kernel(size: int, value_size: int) -> TokenKernel | None:
+    """The kernel for float32 keys and values of such sizes; None if it cannot be compiled.
+
+    It is compiled if it was not yet on this machine.
+    """
     try:
-        function = ctypes.CDLL(str(library())).kvbench_token
+        function = ctypes.CDLL(str(library(size, value_size))).kvbench_token
     except (OSError, subprocess.SubprocessError, AttributeError):
         return None
-    pointers, sizes = [ctypes.c_void_p] * 10, [ctypes.c_int64] * 5
+    pointers, sizes = [ctypes.c_void_p] * 10, [ctypes.c_int64] * 3
     function.argtypes = [*pointers, *sizes, ctypes.c_float, ctypes.c_int]
     function.restype = None
 
@@ -46,21 +49,21 @@ def token_kernel() -> TokenKernel | None:
         sliding: int | None,
     ) -> Tensor:
         queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
-        count, group, size = queries.shape
-        out = queries.new_empty((count, group, values.shape[1]))
+        count, group = queries.shape[:2]
+        out = queries.new_empty((count, group, value_size))
         tensors = (queries, keys, values, *sequences.tensors, out)
-        sizes = (count, group, size, values.shape[1], sliding or 0)
         pointers = (tensor.data_ptr() for tensor in tensors)
-        function(*pointers, *sizes, scaling, torch.get_num_threads())
+        function(*pointers, count, group, sliding or 0, scaling, torch.get_num_threads())
         return out
 
     return kernel
 
 
-def library() -> Path:
+def library(size: int, value_size: int) -> Path:
     """The compiled file; OSError or SubprocessError if there is none and none can be made."""
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    made_from = [SOURCE.read_text(), *compiler, *COMPILE, *LINK, processor()]
+    compile_ = [*COMPILE, f"-DSIZE={size}", f"-DVALUE_SIZE={value_size}"]
+    made_from = [SOURCE.read_text(), *compiler, *compile_, *LINK, processor()]
     name = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvbench"
     path = folder / f"token-{name}.so"
@@ -71,7 +74,7 @@ def library() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as drafts:
         made, linked = f"{drafts}/token.o", f"{drafts}/token.so"
-        for step in ([*COMPILE, str(SOURCE), "-o", made], [made, *LINK, "-o", linked]):
+        for step in ([*compile_, str(SOURCE), "-o", made], [made, *LINK, "-o", linked]):
             subprocess.run([*compiler, *step], check=True, capture_output=True, timeout=60)
         os.replace(linked, path)
     return path

@@ -12,7 +12,7 @@ from kvbench.engine import Row, run_rows
 from kvbench.spec import parse_method
 from kvbench.token_cpu import library, token_kernel
 
-without_compiler = pytest.mark.skipif(token_kernel() is None, reason="there is no C compiler")
+without_compiler = pytest.mark.skipif(token_kernel(8, 8) is None, reason="there is no C compiler")
 
 
 @without_compiler
@@ -22,7 +22,7 @@ without_compiler = pytest.mark.skipif(token_kernel() is None, reason="there is n
 def test_the_kernel_agrees_with_float64(
     group: int, size: int, value_size: int, sliding: int | None
 ) -> None:
-    kernel = token_kernel()
+    kernel = token_kernel(size, value_size)
     assert kernel is not None
     Made([1, 40, 600, 33, 256], size, value_size, group).check(kernel, sliding, 2e-5)
 
@@ -33,14 +33,14 @@ def test_rows_decode_the_same_without_it(monkeypatch: pytest.MonkeyPatch) -> Non
     names = ("full", "recency", "snapkv")
     rows = [Row(prompt, 8, parse_method(name, {}), 0.5) for name in names]
     compiled = run_rows(model, rows, prefill_chunk=30)
-    monkeypatch.setattr("kvbench.token_cpu.token_kernel", lambda: None)
+    monkeypatch.setattr("kvbench.token_cpu.token_kernel", lambda *_: None)
     for a, b in zip(compiled, run_rows(model, rows, prefill_chunk=30), strict=True):
         assert a.tokens == b.tokens
 
 
 @without_compiler
 def test_large_logits_do_not_overflow() -> None:
-    kernel = token_kernel()
+    kernel = token_kernel(8, 8)
     assert kernel is not None
     made = Made([40, 600], 8, 8, 2)
     made.queries *= 500
@@ -49,7 +49,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 @without_compiler
 def test_loading_it_leaves_denormal_numbers_alone() -> None:
-    assert token_kernel() is not None
+    assert token_kernel(8, 8) is not None
     assert (torch.tensor([1e-39]) * 1.0).item() != 0
 
 
@@ -59,7 +59,7 @@ def test_a_compiler_that_fails_leaves_nothing(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for compiler in ("false", "no-such-compiler", ""):
         monkeypatch.setenv("CC", compiler)
-        assert token_kernel.__wrapped__() is None
+        assert token_kernel.__wrapped__(8, 8) is None
         with pytest.raises((OSError, subprocess.SubprocessError)):
-            library()
+            library(8, 8)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
