@@ -98,7 +98,9 @@ class Sdpa:
         if queries.device.type == "cpu":
             return cpu_partial
         half = queries.dtype in (torch.float16, torch.bfloat16)
-        return (self.on_gpu or cuda_partial) if half and not size % 8 and size <= 256 else None
+        ampere = torch.cuda.get_device_capability(queries.device) >= (8, 0)
+        fits = half and ampere and not size % 8 and size <= 256
+        return (self.on_gpu or cuda_partial) if fits else None
 
     def token_kernel(self, entries: Entries) -> TokenKernel | None:
         """As `Backend.token_kernel`."""

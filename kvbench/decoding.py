@@ -49,7 +49,7 @@ class DecodeKV:
         *where, self.lengths, self.sinks, self.sizes = table.unbind(-1)
         self.where = torch.stack(where)  # [3, layers, R * K]
         self.lengths = self.lengths.contiguous()
-        self.streams = any(
+        self.streams = self.keeps_places or any(
             group.window for cache in caches for groups in cache.layers for group in groups
         )
         self.longest = max(
@@ -58,12 +58,20 @@ class DecodeKV:
             for groups in cache.layers
             for group in groups
         )
+        # What rows that have ended read and write, if they keep their places.
+        entry = max(t[0, 0].nbytes for groups in layers for t in groups[0].entries())
+        self.spare = torch.zeros(entry, dtype=torch.uint8, device=device)
         self._place()
 
     @property
     def capturable(self) -> bool:
         """Whether a step only works on tensors of a GPU, so that a CUDA graph can repeat it."""
         return self.by_kernel and self.here.is_cuda
+
+    @property
+    def keeps_places(self) -> bool:
+        """Whether rows that have ended may stay in the batch, so that a graph goes on."""
+        return self.capturable
 
     @property
     def positions(self) -> Tensor:
@@ -129,6 +137,21 @@ class DecodeKV:
         if self.streams:
             torch.minimum(self.lengths, self.sinks + self.sizes, out=self.lengths)
             self._choose_slots()
+
+    def retire(self, rows: Sequence[int]) -> None:
+        """Free the storage of rows that have ended and keep their places in the batch.
+
+        The tensors stay the same, and with them what was captured. Each sequence of these rows is
+        from now on a window of one entry, the same for all, and what it computes means nothing.
+        """
+        kv_heads = self.here.shape[1]
+        for row in rows:
+            columns = slice(row * kv_heads, (row + 1) * kv_heads)
+            self.where[..., columns] = self.spare.data_ptr()
+            self.lengths[:, columns] = self.sinks[:, columns] = 0
+            self.sizes[:, columns] = 1
+            self.caches[row].clear()
+        self._choose_slots()
 
     def leave(self, stay: Sequence[int]) -> None:
         """Go on with the rows at `stay`; the others' storage is freed."""

@@ -450,43 +450,50 @@ class PrefillKV:
 
 def decode(model: LoadedModel, states: Sequence[RowState]) -> None:
     """Decode until every row has ended; rows leave the batch as they end."""
-    running = [state for state in states if not ended(model, state)]
-    if not running:
+    batch = [state for state in states if not ended(model, state)]
+    if not batch:
         return
     started = time.perf_counter()
-    held = {id(state): state.cache.lengths() for state in running}
-    for state in running:
+    held = {id(state): state.cache.lengths() for state in batch}
+    for state in batch:
         state.make_room()
     kv = DecodeKV(
-        [state.cache for state in running],
-        [len(state.row.prompt) for state in running],
-        [state.evictor.decoded for state in running],
+        [state.cache for state in batch],
+        [len(state.row.prompt) for state in batch],
+        [state.evictor.decoded for state in batch],
         model.backend,
     )
-    ids = torch.tensor([state.tokens[-1] for state in running], device=model.device)
+    ids = torch.tensor([state.tokens[-1] for state in batch], device=model.device)
 
     def step() -> None:
         ids.copy_(forward(model, ids[:, None], kv.positions[:, None], kv).argmax(-1))
         kv.advance()
 
     take = Repeated(step, kv.capturable)
+    running = list(range(len(batch)))  # places in the batch
     while running:
         take()
         tokens = ids.tolist()
         now = time.perf_counter()
-        for state, token in zip(running, tokens, strict=True):
-            state.tokens.append(token)
+        for place in running:
+            state = batch[place]
+            state.tokens.append(tokens[place])
             state.decode_seconds += (now - started) / len(running)
+            if ended(model, state):
+                state.meter.decoded(held[id(state)], len(state.tokens) - 1)
         started = now
-        stay = [at for at, state in enumerate(running) if not ended(model, state)]
-        if len(stay) < len(running):
-            for state in running:
-                if ended(model, state):
-                    state.meter.decoded(held[id(state)], len(state.tokens) - 1)
-            running = [running[at] for at in stay]
-            ids = ids[torch.tensor(stay, dtype=torch.long, device=model.device)]
-            kv.leave(stay)
-            take.changed()
+        over = [place for place in running if ended(model, batch[place])]
+        running = [place for place in running if place not in over]
+        if not over:
+            continue
+        if kv.keeps_places and 2 * len(running) > len(batch):
+            kv.retire(over)
+            continue
+        batch = [batch[place] for place in running]
+        ids = ids[torch.tensor(running, dtype=torch.long, device=model.device)]
+        kv.leave(running)
+        take.changed()
+        running = list(range(len(batch)))
 
 
 def ended(model: LoadedModel, state: RowState) -> bool:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from models import ARCHITECTURES, loaded_model, plain_model
 
 from kvbench.attention import Reference, Sdpa
+from kvbench.decoding import DecodeKV
 from kvbench.engine import Row, run_rows
 from kvbench.errors import InputError
 from kvbench.footprint import (
@@ -99,6 +100,33 @@ def test_rows_do_not_depend_on_who_they_decode_with(scores_file: Path) -> None:
         assert outcome.tokens == alone.tokens
         assert outcome.resident_rows == alone.resident_rows
         assert outcome.kv_peak == alone.kv_peak
+
+
+def test_rows_that_keep_their_places_after_their_end_change_nothing(
+    scores_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded_model()
+    names = ["full", "recency", "snapkv-patched", "prulong", "random", "snapkv", "full"]
+    rows = [
+        Row(tokens(40 + 7 * i, i), 2 + 3 * i, spec(name, scores_file), 0.3, seed=i)
+        for i, name in enumerate(names)
+    ]
+    expected = run_rows(model, rows, prefill_chunk=16)
+    retired: list[int] = []
+    retire = DecodeKV.retire
+
+    def watched(self: DecodeKV, places: list[int]) -> None:
+        retired.extend(places)
+        retire(self, places)
+        assert not any(group.capacity for at in places for group in self.caches[at].layers[0])
+
+    monkeypatch.setattr(DecodeKV, "retire", watched)
+    monkeypatch.setattr(DecodeKV, "keeps_places", True)  # as with a CUDA graph
+    for a, b in zip(expected, run_rows(model, rows, prefill_chunk=16), strict=True):
+        assert a.tokens == b.tokens
+        assert a.timeline == b.timeline
+        assert a.resident_rows == b.resident_rows
+    assert len(retired) > 3
 
 
 @pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "knorm", "random"])
