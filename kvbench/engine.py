@@ -406,6 +406,8 @@ def read(model: LoadedModel, pack: Sequence[Piece], ids: Tensor) -> None:
             "attention (they are recurrent, or share keys with other layers)"
         )
     first = logits.argmax(-1).tolist() if pack[0].chunk.last else [None] * len(pack)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)  # or its time would be that of a later chunk
     seconds = (time.perf_counter() - started) / sum(piece.tokens for piece in pack)
     for piece, token, held in zip(pack, first, before, strict=True):
         chunk = piece.chunk
