@@ -34,8 +34,8 @@ def token_kernel(size: int, value_size: int) -> TokenKernel | None:
     """
     try:
         function = ctypes.CDLL(str(library(size, value_size))).kvbench_token
-    except (OSError, subprocess.SubprocessError, AttributeError):
-        return None
+    except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError):
+        return None  # RuntimeError: the user has no home folder
     pointers, sizes = [ctypes.c_void_p] * 10, [ctypes.c_int64] * 3
     function.argtypes = [*pointers, *sizes, ctypes.c_float, ctypes.c_int]
     function.restype = None
