@@ -72,12 +72,12 @@ def main() -> None:
     plain.generation_config.eos_token_id = None
     flash = flash_attn_partial() is not None
     rates = speed_of_memory(), speed_of_products()
-    kernel = "flash-attn" if flash else "PyTorch's flash"
+    kernel = "flash-attn" if flash else "PyTorch's"
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, attention: {kernel}")
     print(f"memory {rates[0] / 1e12:.2f} TB/s, bfloat16 products {rates[1] / 1e12:.0f} TFLOP/s")
     print(
         f"{'context':>8} {'method':15} prefill s  /own  /floor  ms a token  /own  /floor"
-        f"   KV bytes (predicted)   all (own all)"
+        "   KV bytes (predicted)   all (own all)"
     )
     with tempfile.TemporaryDirectory() as folder:
         scores = Path(folder) / "scores.tsv"
@@ -168,14 +168,12 @@ def measured(
     peak = outcome.kv_peak * (read + outcome.new_tokens - 1) * shape.layers * shape.kv_heads * entry
     prefill, decoded = outcome.prefill_seconds, outcome.new_tokens - 1
     token = outcome.decode_seconds / decoded
-    # What decoding reads: entry-rows that are not the prefill's.
-    end = outcome.timeline[-1]
-    held = entry * end[1]
+    held = outcome.timeline[-1][1]  # entries at the end, about what each token reads
     body = weights - model.model.get_input_embeddings().weight.nbytes  # of which a row is read
-    least_token = (body + held) / rates[0]
+    least_token = (body + entry * held) / rates[0]
     head = model.model.get_output_embeddings().weight.numel()
     operations = 2 * read * (body / model.dtype.itemsize - head)
-    attended = outcome.resident_rows - decoded * end[1]
+    attended = outcome.resident_rows - decoded * held
     operations += 4 * attended * shape.head_dim * shape.group
     least_prefill = operations / rates[1]
     taken = (outcome.device_bytes_peak or 0) - weights

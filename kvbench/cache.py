@@ -80,7 +80,7 @@ class HeadGroup:
             return
         places = self._places(new, chosen.shape[1], capacity)
         for place, given in zip(places, new, strict=True):
-            _gathered(given.to(place.dtype), chosen, out=place)
+            _gather(given.to(place.dtype), chosen, out=place)
 
     def _places(self, like: Entries, count: int, capacity: int) -> list[Tensor]:
         """Where `count` more entries go, which are resident from now on."""
@@ -169,11 +169,11 @@ class HeadGroup:
         setattr(self, name, None)
 
 
-def _gathered(tensor: Tensor, chosen: Tensor, out: Tensor | None = None) -> Tensor:
-    """The entries `chosen` [k, c] of [k, e, ...], written to `out` if that is given."""
+def _gather(tensor: Tensor, chosen: Tensor, out: Tensor) -> None:
+    """Write the entries `chosen` [k, c] of [k, e, ...] to `out`."""
     if tensor.dim() == 3:
         chosen = chosen[..., None].expand(-1, -1, tensor.shape[2])
-    return torch.gather(tensor, 1, chosen, out=out)
+    torch.gather(tensor, 1, chosen, out=out)
 
 
 class _Pick:
@@ -254,7 +254,6 @@ class RowCache:
         *,
         apart: bool = False,
     ) -> None:
-        self.device = device
         self.layers: list[list[HeadGroup]] = []
         self.orders: list[Tensor | None] = []  # where each KV head is among a layer's groups
         for layer in windows:

@@ -4,7 +4,7 @@ Every KV head of a row is a sequence of its own length. It is read where it lies
 where it stays, and a row that has ended frees its storage: nothing is copied, and nothing padded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -25,13 +25,14 @@ class DecodeKV:
         self,
         caches: Sequence[RowCache],
         prompts: Sequence[int],
-        tokens: Sequence[int],
         backend: Backend,
     ) -> None:
         self.caches = list(caches)
         self.backend = backend
-        layers, device = caches[0].layers, caches[0].device
-        kernels = [backend.token_kernel(groups[0].entries()) for groups in layers]
+        layers = caches[0].layers
+        kinds = [groups[0].entries() for groups in layers]
+        device = kinds[0].keys.device
+        kernels = [backend.token_kernel(entries) for entries in kinds]
         self.kernels = [kernel for kernel in kernels if kernel is not None]
         self.by_kernel = len(self.kernels) == len(layers)
         kv_heads = sum(len(group.heads) for group in layers[0])
@@ -53,13 +54,10 @@ class DecodeKV:
             group.window for cache in caches for groups in cache.layers for group in groups
         )
         self.longest = max(
-            group.length + count
-            for cache, count in zip(caches, tokens, strict=True)
-            for groups in cache.layers
-            for group in groups
+            group.capacity for cache in caches for groups in cache.layers for group in groups
         )
         # What rows that have ended read and write, if they keep their places.
-        entry = max(t[0, 0].nbytes for groups in layers for t in groups[0].entries())
+        entry = max(stored[0, 0].nbytes for entries in kinds for stored in entries)
         self.spare = torch.zeros(entry, dtype=torch.uint8, device=device)
         self._place()
 
@@ -138,7 +136,7 @@ class DecodeKV:
             torch.minimum(self.lengths, self.sinks + self.sizes, out=self.lengths)
             self._choose_slots()
 
-    def retire(self, rows: Sequence[int]) -> None:
+    def retire(self, rows: Collection[int]) -> None:
         """Free the storage of rows that have ended and keep their places in the batch.
 
         The tensors stay the same, and with them what was captured. Each sequence of these rows is

@@ -256,7 +256,7 @@ class Stream:
 
     def remember(self, layer: int, chunk: Chunk, queries: Tensor) -> None:
         """Keep the queries that an observation window at the prompt's end reaches back to."""
-        evictors = [s.evictor for s in self.states if s.evictor.scores and not s.evictor.chunked]
+        evictors = [s.evictor for s in self.states if s.evictor.one_by_one]
         wanted = max((e.spec.observation_window for e in evictors), default=0)
         behind = sum(c.length for c in self.chunks if c.start > chunk.start)
         if 0 < behind < wanted:
@@ -462,7 +462,6 @@ def decode(model: LoadedModel, states: Sequence[RowState]) -> None:
     kv = DecodeKV(
         [state.cache for state in batch],
         [len(state.row.prompt) for state in batch],
-        [state.evictor.decoded for state in batch],
         model.backend,
     )
     ids = torch.tensor([state.tokens[-1] for state in batch], device=model.device)
@@ -481,13 +480,14 @@ def decode(model: LoadedModel, states: Sequence[RowState]) -> None:
             state = batch[place]
             state.tokens.append(tokens[place])
             state.decode_seconds += (now - started) / len(running)
-            if ended(model, state):
-                state.meter.decoded(held[id(state)], len(state.tokens) - 1)
         started = now
-        over = [place for place in running if ended(model, batch[place])]
-        running = [place for place in running if place not in over]
+        over = {place for place in running if ended(model, batch[place])}
         if not over:
             continue
+        for place in over:
+            state = batch[place]
+            state.meter.decoded(held[id(state)], len(state.tokens) - 1)
+        running = [place for place in running if place not in over]
         if kv.keeps_places and 2 * len(running) > len(batch):
             kv.retire(over)
             continue

@@ -244,13 +244,14 @@ def test_sdpa_is_the_float64_reference_for_chunks(
     q = torch.randn(heads, group, new, 8, generator=generator)
     k, v = (torch.randn(heads, past + new, 8, generator=generator) for _ in range(2))
     positions = torch.arange(past + new).expand(heads, -1)
-    whole = Entries(k, v, positions)
-    before = Entries(*(t[:, :past].flip(1) for t in whole)) if past else None
-    own = Entries(*(t[:, past:] for t in whole))
     arguments: dict[str, Any] = {"scaling": 0.3, "sliding": sliding}
-    expected = Reference().chunk(q, before, own, **arguments)
-    got = Sdpa().chunk(q, before, own, **arguments)
-    torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
+    for dtype, atol, rtol in ((torch.float32, 2e-6, 1e-4), (torch.bfloat16, 3e-2, 3e-2)):
+        whole = Entries(k.to(dtype), v.to(dtype), positions)
+        before = Entries(*(t[:, :past].flip(1) for t in whole)) if past else None
+        own = Entries(*(t[:, past:] for t in whole))
+        expected = Reference().chunk(q.to(dtype), before, own, **arguments)
+        got = Sdpa().chunk(q.to(dtype), before, own, **arguments)
+        torch.testing.assert_close(got, expected, atol=atol, rtol=rtol)
 
 
 def slow_varlen(

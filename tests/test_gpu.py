@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from models import plain_model
+from sequences import Made
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvbench.attention import Reference, cuda_partial, gpu_token_kernel
 from kvbench.decoding import DecodeKV
 from kvbench.engine import PrefillKV, Row, run_rows
+from kvbench.learning.attention import streaming_blocks, streaming_flex
 from kvbench.method import Entries
 from kvbench.model import LoadedModel, load_model, wrap_model
 from kvbench.spec import method_names, parse_method
@@ -66,8 +68,6 @@ def test_every_method_gives_on_a_gpu_what_it_gives_on_a_cpu(architecture: str) -
 def test_the_token_kernel_agrees_with_float64(
     dtype: torch.dtype, tolerance: float, group: int, size: int, sliding: int | None
 ) -> None:
-    from sequences import Made
-
     made = Made([1, 300, 2000, 64, 65, 9000], size, size, group, dtype, "cuda")
     kernel = gpu_token_kernel()
     assert kernel is not None
@@ -177,8 +177,6 @@ def test_bfloat16_agrees_with_the_reference_as_far_as_it_can() -> None:
 
 
 def test_streaming_attention_in_training_is_what_blocks_give() -> None:
-    from kvbench.learning.attention import streaming_blocks, streaming_flex
-
     torch.manual_seed(0)
     shapes = ((2, 4, 700, 32), (2, 2, 700, 32), (2, 2, 700, 32))
     given = [torch.randn(shape, device="cuda", requires_grad=True) for shape in shapes]
