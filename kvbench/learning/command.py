@@ -94,6 +94,7 @@ def train_heads(choices: HeadChoices) -> int:
             model.model.save_pretrained(choices.out / "model")
             model.tokenizer.save_pretrained(choices.out / "model")
         say(f"scores are in {path}: kvbench run --method {choices.method} --option scores={path}")
+    accelerator.end_training()
     return 0
 
 
