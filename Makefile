@@ -31,8 +31,8 @@ reproduce: $(READY)
 heads: $(READY)
 	$(BIN)/kvbench train prulong --out results/training/prulong
 	$(BIN)/kvbench train duoattention --out results/training/duoattention
-	cp results/training/prulong/scores-prulong.json kvbench/tiny/
-	cp results/training/duoattention/scores-duoattention.json kvbench/tiny/
+	cp results/training/prulong/scores-prulong.json kvbench/models/tiny/
+	cp results/training/duoattention/scores-duoattention.json kvbench/models/tiny/
 
 setup: $(READY)
 

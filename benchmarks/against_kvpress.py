@@ -31,13 +31,14 @@ from typing import Any
 
 import torch
 
-from kvbench.engine import Row, run_rows
-from kvbench.model import LoadedModel, load_model
-from kvbench.plan import Settings, encode_prompt, make_sample
+from kvbench.engine.row import Row
+from kvbench.engine.run import run_rows
+from kvbench.models.load import LoadedModel, load_model
+from kvbench.models.wheel import WHEELS
 from kvbench.registry import tasks
 from kvbench.spec import parse_method
+from kvbench.sweep.plan import Settings, encode_prompt, make_sample
 from kvbench.task import Sample
-from kvbench.wheel import WHEELS
 
 MODEL = "smollm2-135m"
 METHODS = ("snapkv", "pyramidkv")

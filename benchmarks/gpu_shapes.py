@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from kvbench.engine import Row, run_rows
-from kvbench.flash import flash_attn_partial
-from kvbench.model import LoadedModel, wrap_model
+from kvbench.engine.kernels.flash_attn import flash_attn_partial
+from kvbench.engine.row import Row
+from kvbench.engine.run import run_rows
+from kvbench.models.load import LoadedModel, wrap_model
 from kvbench.spec import parse_method
-from kvbench.sweep import gib
+from kvbench.sweep.runner import gib
 
 SHAPE = {
     "vocab_size": 128256,

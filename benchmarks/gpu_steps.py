@@ -16,9 +16,10 @@ from contextlib import contextmanager, suppress
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvbench import engine, graph
-from kvbench.engine import Row, run_rows
-from kvbench.model import LoadedModel, load_model, wrap_model
+from kvbench.engine import graph, run
+from kvbench.engine.row import Row
+from kvbench.engine.run import run_rows
+from kvbench.models.load import LoadedModel, load_model, wrap_model
 from kvbench.spec import parse_method
 
 SHAPES = {
@@ -119,12 +120,12 @@ def share_of_reading(model: LoadedModel, rows: list[Row]) -> float:
             found.append(1 - seconds[0] / seconds[1])
             raise Enough  # the steps that were replayed have taken the room of the row's own
 
-    before, engine.Repeated = engine.Repeated, Timed
+    before, run.Repeated = run.Repeated, Timed
     try:
         with suppress(Enough):
             run_rows(model, rows, prefill_chunk=None)
     finally:
-        engine.Repeated = before
+        run.Repeated = before
     return found[0]
 
 

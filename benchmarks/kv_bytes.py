@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvbench.engine import Row, run_rows
-from kvbench.model import LoadedModel, load_model, wrap_model
+from kvbench.engine.row import Row
+from kvbench.engine.run import run_rows
+from kvbench.models.load import LoadedModel, load_model, wrap_model
 from kvbench.spec import parse_method
 
 METHODS = (

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 # kvpress's environment has no kvbench; this file of it needs nothing else.
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from kvbench.gguf_file import read_gguf
+from kvbench.models.gguf import read_gguf
 
 PRESSES = {"snapkv": SnapKVPress, "pyramidkv": PyramidKVPress}
 

@@ -11,8 +11,9 @@ import time
 
 import torch
 
-from kvbench.engine import Row, run_rows
-from kvbench.model import load_model, read_model
+from kvbench.engine.row import Row
+from kvbench.engine.run import run_rows
+from kvbench.models.load import load_model, read_model
 from kvbench.spec import parse_method
 
 

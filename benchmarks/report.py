@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from kvbench.footprint import chunks, full_rows
-from kvbench.results import Record, RunWriter
+from kvbench.engine.footprint import chunks, full_rows
+from kvbench.records import Record, RunWriter
 
 TASKS = ("recall", "rag", "rerank", "html_to_tsv")
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)

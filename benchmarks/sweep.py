@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import torch
 
-from kvbench.engine import Outcome, Row, run_rows
-from kvbench.model import LoadedModel, load_model
+from kvbench.engine.row import Outcome, Row
+from kvbench.engine.run import run_rows
+from kvbench.models.load import LoadedModel, load_model
 from kvbench.spec import parse_method
 
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)

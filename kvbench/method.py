@@ -106,8 +106,6 @@ class LayerView:
         Softmax in float32 over all resident entries, summed over the window's queries and averaged
         over the query group (SnapKV, 2404.14469).
         """
-        from kvbench.attention import observed_attention
-
         return observed_attention(self.queries, self.blocks, self.query_positions, self.scaling)
 
     def _joined(self, which: int) -> "Tensor":
@@ -121,6 +119,33 @@ class LayerView:
             torch.cat([piece[which].to(like.dtype) for piece in block], 1, out=joined[start:stop])
             start = stop
         return joined
+
+
+def observed_attention(
+    queries: "Tensor",
+    blocks: "Sequence[Sequence[Entries]]",
+    query_positions: "Tensor",
+    scaling: float,
+) -> "Tensor":
+    """Attention that entries get from an observation window (SnapKV, 2404.14469).
+
+    queries [K, G, W, D] and `blocks` as in a LayerView -> [K, E]: softmax in float32 over all
+    resident entries, causal by position, summed over the W queries and averaged over the G of the
+    query group. One KV head at a time, so that the memory is G x W x E whatever the model.
+    """
+    import torch
+
+    rows: list[Tensor] = []
+    for block in blocks:
+        for index in range(len(block[0].keys)):
+            query = queries[len(rows)].float()
+            logits = torch.cat([query @ piece.keys[index].float().T for piece in block], -1)
+            positions = torch.cat([piece.positions[index] for piece in block])
+            logits = (logits * scaling).masked_fill_(
+                positions > query_positions[:, None], -torch.inf
+            )
+            rows.append(logits.softmax(-1).sum(1).mean(0))
+    return torch.stack(rows)
 
 
 @dataclass(frozen=True)

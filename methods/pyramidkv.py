@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from kvbench.method import LayerView
-from kvbench.methods.snapkv import SnapKV
 from kvbench.registry import register_method
+
+from .snapkv import SnapKV
 
 
 @register_method("pyramidkv")

@@ -4,8 +4,9 @@ import random
 
 from kvbench.registry import register_task
 from kvbench.task import Episode, Sample, Turn
-from kvbench.tasks._synthetic import SyntheticTask, distinct, normalised
-from kvbench.tasks._words import ADJECTIVES, CITIES, FILLER, NOUNS, TOPICS
+
+from ._synthetic import SyntheticTask, distinct, normalised
+from ._words import ADJECTIVES, CITIES, FILLER, NOUNS, TOPICS
 
 COLUMNS = ("no", "name", "price", "city", "ref")
 TOKENS_A_ROW = 13  # about what one row of the answer takes; only sets how many rows a sample has

@@ -10,8 +10,9 @@ from pathlib import Path
 from kvbench.errors import InputError
 from kvbench.registry import register_task
 from kvbench.task import Episode, Sample, Turn
-from kvbench.tasks._synthetic import GeneratedTask
-from kvbench.tasks._words import ADJECTIVES, NOUNS
+
+from ._synthetic import GeneratedTask
+from ._words import ADJECTIVES, NOUNS
 
 PREFIX = "The magic number for"
 WIDTH = 96  # characters of a line of prose

@@ -4,8 +4,9 @@ import random
 
 from kvbench.registry import register_task
 from kvbench.task import Episode, Sample, Turn
-from kvbench.tasks._synthetic import SyntheticTask, distinct, normalised
-from kvbench.tasks._words import CITIES, FILLER, FIRST_NAMES, INSTRUMENTS, LAST_NAMES, PROFESSIONS
+
+from ._synthetic import SyntheticTask, distinct, normalised
+from ._words import CITIES, FILLER, FIRST_NAMES, INSTRUMENTS, LAST_NAMES, PROFESSIONS
 
 # relation: (the fact as a passage states it, the question, the values)
 RELATIONS = {

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 from kvbench.registry import register_task
 from kvbench.task import Episode, Sample, Turn
-from kvbench.tasks._synthetic import SyntheticTask, code, distinct
-from kvbench.tasks._words import ADJECTIVES, NOUNS, SECRETS
+
+from ._synthetic import SyntheticTask, code, distinct
+from ._words import ADJECTIVES, NOUNS, SECRETS
 
 ORDINALS = ("first", "second", "third")
 

@@ -5,8 +5,9 @@ import re
 
 from kvbench.registry import register_task
 from kvbench.task import Episode, Sample, Turn
-from kvbench.tasks._synthetic import SyntheticTask
-from kvbench.tasks._words import FILLER, TOPICS
+
+from ._synthetic import SyntheticTask
+from ._words import FILLER, TOPICS
 
 # how a document treats its topic, by grade of relevance
 TREATMENTS = {3: "a complete guide to", 2: "a short introduction to", 1: "a passing remark about"}

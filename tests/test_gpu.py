@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from models import plain_model
-from sequences import Made
+from helpers.models import plain_model
+from helpers.sequences import Made
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kvbench.attention import Reference, cuda_partial, gpu_token_kernel
-from kvbench.decoding import DecodeKV
-from kvbench.engine import PrefillKV, Row, run_rows
+from kvbench.engine.attention import Reference, backend_of, cuda_partial, gpu_token_kernel
+from kvbench.engine.decoding import DecodeKV
+from kvbench.engine.prefill import PrefillKV
+from kvbench.engine.row import Row
+from kvbench.engine.run import run_rows
 from kvbench.learning.attention import streaming_blocks, streaming_flex
 from kvbench.method import Entries
-from kvbench.model import LoadedModel, load_model, wrap_model
+from kvbench.models.load import LoadedModel, load_model, wrap_model
 from kvbench.spec import method_names, parse_method
 
 if not torch.cuda.is_available():
@@ -83,7 +85,7 @@ def test_partial_attention_gives_the_logarithm_of_its_normaliser(
     q = torch.randn(1, 8, 128, 64, device="cuda", dtype=torch.float16)
     stored = torch.randn(2, 2, 300, 64, device="cuda", dtype=torch.float16)
     keys, values = stored[:, :, : 128 if causal else 200]
-    monkeypatch.setattr("kvbench.attention.WORTH_CUDNN", {"own": 0, "past": 0})
+    monkeypatch.setattr("kvbench.engine.attention.WORTH_CUDNN", {"own": 0, "past": 0})
     with sdpa_kernel(kernel):
         got, total = cuda_partial(q, Entries(keys, values, values), 0.2, causal)
     grouped = q[0].unflatten(0, (2, 4)).double()
@@ -130,7 +132,7 @@ def test_a_captured_step_gives_what_a_plain_one_does(monkeypatch: pytest.MonkeyP
     )
     captured = run_rows(model, several, prefill_chunk=25)
     assert len(replayed) > 20
-    monkeypatch.setattr("kvbench.graph.FIRST", 10**9)
+    monkeypatch.setattr("kvbench.engine.graph.FIRST", 10**9)
     for a, b in zip(captured, run_rows(model, several, prefill_chunk=25), strict=True):
         assert a.tokens == b.tokens
 
@@ -168,7 +170,7 @@ def test_bfloat16_agrees_with_the_reference_as_far_as_it_can() -> None:
     slow = wrap_model(
         plain_model().to("cuda", torch.bfloat16), None, name="llama", attention="reference"
     )
-    assert isinstance(slow.backend, Reference)
+    assert isinstance(backend_of(slow.attention), Reference)
     first = [
         [outcome.tokens[0] for outcome in run_rows(each, rows(new=2), prefill_chunk=25)]
         for each in (model, slow)

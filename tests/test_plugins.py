@@ -32,9 +32,10 @@ class Oldest(Method):
 
 USE = """
 from kvbench.spec import method_names, parse_method
-from models import loaded_model
-from kvbench.cache import Ledger
-from kvbench.engine import Row, prefill
+from helpers.models import loaded_model
+from kvbench.engine.cache import Ledger
+from kvbench.engine.prefill import prefill
+from kvbench.engine.row import Row
 import torch
 assert {"oldest", "oldest-naive"} <= set(method_names()), method_names()
 spec = parse_method("oldest", {"skip": "0.0"})

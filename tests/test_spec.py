@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.card import EMBEDDED, ModelCard, model_folder, read_card
 from kvbench.errors import InputError
 from kvbench.heads import ScoreSet, nearest, read_scores
 from kvbench.method import KVShape
+from kvbench.models.card import EMBEDDED, ModelCard, model_folder, read_card
 from kvbench.spec import Chunking, check_option_names, parse_method
 
 TINY = KVShape(layers=4, kv_heads=4, query_heads=8, head_dim=32)

@@ -1,7 +1,7 @@
 """Attention for learning head scores: full and streaming attention mixed by a gate per KV head.
 
 It reaches the model as evaluation's does: `model(..., kv=GatedAttention(...))` hands it to the
-attention function that `kvbench.model` registers, so any architecture is trained untouched.
+attention function that `kvbench.models.load` registers, so any architecture is trained untouched.
 """
 
 from functools import lru_cache

@@ -29,8 +29,8 @@ from kvbench.learning.rows import (
     read_tokens,
     task_filler,
 )
-from kvbench.model import LoadedModel, load_model
-from kvbench.results import write_atomically
+from kvbench.models.load import LoadedModel, load_model
+from kvbench.records import write_atomically
 
 LONGEST = 8192  # tokens of a row, for a model whose card says nothing
 FILLER_TOKENS = 1_000_000

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvbench.errors import InputError
 from kvbench.learning.corpus import Corpus
-from kvbench.tiny.train import ExampleMaker, subtasks
+from kvbench.learning.tiny import ExampleMaker, subtasks
 
 TASKS = "tasks"  # the data of the embedded model, whose language is the tasks'
 

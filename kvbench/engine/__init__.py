@@ -1,0 +1,1 @@
+"""Runs rows: prefill, eviction, decoding, and the count of what is resident."""

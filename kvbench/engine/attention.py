@@ -1,0 +1,262 @@
+"""Attention of a layer: of a prefill chunk to what is resident and to itself, and of single tokens.
+
+All backends compute the same. `Reference` is slow, in float64 and there for tests.
+"""
+
+import sys
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from kvbench.engine.cache import RowCache
+from kvbench.engine.kernels import cpu
+from kvbench.engine.kernels.flash_attn import flash_attn_partial
+from kvbench.engine.kernels.interface import Partial, TokenKernel
+from kvbench.errors import InputError, did_you_mean
+from kvbench.method import Entries
+
+# Pairs of a query and a key, of all query heads, from which cuDNN's attention is used: by then it
+# has saved the 40 to 60 ms that it takes to plan for each new length (measured on an H100:
+# results/benchmarks). A chunk is as long in all layers; what is resident may not be.
+WORTH_CUDNN = {"own": 2**31, "past": 2**34}
+QUERY_BLOCK = 512  # queries that share one mask: bounds it to 512 x entries, whatever the chunk
+
+
+class Backend(Protocol):
+    """What computes attention."""
+
+    def chunk(
+        self,
+        queries: Tensor,
+        past: Entries | None,
+        own: Entries,
+        *,
+        scaling: float,
+        sliding: int | None,
+    ) -> Tensor:
+        """T new tokens attend to `past`, E resident entries, and causally to themselves.
+
+        queries [K, G, T, D], past [K, E, ...], own [K, T, ...] -> [K, G, T, Dv]. Past entries lie
+        in any order; positions are read only if a sliding window of the model's (`sliding` tokens)
+        hides what is further back.
+        """
+        ...
+
+    def token_kernel(self, entries: Entries) -> TokenKernel | None:
+        """A kernel for single tokens of many sequences that hold entries of this kind.
+
+        None: a token is a chunk like any other.
+        """
+        ...
+
+
+class Sdpa:
+    """PyTorch's scaled dot product attention, or a kernel of the same kind on a GPU.
+
+    Past and own entries are attended to apart, where they lie, and merged, if there is a kernel
+    that gives the normaliser too. Single tokens have kernels of their own.
+    """
+
+    def __init__(self, on_gpu: Partial | None = None) -> None:
+        self.on_gpu = on_gpu
+
+    def chunk(
+        self,
+        queries: Tensor,
+        past: Entries | None,
+        own: Entries,
+        *,
+        scaling: float,
+        sliding: int | None,
+    ) -> Tensor:
+        """As `Backend.chunk`."""
+        shape = queries.shape[:2]
+        q = queries.flatten(0, 1)[None]
+        partial = self._partial(queries, own.values)
+        if past is None and (sliding is None or queries.shape[2] <= sliding):
+            if partial is not None:
+                return partial(q, own, scaling, True)[0].unflatten(0, shape)
+            k, v = own.keys[None], own.values[None]
+            out = sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+            return out[0].unflatten(0, shape)
+        if past is None or sliding is not None or partial is None:
+            return masked_chunk(queries, past, own, scaling=scaling, sliding=sliding)
+        mine, earlier = partial(q, own, scaling, True), partial(q, past, scaling, False)
+        return merged(mine, earlier).unflatten(0, shape)
+
+    def _partial(self, queries: Tensor, values: Tensor) -> Partial | None:
+        """What attends to some of the entries, if anything does for such tensors."""
+        size = queries.shape[-1]
+        if values.shape[-1] != size:
+            return None
+        if queries.device.type == "cpu":
+            return cpu_partial
+        half = queries.dtype in (torch.float16, torch.bfloat16)
+        ampere = torch.cuda.get_device_capability(queries.device) >= (8, 0)
+        fits = half and ampere and not size % 8 and size <= 256
+        return (self.on_gpu or cuda_partial) if fits else None
+
+    def token_kernel(self, entries: Entries) -> TokenKernel | None:
+        """As `Backend.token_kernel`."""
+        keys, values = entries.keys, entries.values
+        if keys.device.type != "cpu":
+            return gpu_token_kernel()
+        if keys.dtype != torch.float32:
+            return None
+        return cpu.token_kernel(keys.shape[-1], values.shape[-1])
+
+
+@cache
+def gpu_token_kernel() -> TokenKernel | None:
+    """The kernel for single tokens on a GPU, None without Triton."""
+    try:
+        from kvbench.engine.kernels import gpu
+    except ImportError:
+        return None
+    return gpu.token_kernel
+
+
+def cpu_partial(q: Tensor, of: Entries, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """PyTorch's flash attention on a CPU; a `Partial`."""
+    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, of.keys[None], of.values[None], 0.0, causal, scale=scaling
+    )
+    return out[0], total[0]
+
+
+def cuda_partial(q: Tensor, of: Entries, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Flash attention on a GPU, PyTorch's or, where it pays, cuDNN's; half precision; a `Partial`.
+
+    cuDNN's is faster where PyTorch would choose it, but takes time anew for every length.
+    """
+    k, v = of.keys[None], of.values[None]
+    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scaling, enable_gqa=True)
+    pairs = q.shape[1] * q.shape[2] * k.shape[2]
+    worth = pairs >= WORTH_CUDNN["own" if causal else "past"]
+    if worth and choice == SDPBackend.CUDNN_ATTENTION.value:
+        out, total, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scaling
+        )
+        return out[0], total[0, ..., 0]
+    out, total, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, causal, False, scale=scaling
+    )
+    return out[0], total[0]
+
+
+def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention to two sets of entries together, from that to each and its log normaliser."""
+    (a, log_a), (b, log_b) = first, second
+    share = torch.sigmoid(log_b - log_a)[..., None].to(a.dtype)
+    return torch.lerp(a, b, share)
+
+
+def masked_chunk(
+    queries: Tensor, past: Entries | None, own: Entries, *, scaling: float, sliding: int | None
+) -> Tensor:
+    """As `Backend.chunk`, past and own entries put side by side under an explicit mask."""
+    groups, new = queries.shape[1:3]
+    keys, values, positions = side_by_side(past, own)
+    before = keys.shape[1] - new
+    order = torch.arange(keys.shape[1], device=keys.device)
+    q = queries.flatten(0, 1)[None]
+    parts = []
+    for start in range(0, new, QUERY_BLOCK):
+        stop = min(new, start + QUERY_BLOCK)
+        seen = before + stop
+        visible = order[:seen] <= order[before + start : seen, None]
+        if sliding is not None:
+            here = own.positions[:, start:stop, None]
+            near = positions[:, None, :seen] > here - sliding
+            visible = (visible & near).repeat_interleave(groups, 0)[None]
+        k, v = keys[None, :, :seen], values[None, :, :seen]
+        parts.append(
+            sdpa(q[:, :, start:stop], k, v, attn_mask=visible, scale=scaling, enable_gqa=True)
+        )
+    return torch.cat(parts, dim=2)[0].unflatten(0, queries.shape[:2])
+
+
+def side_by_side(past: Entries | None, own: Entries) -> Entries:
+    """Past and own entries as one, a copy."""
+    if past is None:
+        return own
+    return Entries(*(torch.cat(pair, 1) for pair in zip(past, own, strict=True)))
+
+
+class Reference:
+    """Attention by position, in float64."""
+
+    def chunk(
+        self,
+        queries: Tensor,
+        past: Entries | None,
+        own: Entries,
+        *,
+        scaling: float,
+        sliding: int | None,
+    ) -> Tensor:
+        """As `Backend.chunk`."""
+        keys, values, positions = side_by_side(past, own)
+        distance = own.positions[:, None, :, None] - positions[:, None, None, :]
+        hidden = distance < 0
+        if sliding is not None:
+            hidden = hidden | (distance >= sliding)
+        return self._attend("kgtd,ked->kgte", queries, keys, values, scaling, hidden)
+
+    def token_kernel(self, entries: Entries) -> TokenKernel | None:
+        """None."""
+        return None
+
+    def _attend(
+        self, spec: str, q: Tensor, k: Tensor, v: Tensor, scaling: float, hidden: Tensor
+    ) -> Tensor:
+        logits = torch.einsum(spec, q.double(), k.double()) * scaling
+        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        a, b = spec.split("->")[0].split(",")
+        back = f"{spec.split('->')[1]},{b}->{a}"
+        return torch.einsum(back, weights, v.double()).to(q.dtype)
+
+
+def attend_groups(
+    cache: RowCache, layer: int, queries: Tensor, new: Entries, backend: Backend, **how: Any
+) -> Tensor:
+    """A chunk attends to what each KV head of a row's layer holds, and to itself.
+
+    queries [K, G, T, D], new [K, T, ...] -> [K, G, T, Dv]; `how` as in `Backend.chunk`.
+    """
+    parts = [
+        backend.chunk(
+            group.of(queries), group.resident(), Entries(*(group.of(t) for t in new)), **how
+        )
+        for group in cache.layers[layer]
+    ]
+    return cache.joined(layer, parts)
+
+
+BACKENDS: dict[str, Backend] = {"sdpa": Sdpa(), "reference": Reference()}
+
+
+def backend_of(attention: str) -> Backend:
+    """The backend that a model's `attention` names."""
+    return Sdpa(flash_attn_partial()) if attention == "flash" else BACKENDS[attention]
+
+
+def resolve_attention(attention: str, device: torch.device) -> str:
+    """The attention backend that `--attention` names; InputError for one that the device lacks."""
+    if attention == "auto":
+        return "sdpa"
+    if attention == "flash":
+        if device.type != "cuda":
+            raise InputError("attention 'flash' needs a GPU: use auto or sdpa, or --device cuda")
+        if flash_attn_partial() is None:
+            print("kvbench: flash-attn is not installed, using PyTorch's own", file=sys.stderr)
+            return "sdpa"
+        return "flash"
+    if attention not in BACKENDS:
+        names = ["auto", "flash", *BACKENDS]
+        raise InputError(f"unknown attention '{attention}': {did_you_mean(attention, names)}")
+    return attention

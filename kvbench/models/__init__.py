@@ -1,0 +1,1 @@
+"""Models: loading them, their cards, and the data of the embedded ones."""

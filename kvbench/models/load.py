@@ -1,0 +1,299 @@
+"""Loading a model, untouched, with its attention routed through the KV cache of the harness."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+
+from kvbench.errors import InputError, did_you_mean
+from kvbench.method import KVShape
+from kvbench.models.card import ModelCard, model_folder, read_card
+from kvbench.models.wheel import WHEELS
+
+ATTENTION = "kvbench"
+# What some models ask of attention beyond softmax(QK)V, by the name of the argument.
+UNSUPPORTED = {"softcap": "soft-capped logits", "s_aux": "attention sinks of its own"}
+
+LENGTH_DEPENDENT = {"dynamic", "longrope"}  # types of RoPE
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer, and what the harness must know of it."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    shape: KVShape
+    max_context: int
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    fingerprint: str
+    card: ModelCard = field(default_factory=ModelCard)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        ids = self.model.generation_config.eos_token_id
+        if ids is None and self.tokenizer is not None:
+            ids = self.tokenizer.eos_token_id
+        if ids is None:
+            return frozenset()
+        return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def routed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    kv: Any = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: query [B, H, T, D] -> [B, T, H, Dv]."""
+    for name, what in UNSUPPORTED.items():
+        if others.get(name) is not None:
+            raise InputError(
+                f"the model's attention has {what} ({name}), which kvbench does not compute"
+            )
+    if kv is None:
+        raise InputError("the model does not hand its keyword arguments on to its attention")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    out = kv.attend(module.layer_idx, query, key, value, scaling, sliding_window)
+    return out.transpose(1, 2), None
+
+
+def no_mask(*_: Any, **__: Any) -> None:
+    """Attention masks by itself: it knows the position of every entry."""
+
+
+AttentionInterface.register(ATTENTION, routed_attention)
+AttentionMaskInterface.register(ATTENTION, no_mask)
+
+
+def load_model(
+    name: str, *, device: str = "auto", dtype: str = "auto", attention: str = "sdpa"
+) -> LoadedModel:
+    """Load a model that kvbench knows by name, a local folder or a model of the hub.
+
+    `dtype` auto is float32 on a CPU and the checkpoint's own on a GPU. InputError for whatever
+    prevents it: no such model, no hub, no GPU, weights that are not safetensors, an architecture
+    whose attention is not the plain one.
+    """
+    where = resolve_device(device)
+    kind = resolve_dtype(dtype, where)
+    folder = model_folder(name)
+    quiet()
+    try:
+        model, tokenizer = read_model(name, attn_implementation=ATTENTION, dtype=kind)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:240]
+        hint = (
+            "is it a model folder with config.json, safetensors weights and a tokenizer?"
+            if folder
+            else "is the name right, and is the hub within reach?"
+        )
+        raise InputError(f"model '{name}' cannot be loaded ({hint}): {reason}") from None
+    except Exception as error:  # tokenizers and safetensors raise bare exceptions of their own
+        reason = " ".join(str(error).split())[:240]
+        raise InputError(f"model '{name}' has a broken file: {reason}") from None
+    model.eval().to(where)
+    return wrap_model(
+        model,
+        tokenizer,
+        name=name,
+        attention=attention,
+        fingerprint=fingerprint(name, model.config),
+        card=read_card(folder) if folder else ModelCard(),
+    )
+
+
+def read_model(name: str, **options: Any) -> tuple[Any, Any]:
+    """A model as transformers loads it, with any attention, and its tokenizer.
+
+    `options` are those of `from_pretrained`. InputError for a path that does not exist, or a
+    package that is not installed.
+    """
+    if name in WHEELS:
+        path = WHEELS[name].installed(name)
+        from kvbench.models.gguf import read_gguf
+
+        return read_gguf(path, **options)
+    source = str(model_folder(name) or name)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, use_safetensors=True, trust_remote_code=False, **options
+    )
+    return model, tokenizer
+
+
+def check_rotation(config: Any, name: str) -> None:
+    """InputError if RoPE turns a position by more or less as the input is longer or shorter.
+
+    Keys are cached after RoPE, and rows of several lengths share a forward: neither is right then.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    found = {str(kind.get("rope_type")) for kind in kinds} & LENGTH_DEPENDENT
+    if found:
+        raise InputError(
+            f"model '{name}' has RoPE of type {', '.join(sorted(found))}, which depends on the "
+            "length of the input: its cached keys would be wrong after eviction or in chunks"
+        )
+
+
+def wrap_model(
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    attention: str = "sdpa",
+    fingerprint: str = "",
+    card: ModelCard | None = None,
+) -> LoadedModel:
+    """A LoadedModel of a model that exists already, whose attention is switched to ours.
+
+    The tokenizer may be None for a model that is given nothing but token ids.
+    """
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"model '{name}' is an encoder-decoder; kvbench measures decoders")
+    try:
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shape = KVShape(config.num_hidden_layers, kv_heads, heads, head_dim)
+        limit = config.max_position_embeddings
+    except AttributeError as error:
+        raise InputError(f"model '{name}' is not an attention-only decoder: {error}") from None
+    check_rotation(config, name)
+    model.set_attn_implementation(ATTENTION)
+    weight = next(model.parameters())
+    return LoadedModel(
+        name,
+        model,
+        tokenizer,
+        shape,
+        int(limit),
+        weight.device,
+        weight.dtype,
+        attention,
+        fingerprint,
+        card or ModelCard(),
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that `--device` names; InputError if the machine has none such."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"unknown device '{device}': use auto, cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device '{device}': no GPU that this PyTorch can use; use --device cpu")
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(f"device '{device}' is not supported: use auto, cpu, cuda or cuda:N")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device '{device}': there are {torch.cuda.device_count()} GPUs")
+    return found
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """The dtype that `--dtype` names, 'auto' where the checkpoint decides."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype '{dtype}': {did_you_mean(dtype, ['auto', *DTYPES])}")
+    return DTYPES[dtype]
+
+
+def fingerprint(name: str, config: Any) -> str:
+    """A hash of a model's configuration and weight files, or of the hub's commit."""
+    digest = hashlib.sha256()
+    if name in WHEELS:
+        digest.update(file_digest(WHEELS[name].installed(name)))
+        return digest.hexdigest()[:16]
+    folder = model_folder(name)
+    if folder is None:
+        digest.update(str(getattr(config, "_commit_hash", None)).encode())
+        digest.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
+        return digest.hexdigest()[:16]
+    for path in sorted(folder.iterdir()):
+        if path.name == "config.json" or path.name.startswith("tokenizer"):
+            digest.update(path.read_bytes())
+        elif path.suffix == ".safetensors":
+            digest.update(file_digest(path))
+    return digest.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> bytes:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def quiet() -> None:
+    """Keep transformers' own progress bars and notes out of the harness's output."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity(logging.CRITICAL)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def unvisited(layers: Sequence[bool]) -> list[int]:
+    """The layers that did not reach our attention."""
+    return [index for index, reached in enumerate(layers) if not reached]
+
+
+def forward(
+    model: LoadedModel,
+    ids: Tensor,
+    positions: Tensor,
+    kv: object,
+    ends: Sequence[int] | None = None,
+) -> Tensor:
+    """The logits after the tokens `ids` [B, T] at `positions` [B, T].
+
+    [B, V] after each sequence's last token, or, of a single packed one, [len(ends), V] after the
+    tokens `ends`.
+    """
+    keep: int | Tensor = 1
+    if ends is not None and len(ends) > 1:
+        keep = torch.tensor(ends, device=ids.device)
+    elif ends is not None:
+        keep = ids.shape[1] - ends[0]
+    out = model.model(
+        input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, kv=kv
+    )
+    logits: Tensor = out.logits
+    if ends is None:
+        return logits[:, -1]
+    return logits[0] if len(ends) > 1 else logits[0, :1]

@@ -1,0 +1,1 @@
+"""From records to curves, critical footprints, tables, pictures and a page."""

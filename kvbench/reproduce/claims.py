@@ -1,0 +1,227 @@
+"""The paper's claims about the order of methods, judged on a report with their intervals.
+
+A claim is judged finding by finding (a method, a task, a prefill chunk). It is true where all its
+findings are, false where one is, else undecided; a claim that something happens at all is true
+where one finding is, and false only where all are.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kvbench.method import Family
+from kvbench.report.build import Curve, Difference, Report, difference
+from kvbench.report.statistics import Status
+from kvbench.report.tables import critical_text, interval_text, percent
+
+RECALL = "recall"
+SCORERS = ("snapkv", "pyramidkv")
+LITTLE = 0.2  # of full attention's footprint: who saves less, saves little
+EQUAL = 0.02  # of full attention's footprint: critical footprints nearer than this are the same
+
+
+class Verdict(StrEnum):
+    """What our data say of a claim."""
+
+    TRUE = "true"
+    FALSE = "false"
+    UNDECIDED = "undecided"
+    NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One piece of evidence: where it was found, what, and what follows for the claim."""
+
+    where: str
+    what: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, how a finding is judged, and the findings."""
+
+    text: str
+    rule: str
+    findings: tuple[Finding, ...]
+    one_suffices: bool = False
+
+    def __post_init__(self) -> None:
+        """Findings that say the same, as what is missing on every task does, count once."""
+        object.__setattr__(self, "findings", tuple(dict.fromkeys(self.findings)))
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the findings say together."""
+        found = {finding.verdict for finding in self.findings} - {Verdict.NOT_MEASURED}
+        if not found:
+            return Verdict.NOT_MEASURED
+        decisive = Verdict.TRUE if self.one_suffices else Verdict.FALSE
+        for verdict in (decisive, Verdict.UNDECIDED):
+            if verdict in found:
+                return verdict
+        return Verdict.FALSE if self.one_suffices else Verdict.TRUE
+
+
+def judge(report: Report) -> list[Claim]:
+    """The paper's claims on the curves of a report of one model, context and seed."""
+    curves = report.curves
+    recall = [curve for curve in curves if curve.setting.task == RECALL]
+    tasks = [report.of(setting) for setting in report.settings()]
+    less = "the interval of the difference of critical footprints, in points, lies above 0"
+    return [
+        Claim(
+            "Patched eviction beats naive chunked eviction on recall",
+            f"naive less patched: {less}",
+            tuple(f for s in SCORERS for f in _beats(recall, f"{s}-patched", f"{s}-naive")),
+        ),
+        Claim(
+            "Post-fill eviction without chunking saves little footprint",
+            f"more than {100 - 100 * LITTLE:g} % is held at the smallest budget, or the interval "
+            "of the critical footprint lies above that",
+            tuple(f for of_task in tasks for s in SCORERS for f in _saves_little(of_task, s)),
+        ),
+        Claim(
+            "PruLong needs less than DuoAttention on recall",
+            f"DuoAttention less PruLong: {less}",
+            _beats(recall, "prulong", "duoattention"),
+        ),
+        Claim(
+            "PruLong depends on the size of the prefill chunk",
+            "the interval of the difference of critical footprints, in points, leaves out 0 on "
+            f"some task (false: within {100 * EQUAL:g} points of 0 on all)",
+            tuple(f for of_task in tasks for f in _depends_on_chunk(of_task, "prulong")),
+            one_suffices=True,
+        ),
+        Claim(
+            "Recency eviction fails at recall",
+            f"the interval of its critical footprint lies above {100 - 100 * LITTLE:g} %",
+            _saves_little(recall, "recency", at_any_budget=False),
+        ),
+        Claim(
+            "Dynamic sparsity saves no footprint",
+            "its footprint is 100 % at every budget, as counted",
+            tuple(f for of_task in tasks for f in _saves_none(of_task)),
+        ),
+    ]
+
+
+def _named(curves: Iterable[Curve], method: str) -> list[Curve]:
+    found = [curve for curve in curves if curve.method == method]
+    return sorted(found, key=lambda c: -(c.prefill_chunk or 0))
+
+
+def _missing(*methods: str) -> tuple[Finding, ...]:
+    return (Finding(", ".join(methods), "not in this run", Verdict.NOT_MEASURED),)
+
+
+def _chunk(curve: Curve) -> str:
+    return f", chunk {curve.prefill_chunk}" if curve.prefill_chunk is not None else ""
+
+
+def _beats(curves: Sequence[Curve], better: str, worse: str) -> tuple[Finding, ...]:
+    """Whether `better` has the smaller critical footprint, at each prefill chunk."""
+    others = {curve.prefill_chunk: curve for curve in _named(curves, worse)}
+    findings = []
+    for curve in _named(curves, better):
+        other = others.get(curve.prefill_chunk)
+        if other is None:
+            continue
+        found = difference(other, curve)
+        where = f"{better} and {worse}{_chunk(curve)}"
+        findings.append(Finding(where, _in_words(found), _larger(found)))
+    return tuple(findings) or _missing(better, worse)
+
+
+def _larger(found: Difference | None) -> Verdict:
+    """Whether the left is the larger; one that is only `at_most` known may be smaller yet."""
+    if found is None or found.interval is None or not found.distinct:
+        return Verdict.UNDECIDED
+    side = found.left if found.value > 0 else found.right
+    if side.footprint is not None and side.footprint.status is Status.AT_MOST:
+        return Verdict.UNDECIDED
+    return Verdict.TRUE if found.interval.low > 0 else Verdict.FALSE
+
+
+def _in_words(found: Difference | None) -> str:
+    if found is None:
+        return "full attention scores 0, so there is no critical footprint"
+    ends = found.interval
+    spread = f" ({percent(ends.low)} to {percent(ends.high)})" if ends else ""
+    sides = f"{critical_text(found.left.footprint)} less {critical_text(found.right.footprint)}"
+    return f"{percent(found.value)}{spread} points: {sides} %"
+
+
+def _saves_little(
+    curves: Sequence[Curve], method: str, at_any_budget: bool = True
+) -> tuple[Finding, ...]:
+    """Whether a method's critical footprint, or what it holds at any budget, is near 100 %."""
+    findings = []
+    for curve in _named(curves, method):
+        held = curve.points[0]
+        what = (
+            f"critical footprint {critical_text(curve.footprint)} % "
+            f"({interval_text(curve.footprint)}); at budget {held.budget:g} it holds "
+            f"{percent(held.kv_footprint)} % and scores {held.score:.2f} of {curve.baseline:.2f}"
+        )
+        findings.append(
+            Finding(
+                f"{method} on {curve.setting.task}{_chunk(curve)}",
+                what,
+                _little(curve, at_any_budget),
+            )
+        )
+    return tuple(findings) or _missing(method)
+
+
+def _little(curve: Curve, at_any_budget: bool) -> Verdict:
+    bound = 1 - LITTLE
+    if at_any_budget and curve.points[0].kv_footprint > bound:
+        return Verdict.TRUE
+    if curve.footprint is None or curve.footprint.interval is None:
+        return Verdict.UNDECIDED
+    if curve.footprint.interval.high < bound:
+        return Verdict.FALSE
+    if curve.footprint.interval.low > bound and curve.footprint.status is not Status.AT_MOST:
+        return Verdict.TRUE
+    return Verdict.UNDECIDED
+
+
+def _depends_on_chunk(curves: Sequence[Curve], method: str) -> tuple[Finding, ...]:
+    """Whether a method's critical footprint differs between the largest and smallest chunk."""
+    of_method = _named(curves, method)
+    if len(of_method) < 2:
+        return _missing(f"{method} at two prefill chunks")
+    largest, smallest = of_method[0], of_method[-1]
+    found = difference(largest, smallest)
+    verdict = Verdict.UNDECIDED
+    if found is not None and found.interval is not None:
+        if found.distinct:
+            verdict = Verdict.TRUE
+        elif max(-found.interval.low, found.interval.high) < EQUAL:
+            verdict = Verdict.FALSE
+    where = (
+        f"{method} on {largest.setting.task}, chunk {largest.prefill_chunk} less chunk "
+        f"{smallest.prefill_chunk}"
+    )
+    return (Finding(where, _in_words(found), verdict),)
+
+
+def _saves_none(curves: Sequence[Curve]) -> tuple[Finding, ...]:
+    """Whether methods of dynamic sparsity hold all there is, and how little they read."""
+    findings = []
+    for curve in curves:
+        if curve.family != Family.DYNAMIC_SPARSITY:
+            continue
+        least = min(point.kv_footprint for point in curve.points)
+        reads = [point.kv_reads for point in curve.points if point.kv_reads is not None]
+        read = f", reads of it {percent(min(reads))} % at least" if reads else ""
+        findings.append(
+            Finding(
+                f"{curve.method} on {curve.setting.task}{_chunk(curve)}",
+                f"footprint {percent(least)} % at every budget{read}",
+                Verdict.TRUE if least >= 1 - 1e-9 else Verdict.FALSE,
+            )
+        )
+    return tuple(findings) or _missing("dynamic sparsity")

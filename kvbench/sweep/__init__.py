@@ -1,0 +1,1 @@
+"""Sweeps: the plan of cells, their cost, and measuring them."""

@@ -1,0 +1,122 @@
+"""What a batch of rows will cost before it is run: tokens through the model, and memory at most."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvbench.engine.eviction import Evictor
+from kvbench.engine.prefill import PACKED_TOKENS
+from kvbench.engine.row import Row, evictor_of
+from kvbench.engine.run import run_rows
+from kvbench.models.load import LoadedModel
+from kvbench.records import BASELINE
+from kvbench.spec import parse_method
+
+TRIAL_ROWS = 8
+TRIAL_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Tokens that go through the model, and the most bytes at one moment beside the weights."""
+
+    prefill_tokens: int
+    decode_tokens: int  # at most
+    attended: int  # entry-rows of the prefill, a KV head's mean over the layers, full where unsure
+    bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Of prompts and answers."""
+        return self.prefill_tokens + self.decode_tokens
+
+
+def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) -> Cost:
+    """The cost of rows run together; the memory is an upper bound, but for the allocator's own.
+
+    It is the largest of: while each prompt is read, its streams whole, the forks of its rows, what
+    the rows before it keep, and one forward's activations; and, while all decode, all they hold and
+    the copy of one layer.
+    """
+    groups: dict[tuple[int, ...], list[Evictor]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.prompt), []).append(evictor_of(model, row))
+    prefill = attended = most = kept = 0
+    for prompt, evictors in groups.items():
+        n = len(prompt)
+        first = min(n, prefill_chunk or n)
+        waiting = [e for e in evictors if e.waits]
+        early = [e for e in evictors if not e.waits]
+        streams = len(early) + bool(waiting)
+        patches = {e: sum(c.patched for c in e.chunks(prefill_chunk)) for e in early}
+        # The first chunk is read once, and once more with every other patch.
+        kinds = {e.chunks(prefill_chunk)[0].patched for e in evictors}
+        prefill += first * len(kinds) + (n - first) * streams + sum(patches.values())
+        attended += streams * n * n // 2
+        held = sum(entries_kept(e) for e in evictors if not e.keeps_all)
+        full = max((n + e.decoded for e in waiting), default=0) * heads_of(model)
+        keeps = full if any(e.keeps_all for e in evictors) else 0
+        most = max(most, (kept + held + full) * entry_bytes(model) + workspace(model, n, first))
+        kept += held + keeps
+    moved = kept // model.shape.layers
+    most = max(most, (kept + moved) * entry_bytes(model))
+    return Cost(prefill, sum(row.max_new_tokens - 1 for row in rows), attended, most)
+
+
+def entries_kept(evictor: Evictor) -> int:
+    """Entries that a row holds after its prompt, with room for its answer, over all KV heads."""
+    whole = evictor.prompt + evictor.decoded
+    share = evictor.spec.scorer_budget(evictor.budget) if evictor.scores else 1.0
+    scored = min(whole, round(share * evictor.prompt) + 1 + evictor.decoded)
+    return sum(
+        scored if window is None else min(whole, window.sinks + window.size)
+        for layer in evictor.windows()
+        for window in layer
+    )
+
+
+def workspace(model: LoadedModel, prompt: int, chunk: int) -> int:
+    """Bytes of one forward's activations and of an observation window's attention, roughly."""
+    config = model.model.config.get_text_config()
+    shape = model.shape
+    hidden = config.hidden_size
+    wide = getattr(config, "intermediate_size", None) or 4 * hidden
+    heads = (shape.query_heads + 2 * shape.kv_heads) * shape.head_dim
+    tokens = max(chunk, min(PACKED_TOKENS, prompt))
+    activations = tokens * (6 * hidden + 3 * wide + 3 * heads) * model.dtype.itemsize
+    observed = 3 * shape.group * 64 * prompt * 4
+    return activations + observed
+
+
+def heads_of(model: LoadedModel) -> int:
+    """KV heads of all layers."""
+    return model.shape.layers * model.shape.kv_heads
+
+
+def entry_bytes(model: LoadedModel) -> int:
+    """Bytes of a key and a value."""
+    return 2 * model.shape.head_dim * model.dtype.itemsize
+
+
+def seconds_of(model: LoadedModel, costs: Sequence[Cost], prefill_chunk: int) -> float:
+    """About how long it takes, by a short trial on this machine.
+
+    The trial's tokens a second, for the prefill less as attention's share grows with the context.
+    """
+    length = max(1, min(256, prefill_chunk, model.max_context - TRIAL_TOKENS))
+    spec = parse_method(BASELINE, {})
+    prompts = [[(7 * i + r) % 50 for i in range(length)] for r in range(TRIAL_ROWS)]
+    rows = [Row(prompt, TRIAL_TOKENS, spec, 1.0) for prompt in prompts]
+    run_rows(model, rows[:1], prefill_chunk=None)  # the first run sets things up
+    trial = run_rows(model, rows, prefill_chunk=None)
+    fed = max(1, sum(outcome.new_tokens - 1 for outcome in trial))
+    per_token = sum(outcome.decode_seconds for outcome in trial) / fed
+    weights = sum(p.numel() for p in model.model.parameters())
+    shape = model.shape
+    per_entry = 2 * shape.layers * shape.query_heads * shape.head_dim  # to 2 for a token's weight
+    done = TRIAL_ROWS * (length * weights + per_entry * length * length // 2)
+    speed = done / sum(outcome.prefill_seconds for outcome in trial)
+    return sum(
+        (cost.prefill_tokens * weights + per_entry * cost.attended) / speed
+        + cost.decode_tokens * per_token
+        for cost in costs
+    )

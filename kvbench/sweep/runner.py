@@ -1,0 +1,241 @@
+"""Runs the cells of a plan in batches, scores them and stores a record as each batch finishes."""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from kvbench.engine.row import Outcome, Row
+from kvbench.engine.run import run_rows
+from kvbench.models.load import LoadedModel
+from kvbench.records import BASELINE, Record, RunWriter
+from kvbench.spec import parse_method
+from kvbench.sweep.cost import cost_of
+from kvbench.sweep.plan import Cell
+from kvbench.task import Task
+
+PROMPT_TAIL = 240  # characters of the prompt kept in a record
+MOST_ROWS = 64  # rows of several samples; more in a batch gain nothing on any machine seen so far
+
+RunRows = Callable[..., list[Outcome]]
+Bytes = Callable[[Sequence[Cell]], int]
+
+
+@dataclass
+class Sweep:
+    """What a sweep needs beside its cells."""
+
+    model: LoadedModel
+    tasks: Mapping[str, Task]
+    seed: int
+    context: int
+    prefill_chunk: int  # tokens; for methods that do not depend on it
+    memory_limit: int  # bytes beside the weights
+    batch_rows: int | None = None  # at most; None as many as memory allows
+    run_rows: RunRows = run_rows
+    too_much: float = field(default=math.inf, init=False)  # bytes that memory did not suffice for
+
+    def run(
+        self, cells: Sequence[Cell], writer: RunWriter, progress: Callable[[Cell], None]
+    ) -> list[Record]:
+        """Measure all cells; return the records of those that failed.
+
+        A batch that raises, of whatever, is halved and measured again, so that in the end a failure
+        costs only the cells that cause it, and too little memory only time. KeyboardInterrupt
+        passes through; what was finished is stored.
+        """
+        failed = []
+        for batch in self.batches(cells):
+            for part, records in self._measured(batch):
+                writer.append(records)
+                failed += [record for record in records if record.error is not None]
+                for cell in part:
+                    progress(cell)
+        return failed
+
+    def batches(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """The cells as they are measured together."""
+        return list(
+            batches(cells, self.prefill_chunk, self.bytes, self.memory_limit, self.batch_rows)
+        )
+
+    def bytes(self, batch: Sequence[Cell]) -> int:
+        """The most bytes that a batch takes at one moment, beside the weights."""
+        return cost_of(self.model, rows_of(batch), self.chunk(batch)).bytes
+
+    def chunk(self, batch: Sequence[Cell]) -> int:
+        """The prefill chunk that a batch is read in."""
+        return _chunk(batch[-1], self.prefill_chunk)
+
+    def _measured(self, batch: Sequence[Cell]) -> Iterator[tuple[Sequence[Cell], list[Record]]]:
+        needed = self.bytes(batch)
+        if len(batch) == 1 and needed > self.memory_limit:
+            error = f"needs {gib(needed)} beside the model, the memory limit is "
+            error += f"{gib(self.memory_limit)} (--memory-limit)"
+            yield batch, [self._record(batch[0], error=error)]
+            return
+        failure = None
+        if len(batch) == 1 or needed < self.too_much:
+            try:
+                outcomes = self.run_rows(
+                    self.model, rows_of(batch), prefill_chunk=self.chunk(batch)
+                )
+            except Exception as error:
+                # Only words are kept: the error itself holds on to all the memory of its frames.
+                failure = _one_line(error)
+                if len(batch) > 1 and is_out_of_memory(error):
+                    self.too_much = min(self.too_much, needed)
+            else:
+                pairs = zip(batch, outcomes, strict=True)
+                yield batch, [self._scored(cell, outcome) for cell, outcome in pairs]
+                return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            yield batch, [self._record(batch[0], error=failure)]
+            return
+        half = (len(batch) + 1) // 2
+        yield from self._measured(batch[:half])
+        yield from self._measured(batch[half:])
+
+    def _scored(self, cell: Cell, outcome: Outcome) -> Record:
+        prediction = self.model.tokenizer.decode(outcome.tokens, skip_special_tokens=True)
+        try:
+            score = float(self.tasks[cell.sample.task].score(prediction, cell.sample))
+        except Exception as error:
+            return self._record(cell, error=f"scoring failed: {_one_line(error)}")
+        if math.isnan(score) or not 0 <= score <= 1:
+            return self._record(cell, error=f"the task's score {score} is not in 0..1")
+        measured = asdict(outcome)
+        del measured["tokens"]
+        return self._record(cell, prediction=prediction, score=score, **measured)
+
+    def _record(self, cell: Cell, **measured: object) -> Record:
+        return Record(
+            fingerprint=cell.fingerprint,
+            model=self.model.name,
+            task=cell.sample.task,
+            subtask=cell.sample.subtask,
+            method=cell.spec.name,
+            family=cell.spec.family,
+            options=cell.spec.options,
+            budget=cell.budget,
+            prefill_chunk=cell.prefill_chunk,
+            sample=cell.sample.index,
+            sample_seed=self.seed,
+            context=self.context,
+            finished=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            prompt_tail=cell.sample.prompt[-PROMPT_TAIL:],
+            reference=cell.sample.reference,
+            **measured,  # type: ignore[arg-type]
+        )
+
+
+def _chunk(cell: Cell, default: int) -> int:
+    return default if cell.prefill_chunk is None else cell.prefill_chunk
+
+
+def warm_up(model: LoadedModel) -> None:
+    """Run a short row: no record's seconds pay for what is compiled or set up at the first use."""
+    row = Row([0] * 8, 8, parse_method(BASELINE, {}), 1.0)
+    run_rows(model, [row], prefill_chunk=4)
+
+
+def rows_of(batch: Sequence[Cell]) -> list[Row]:
+    """The engine's rows of some cells."""
+    return [
+        Row(cell.prompt, cell.sample.max_new_tokens, cell.spec, cell.budget, cell.seed)
+        for cell in batch
+    ]
+
+
+def batches(
+    cells: Sequence[Cell],
+    prefill_chunk: int,
+    bytes_of: Bytes,
+    memory_limit: int,
+    batch_rows: int | None,
+) -> Iterator[list[Cell]]:
+    """Cut cells into batches, each of one task and one prefill chunk, that memory suffices for.
+
+    The cells of a sample stay together, since they share a prompt, unless they would not fit;
+    samples are added up to `batch_rows` cells (None: MOST_ROWS). Cells that do not depend on the
+    prefill chunk go with those of `prefill_chunk`. A cell that does not fit is a batch by itself.
+    """
+    open_batches: dict[tuple[str, int], list[Cell]] = {}
+    for _, same_sample in groupby(cells, key=lambda c: (c.sample.task, c.sample.index)):
+        by_kind: dict[tuple[str, int], list[Cell]] = {}
+        for cell in same_sample:
+            kind = cell.sample.task, _chunk(cell, prefill_chunk)
+            by_kind.setdefault(kind, []).append(cell)
+        for kind, group in by_kind.items():
+            # Those that share the whole prefill first, so that a cut leaves them together.
+            group.sort(key=lambda cell: cell.spec.depends_on_chunk)
+            waiting = open_batches.pop(kind, [])
+            joined = waiting + group
+            if waiting and (
+                len(joined) > (batch_rows or MOST_ROWS) or bytes_of(joined) > memory_limit
+            ):
+                yield waiting
+                joined = group
+            *full, rest = _fitting(joined, bytes_of, memory_limit, batch_rows or len(joined))
+            yield from full
+            open_batches[kind] = rest
+    yield from open_batches.values()
+
+
+def _fitting(
+    cells: list[Cell], bytes_of: Bytes, memory_limit: int, most: int
+) -> Iterator[list[Cell]]:
+    """Cells in pieces, in order, of at most `most` cells and `memory_limit` bytes."""
+    if len(cells) == 1 or (len(cells) <= most and bytes_of(cells) <= memory_limit):
+        yield cells
+        return
+    half = most if len(cells) > most else (len(cells) + 1) // 2
+    yield from _fitting(cells[:half], bytes_of, memory_limit, most)
+    yield from _fitting(cells[half:], bytes_of, memory_limit, most)
+
+
+def free_bytes(model: LoadedModel) -> int:
+    """Memory that a sweep may take by default: most of what is free."""
+    if model.device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(model.device)[0])
+    else:
+        free = available_memory()
+    return free * 3 // 4
+
+
+def available_memory() -> int:
+    """Bytes of the machine's memory that programs could take now."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 4 * 2**30
+
+
+def gib(size: float) -> str:
+    """Bytes as people say them: 812 MiB, 3.1 GiB."""
+    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; the CPU's allocator raises a bare RuntimeError."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text}"[:400]

@@ -1,0 +1,190 @@
+"""The command line as a user meets it: real processes, wrong input, kills in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.process import KVBENCH, interrupted, kvbench
+
+from kvbench.models.card import EMBEDDED
+
+SMALL = ["--task", "rag", "--context", "256", "--samples", "3", "--budgets", "0.3,0.6"]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    lines = [line for f in folder.glob("samples-*.jsonl") for line in f.read_text().splitlines()]
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run --method snapk", "did you mean 'snapkv'"),
+        ("run --task recal", "did you mean 'recall'"),
+        ("run --metod snapkv", "--method"),
+        ("rn", "did you mean 'run'"),
+        ("run --budgets 0", "more than 0 and at most 1"),
+        ("run --budgets -1", "more than 0 and at most 1"),
+        ("run --budgets 1.5", "more than 0 and at most 1"),
+        ("run --budgets abc", "'abc' is not a budget"),
+        ("run --budgets 0.1,,0.3", "empty entry"),
+        ("run --samples 0", "--samples"),
+        ("run --prefill-chunk 0", "at least 1"),
+        ("run --model tinyy", "no model 'tinyy'"),
+        ("run --model ./nowhere", "no model './nowhere'"),
+        ("run --model empty", "no config.json"),
+        ("run --model broken", "cannot be loaded"),
+        ("run --model organisation/name", "cannot be loaded"),
+        ("run --context 100000", "at most 8192"),
+        ("run --context 20", "too short"),
+        ("run --model plain --method prulong", "needs head scores"),
+        ("run --method prulong --option scores=none.tsv", "cannot be read"),
+        ("run --method prulong --option scores=words.tsv", "not a table of numbers"),
+        ("run --method prulong --option scores=other.tsv", "1 layers of 2 KV heads"),
+        ("run --method snapkv --option windw=3", "did you mean 'window'"),
+        ("run --method snapkv --option window", "key=value"),
+        ("run --device cudaa", "unknown device"),
+        ("run --dtype float31", "did you mean 'float32'"),
+        ("run --attention sdpaa", "did you mean 'sdpa'"),
+        ("run --chat-template on", "no chat template"),
+        ("run --out words.tsv --method recency", "is a file"),
+        ("run --out /proc/none --method recency --task rag --samples 1", "cannot write"),
+        ("run --config none.yaml", "cannot read"),
+        ("run --config unknown.yaml", "did you mean 'budgets'"),
+        ("report nowhere", "nowhere"),
+        ("report empty", "no results"),
+        ("report --threshold 2", "--threshold"),
+        ("reproduce --scale huge", "--scale"),
+        ("reproduce --samples 0", "--samples"),
+        ("list methds", "did you mean 'methods'"),
+        ("train tinny --out x", "did you mean 'tiny'"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "plain").mkdir()  # the embedded model without its head scores
+    for file in EMBEDDED["tiny"].iterdir():
+        if file.is_file() and not file.name.startswith("scores-"):
+            (tmp_path / "plain" / file.name).symlink_to(file)
+    (tmp_path / "words.tsv").write_text("not numbers\n")
+    (tmp_path / "other.tsv").write_text("0.1\t0.2\n")
+    (tmp_path / "unknown.yaml").write_text("budgts: 0.3\n")
+    before = sorted(tmp_path.rglob("*"))
+    done = kvbench(*arguments.split(), folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_sweep_a_report_and_the_same_sweep_again(tmp_path: Path) -> None:
+    sweep = ["run", "--method", "snapkv-naive,recency", *SMALL, "--out", "r"]
+    dry = kvbench(*sweep, "--dry-run", folder=tmp_path)
+    assert dry.returncode == 0
+    assert "15 of 15 cells" in dry.stdout
+    assert not (tmp_path / "r").exists()
+
+    done = kvbench(*sweep, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = records(tmp_path / "r")
+    assert len(found) == 15  # 3 samples x (2 methods x 2 budgets + the baseline)
+    for record in found:
+        assert record["kv_footprint"] == record["resident_rows"] / record["full_rows"]
+        assert 0 <= record["score"] <= 1
+    assert {r["kv_footprint"] for r in found if r["method"] == "full"} == {1.0}
+    run = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert run["common"]["model"] == "tiny"
+
+    again = kvbench(*sweep, folder=tmp_path)
+    assert again.returncode == 0
+    assert "measured already" in again.stderr
+    assert records(tmp_path / "r") == found
+
+    report = kvbench("report", "r", "--format", "json", folder=tmp_path)
+    rows = json.loads(report.stdout)
+    assert {row["method"] for row in rows} == {"full", "snapkv-naive", "recency"}
+    for row in rows:
+        assert {"model", "task", "prefill_chunk", "baseline", "threshold", "status"} <= set(row)
+        assert 0 <= row["critical_footprint"] <= 1
+    for name in ("critical.csv", "rag.png", "rag.pdf"):
+        assert (tmp_path / "r" / name).stat().st_size > 0
+
+    other = kvbench(*sweep, "--seed", "1", folder=tmp_path)
+    assert other.returncode == 2
+    assert "seed was 0, now 1" in other.stderr
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    sweep = ["run", "--method", "recency,random", *SMALL, "--out", "r", "--batch-rows", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*KVBENCH, *sweep], cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (tmp_path / "r").is_dir() and len(records(tmp_path / "r")) >= 4:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    early = records(tmp_path / "r")
+    assert 4 <= len(early) < 15
+
+    # what a kill in the middle of a write leaves behind
+    with next((tmp_path / "r").glob("samples-*.jsonl")).open("a") as file:
+        file.write('{"fingerprint": "torn')
+    done = kvbench(*sweep, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [
+        json.loads(line)
+        for file in (tmp_path / "r").glob("samples-*.jsonl")
+        for line in file.read_text().splitlines()
+        if line.endswith("}")
+    ]
+    assert len(lines) == len({line["fingerprint"] for line in lines}) == 15
+    # the unbroken run measures the same
+    assert kvbench(*sweep[:-4], "--out", "whole", folder=tmp_path).returncode == 0
+    key = ["method", "budget", "sample", "prediction", "score", "resident_rows"]
+    whole = sorted([r[k] for k in key] for r in records(tmp_path / "whole"))
+    assert sorted([r[k] for k in key] for r in lines) == whole
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
+    sweep = ["run", "--method", "recency,random", *SMALL, "--out", "r", "--batch-rows", "1"]
+    errors = interrupted(
+        sweep, tmp_path, lambda: (tmp_path / "r").is_dir() and bool(records(tmp_path / "r"))
+    )
+    assert "the same command continues it" in errors
+    assert records(tmp_path / "r")
+
+
+def test_help_and_report_import_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from kvbench.cli.app import main\n"
+        "main(['--help'])\n"
+        "import kvbench.report.publish\n"
+        "assert 'kvbench.report.page' in sys.modules and 'kvbench.report.figures' in sys.modules\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_lists_say_what_there_is(tmp_path: Path) -> None:
+    listing = json.loads(kvbench("list", "--format", "json", folder=tmp_path).stdout)
+    assert {"full", "recency", "snapkv", "prulong"} <= {m["method"] for m in listing["methods"]}
+    assert {t["task"] for t in listing["tasks"]} == {
+        "recall",
+        "rag",
+        "rerank",
+        "html_to_tsv",
+        "needle",
+    }
+    assert kvbench("list", "methods", folder=tmp_path).returncode == 0

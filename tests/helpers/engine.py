@@ -1,0 +1,46 @@
+"""Prompts, method specs and views for tests of the engine."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvbench.method import Entries, LayerView
+from kvbench.spec import MethodSpec, parse_method
+
+SCORES = Path(__file__).parent.parent / "data" / "scores.tsv"
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    """Random token ids; equal arguments give equal ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 199, (count,), generator=generator).tolist()
+
+
+def spec(name: str, window: int = 6) -> MethodSpec:
+    """A method with windows that fit short prompts, and head scores where it needs them."""
+    options: dict[str, Any] = {"snapkv.window": window, "pyramidkv.window": window}
+    for split in ("prulong", "duoattention"):
+        options |= {f"{split}.scores": str(SCORES), f"{split}.sinks": 2, f"{split}.window": 7}
+    return parse_method(name, options)
+
+
+def view_of(prompt: int, window: int, budget: float, layer: int, layers: int) -> LayerView:
+    """A view with nothing in it but numbers, for capacities."""
+    empty = torch.empty(1, prompt, 0)
+    positions = torch.arange(prompt)[None]
+    return LayerView(
+        blocks=[[Entries(empty, empty, positions)]],
+        queries=torch.empty(1, 1, min(window, prompt), 0),
+        query_positions=torch.arange(max(0, prompt - window), prompt),
+        scaling=1.0,
+        kv_heads=(0,),
+        layer=layer,
+        layers=layers,
+        budget=budget,
+        prompt=prompt,
+        new=prompt,
+        patched=0,
+        last=True,
+        generator=torch.Generator(),
+    )

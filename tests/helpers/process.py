@@ -1,0 +1,41 @@
+"""kvbench as a user runs it: in a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+KVBENCH = [sys.executable, "-m", "kvbench"]
+
+
+def kvbench(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*KVBENCH, *arguments], cwd=folder, capture_output=True, text=True, env=environment
+    )
+
+
+def interruptible() -> None:
+    """In a child: heed SIGINT, which a shell's background jobs are born ignoring."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def interrupted(arguments: list[str], folder: Path, under_way: Callable[[], bool]) -> str:
+    """Run kvbench, press Ctrl-C once it is under way; what it said, which is no traceback."""
+    process = subprocess.Popen(
+        [*KVBENCH, *arguments],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
+    )
+    while process.poll() is None and not under_way():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    return errors

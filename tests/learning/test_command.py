@@ -1,0 +1,124 @@
+"""`kvbench train prulong|duoattention` as a user meets it: real processes, one or two of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.process import interrupted, kvbench
+
+SMALL = ["--steps", "6", "--batch", "4", "--length", "160"]
+
+
+def scores(folder: Path, method: str) -> list[list[float]]:
+    table: list[list[float]] = json.loads((folder / f"scores-{method}.json").read_text())["sets"][
+        0
+    ]["scores"]
+    return table
+
+
+def test_trained_scores_are_scores_to_run_with(tmp_path: Path) -> None:
+    done = kvbench(
+        "train", "prulong", *SMALL, "--target", "0.4,0.8", "--seed", "3", "--out", "t",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "step 6 of 6" in done.stderr
+    file = json.loads((tmp_path / "t" / "scores-prulong.json").read_text())
+    assert [each["target"] for each in file["sets"]] == [0.4, 0.8]
+    for name in ("model", "model_fingerprint", "data", "steps", "seed", "sinks", "window", "date"):
+        assert name in file
+    for target in ("0.4", "0.8"):
+        for suffix in ("png", "pdf"):
+            assert (tmp_path / "t" / f"target-{target}" / f"training.{suffix}").stat().st_size > 0
+    option = ["--option", "scores=t/scores-prulong.json", "--out", "r"]
+    small = ["--task", "rag", "--context", "256", "--samples", "1", "--budgets", "0.5"]
+    done = kvbench("run", "--method", "prulong", *small, *option, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(t) for f in (tmp_path / "r").glob("samples-*") for t in f.open()]
+    (record,) = [line for line in lines if line["method"] == "prulong"]
+    assert record["options"]["score_targets"] == [0.4, 0.8]
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    log = tmp_path / "t" / "log.jsonl"
+    command = ["train", "prulong", *SMALL, "--steps", "500", "--out", "t"]
+    errors = interrupted(command, tmp_path, lambda: log.is_file() and log.stat().st_size > 0)
+    assert "the same command goes on" in errors
+    assert (tmp_path / "t" / "checkpoint.safetensors").is_file()
+    assert not (tmp_path / "t" / "scores-prulong.json").exists()
+
+
+def launched(folder: Path, *arguments: str) -> None:
+    """Run `kvbench train` as two processes, as `accelerate launch` does on GPUs."""
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kvbench"]
+    done = subprocess.run(
+        [sys.executable, *two, "train", *arguments, "--device", "cpu"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step 6 of 6") == 1  # one of them speaks
+
+
+@pytest.mark.parametrize("method", ["prulong", "duoattention"])
+@pytest.mark.parametrize("options", [[], ["--option", "shard=true"]], ids=["whole", "sharded"])
+def test_two_processes_learn_what_one_learns(
+    method: str, options: list[str], tmp_path: Path
+) -> None:
+    one = kvbench("train", method, *SMALL, "--device", "cpu", "--out", "one", folder=tmp_path)
+    assert one.returncode == 0, one.stderr
+    launched(tmp_path, method, *SMALL, *options, "--out", "two")
+    file = json.loads((tmp_path / "two" / f"scores-{method}.json").read_text())
+    assert file["processes"] == 2
+    alone, together = scores(tmp_path / "one", method), scores(tmp_path / "two", method)
+    for a, b in zip(alone, together, strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+    assert max(map(max, alone)) - min(map(min, alone)) > 0.01  # they were learnt
+
+
+def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
+    for name, options in (("kept", []), ("again", ["--option", "gradient_checkpointing=true"])):
+        done = kvbench("train", "prulong", *SMALL, *options, "--out", name, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    for a, b in zip(
+        scores(tmp_path / "kept", "prulong"), scores(tmp_path / "again", "prulong"), strict=True
+    ):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("prulong --target 1.5", "not a sparsity"),
+        ("prulong --target 0.5,,0.7", "empty entry"),
+        ("prulong --option stps=3", "did you mean 'steps'"),
+        ("prulong --option l1=3", "no 'l1'"),
+        ("duoattention --option passkeys=0", "at least 1"),
+        ("duoattention --target 0.5", "--target"),
+        ("prulong --data nowhere", "no data 'nowhere'"),
+        ("prulong --data empty", "no text or code"),
+        ("prulong --data short --length 512", "less than one sequence"),
+        ("duoattention --data short --length 512", "less than one sequence"),
+        ("prulong --length 9000", "at most 8192"),
+        ("prulong --model nowhere", "no model 'nowhere'"),
+        ("prulong --out /proc/none", "cannot write"),
+        ("prulong --option weights_rate=0.1 --target 0.5,0.7", "one --target at a time"),
+        ("prulong --option shard=true", "several processes"),
+        ("prulon", "did you mean 'prulong'"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "a.txt").write_text("too few words to learn from")
+    before = sorted(tmp_path.rglob("*"))
+    done = kvbench("train", *arguments.split(), folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,197 @@
+"""The paper's figure through the same fit, and its claims judged on made-up curves."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.records import record, store
+
+from kvbench.report.build import make_report
+from kvbench.report.statistics import Status
+from kvbench.reproduce.claims import Verdict, judge
+from kvbench.reproduce.command import compare, table_csv, table_markdown
+from kvbench.reproduce.paper import is_lower_bound, paper_records, paper_report
+
+
+def test_the_papers_figure_gives_the_papers_critical_footprints() -> None:
+    found = {(c.setting.task, c.method): c for c in paper_report(0.9).curves}
+    for method, percent, status in (
+        ("prulong", 46.2, Status.REACHED),
+        ("duoattention", 58.1, Status.REACHED),
+        ("pyramidkv-patched", 63.7, Status.REACHED),
+        ("pyramidkv-naive", 95.0, Status.EXTRAPOLATED),
+    ):
+        curve = found["recall", method]
+        assert curve.footprint is not None
+        assert 100 * curve.footprint.value == pytest.approx(percent, abs=0.5)
+        assert curve.footprint.status is status
+        assert curve.footprint.interval is None
+        assert curve.peak is None
+    # below DuoAttention's crossing the figure only says "below the axis"
+    assert is_lower_bound(found["recall", "duoattention"])
+    assert not is_lower_bound(found["recall", "pyramidkv-patched"])
+    assert len({task for task, _ in found}) == 8
+    assert len(paper_records()) == sum(1 for c in found.values() for _ in c.points)
+
+
+def curves(**at: dict[int | None, list[float]]) -> list[Any]:
+    """Records of full attention at 1.0, and of methods: prefill chunk -> scores at 0.1, 0.4, 0.9.
+
+    Each sample's score is moved a little up or down, the same for all methods.
+    """
+    rows = [record("full", 1.0, i, 0.9 + 0.02 * (i % 3), task="recall") for i in range(30)]
+    for name, by_chunk in at.items():
+        method = name.replace("_", "-")
+        for chunk, scores in by_chunk.items():
+            for i in range(30):
+                for budget, score in zip((0.1, 0.4, 0.9), scores, strict=True):
+                    rows.append(
+                        record(method, budget, i, score + 0.02 * (i % 3), prefill_chunk=chunk)
+                    )
+    return rows
+
+
+def verdicts(folder: Path, **at: dict[int | None, list[float]]) -> list[Verdict]:
+    report = make_report([store(folder, curves(**at))], 0.9)
+    return [claim.verdict for claim in judge(report)]
+
+
+def test_claims_are_true_of_curves_made_so(tmp_path: Path) -> None:
+    found = verdicts(
+        tmp_path / "r",
+        snapkv={None: [0.1, 0.2, 0.3]},
+        snapkv_naive={256: [0.1, 0.2, 0.5], 128: [0.0, 0.2, 0.5]},
+        snapkv_patched={256: [0.1, 0.8, 0.9], 128: [0.1, 0.7, 0.9]},
+        prulong={256: [0.4, 0.9, 0.9], 128: [0.1, 0.8, 0.9]},
+        duoattention={256: [0.1, 0.5, 0.9], 128: [0.1, 0.4, 0.9]},
+        recency={256: [0.0, 0.1, 0.1]},
+    )
+    assert found == [Verdict.TRUE] * 5 + [Verdict.NOT_MEASURED]
+
+
+def test_claims_are_false_of_curves_made_the_other_way_round(tmp_path: Path) -> None:
+    found = verdicts(
+        tmp_path / "r",
+        snapkv={None: [0.1, 0.85, 0.9]},
+        snapkv_naive={256: [0.1, 0.8, 0.9]},
+        snapkv_patched={256: [0.1, 0.2, 0.5]},
+        prulong={256: [0.1, 0.4, 0.9], 128: [0.1, 0.4, 0.9]},
+        duoattention={256: [0.4, 0.9, 0.9], 128: [0.4, 0.9, 0.9]},
+        recency={256: [0.1, 0.85, 0.9]},
+    )
+    assert found == [Verdict.FALSE] * 5 + [Verdict.NOT_MEASURED]
+
+
+def test_claims_are_undecided_where_the_intervals_do_not_tell(tmp_path: Path) -> None:
+    even = {256: [0.1, 0.6, 0.9]}
+    rows = curves(snapkv_naive=even, snapkv_patched=even, prulong=even, duoattention=even)
+    report = make_report([store(tmp_path / "r", rows)], 0.9)
+    claims = {claim.text.split()[0]: claim.verdict for claim in judge(report)}
+    assert claims["Patched"] is Verdict.UNDECIDED
+    assert claims["PruLong"] is Verdict.NOT_MEASURED  # one prefill chunk only
+    # both reach at every budget: the smaller one may be anywhere below
+    low = {256: [0.9, 0.9, 0.9]}
+    rows = curves(prulong=low, duoattention={256: [0.1, 0.9, 0.9]})
+    beats = judge(make_report([store(tmp_path / "s", rows)], 0.9))[2]
+    assert beats.verdict is Verdict.TRUE
+    rows = curves(duoattention=low, prulong={256: [0.1, 0.9, 0.9]})
+    assert judge(make_report([store(tmp_path / "t", rows)], 0.9))[2].verdict is Verdict.FALSE
+
+
+def test_dynamic_sparsity_is_counted(tmp_path: Path) -> None:
+    rows = curves()
+    for budget in (0.1, 0.5):
+        rows += [
+            record("quest", budget, i, 0.9, family="dynamic sparsity", kv_footprint=1.0,
+                   kv_peak=1.0, kv_reads=budget)
+            for i in range(30)
+        ]  # fmt: skip
+    report = make_report([store(tmp_path / "r", rows)], 0.9)
+    claim = judge(report)[-1]
+    assert claim.verdict is Verdict.TRUE
+    assert "reads of it 10.0 % at least" in claim.findings[0].what
+    quest = report.curves[-1]
+    assert quest.footprint is not None
+    assert quest.footprint.value == 1.0
+
+
+def test_the_table_sets_ours_beside_the_papers(tmp_path: Path) -> None:
+    rows = curves(prulong={256: [0.1, 0.9, 0.9], 128: [0.1, 0.5, 0.9]}, snapkv={None: [0.1] * 3})
+    report = make_report([store(tmp_path / "r", rows)], 0.9)
+    lines = compare(report, paper_report(0.9))
+    text = table_markdown(lines, report)
+    (row,) = [line for line in text.splitlines() if line.startswith("| prulong")][:1]
+    assert row.endswith("| ≥46.2 |")
+    assert row.count("(") == 2
+    assert "| duoattention |  |  | ≥58.2 |" in text  # the paper's alone
+    assert "## travel_planning" in text
+    csv = table_csv(lines).splitlines()
+    assert csv[0].startswith("task,method,prefill_chunk,critical_footprint,ci_low,ci_high,status")
+    assert sum(line.startswith("recall,prulong,") for line in csv) == 2
+    assert sum(line.startswith("recall,snapkv,") for line in csv) == 1
+
+
+def test_reproduce_writes_tables_claims_and_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All after the sweep, which is the same function that `kvbench run` calls."""
+    from kvbench.reproduce import command as reproduce
+
+    seen = []
+
+    def sweep(choices: Any, home: Path) -> int:
+        seen.append(choices)
+        store(choices.out, curves(prulong={256: [0.1, 0.9, 0.9], 128: [0.1, 0.5, 0.9]}))
+        print("the sweep's own summary")
+        return 1  # some cells failed: reported all the same
+
+    monkeypatch.setattr(reproduce, "run_sweep", sweep)
+    code = reproduce.reproduce_small(tmp_path / "out", samples=5, seed=3, threshold=0.9)
+    assert code == 1
+    assert seen[0].prefill_chunk == (256, 128)
+    assert seen[0].budgets == (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+    assert (seen[0].samples, seen[0].seed, seen[0].method) == (5, 3, None)
+    for name in ("table.csv", "table.md", "claims.md", "report.html", "recall.pdf"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    claims = (tmp_path / "out" / "claims.md").read_text()
+    assert "- [x] **PruLong depends on the size of the prefill chunk: true**" in claims
+    assert claims.count("dynamic sparsity: not in this run") == 1
+    printed = capsys.readouterr().out
+    assert "summary" not in printed
+    assert "not measured Recency eviction fails at recall" in printed
+
+    monkeypatch.setattr(reproduce, "run_sweep", lambda choices, home: 130)
+    code = reproduce.reproduce_small(tmp_path / "no", samples=5, seed=3, threshold=0.9)
+    assert code == 130
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_full_scale_says_what_is_missing(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from kvbench.cli.app import cli
+    from kvbench.reproduce.command import FULL_SCALE
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "kvbench", "reproduce", "--scale", "full"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert "cannot run here, for want of" in lines[0]
+    assert any("the model meta-llama/Llama-3.1-8B-Instruct" in line for line in lines)
+    assert any("HELMET and LongProc" in line for line in lines)
+    assert any("icl, longqa" in line for line in lines)
+    assert list(tmp_path.rglob("*.jsonl")) == []
+    # the configuration holds options of kvbench run, and nothing else
+    read = CliRunner().invoke(cli, ["run", "--config", str(FULL_SCALE), "--samples", "0"])
+    assert "--samples" in read.output
+    assert "unknown key" not in read.output
