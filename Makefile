@@ -21,7 +21,8 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typed && mkdir -p build/typed
-	cp -r kvbench build/typed/ && cp -r methods tasks build/typed/kvbench/
+	cp -r kvbench tests benchmarks build/typed/ && cp -r methods tasks build/typed/kvbench/
+	cd build/typed && ../../$(BIN)/lint-imports ../../pyproject.toml --no-cache
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
 reproduce: $(READY)

@@ -73,6 +73,7 @@ class Record:
     timeline: list[list[int]] | None = None  # corners [rows, entries] of what is resident
     shared_rows: int | None = None  # cells that shared the prefill, this one included
     group_bytes_peak: int | None = None  # keys and values of all that ran with it
+    method_code: str = ""  # short hash of the method's source; "" in records older than it
     error: str | None = None
 
 
