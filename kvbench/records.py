@@ -73,7 +73,8 @@ class Record:
     timeline: list[list[int]] | None = None  # corners [rows, entries] of what is resident
     shared_rows: int | None = None  # cells that shared the prefill, this one included
     group_bytes_peak: int | None = None  # keys and values of all that ran with it
-    method_code: str = ""  # short hash of the method's source; "" in records older than it
+    method_code: str = ""  # a hash of the method's source, "" in records from before it was kept
+    task_code: str = ""  # the same of the task's
     error: str | None = None
 
 

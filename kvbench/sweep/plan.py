@@ -1,17 +1,14 @@
 """What a sweep measures: cells, each a sample under one method and budget, by fingerprint."""
 
-import hashlib
-import inspect
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kvbench
 from kvbench.errors import InputError
 from kvbench.records import BASELINE
 from kvbench.registry import tasks as task_registry
+from kvbench.sweep.fingerprint import digest, measuring_code, source_code
 from kvbench.task import Sample, Task
 
 if TYPE_CHECKING:
@@ -19,9 +16,6 @@ if TYPE_CHECKING:
     from kvbench.spec import MethodSpec
 
 ANSWER_PREFIX = "answer_prefix"
-
-# What can change a result: folders with all they hold, and the contract.
-_MEASURING = ("engine", "models", "heads.py", "method.py", "registry.py", "spec.py", "task.py")
 
 
 @dataclass(frozen=True)
@@ -35,6 +29,8 @@ class Cell:
     budget: float
     prefill_chunk: int | None  # tokens; None where the method does not depend on it
     seed: int  # for methods that draw; equal for all methods and budgets of a sample
+    method_code: str = ""  # a hash of the method's source
+    task_code: str = ""  # a hash of the task's source
 
     @property
     def tokens(self) -> int:
@@ -68,7 +64,7 @@ def common_settings(model: "LoadedModel", settings: Settings) -> dict[str, Any]:
         "context": settings.context,
         "seed": settings.seed,
         "chat_template": settings.chat_template,
-        "kvbench": f"{kvbench.__version__}+{_code_hash()}",
+        "kvbench": f"{kvbench.__version__}+{measuring_code()}",
         "torch": str(torch.__version__),
         "transformers": str(transformers.__version__),
     }
@@ -86,30 +82,40 @@ def make_plan(
     that does not depend on the prefill chunk. Raises InputError if a sample does not fit.
     """
     common = common_settings(model, settings)
-    method = {spec.name: [spec.name, spec.options, _source_hash(spec)] for spec in specs}
+    codes = {spec.name: method_code(spec) for spec in specs}
     cells = []
     for index in range(settings.samples):
         for task in tasks:
+            task_code = source_code(type(task))
             sample = make_sample(model, task, index, settings)
             prompt = encode_prompt(model.tokenizer, sample, chat=settings.chat_template)
             _check_length(model, task, sample, prompt)
             what = {
                 "common": common,
-                "task": [task.name, _file_hash(type(task))],
+                "task": [task.name, task_code],
                 "sample": index,
                 "prompt": digest(prompt),
                 "max_new_tokens": sample.max_new_tokens,
             }
             for spec, budget, chunk in _variants(specs, settings):
                 how = {
-                    "method": method[spec.name],
+                    "method": [spec.name, spec.options, codes[spec.name]],
                     "budget": budget,
                     "prefill_chunk": chunk,
                 }
                 fingerprint = digest({**what, **how})
                 seed = int(digest([settings.seed, task.name, index])[:8], 16)
-                cells.append(Cell(fingerprint, sample, prompt, spec, budget, chunk, seed))
+                code = codes[spec.name]
+                cells.append(
+                    Cell(fingerprint, sample, prompt, spec, budget, chunk, seed, code, task_code)
+                )
     return cells
+
+
+def method_code(spec: "MethodSpec") -> str:
+    """A hash of a method's source; of a combination, of both parts."""
+    parts = [spec.method] if spec.post_fill is None else [spec.method, spec.post_fill]
+    return source_code(*map(type, parts))
 
 
 def _variants(
@@ -155,33 +161,6 @@ def _check_length(model: "LoadedModel", task: Task, sample: Sample, prompt: Sequ
             f"sample {sample.index} of {task.name} takes {needed} tokens with its answer, "
             f"{model.name} takes {model.max_context}; choose a shorter --context"
         )
-
-
-def digest(value: Any) -> str:
-    """A hash of JSON-serialisable data, 20 hexadecimal digits."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def _source_hash(spec: "MethodSpec") -> list[str]:
-    parts = [spec.method] if spec.post_fill is None else [spec.method, spec.post_fill]
-    return [_file_hash(type(part)) for part in parts]
-
-
-def _file_hash(cls: type) -> str:
-    """Hash of the source file that defines a class, so that an edited plug-in is measured anew."""
-    file = inspect.getsourcefile(cls)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else ""
-
-
-def _code_hash() -> str:
-    digest = hashlib.sha256()
-    home = Path(kvbench.__file__).parent
-    for name in _MEASURING:
-        for path in sorted([home / name, *(home / name).rglob("*")]):
-            if path.suffix in (".py", ".c"):
-                digest.update(path.relative_to(home).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:8]
 
 
 def get_tasks(names: Sequence[str]) -> list[Task]:

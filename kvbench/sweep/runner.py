@@ -132,6 +132,8 @@ class Sweep:
             finished=datetime.now(UTC).isoformat(timespec="milliseconds"),
             prompt_tail=cell.sample.prompt[-PROMPT_TAIL:],
             reference=cell.sample.reference,
+            method_code=cell.method_code,
+            task_code=cell.task_code,
             **measured,  # type: ignore[arg-type]
         )
 
