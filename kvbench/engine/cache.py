@@ -85,7 +85,7 @@ class HeadGroup:
     def _slots(self, like: Entries, count: int, capacity: int) -> list[Tensor]:
         """Storage for `count` more entries, which count as resident from now on."""
         start, stop = self.length, self.length + count
-        if not start:
+        if self.keys is None:
             self._allocate(like, max(capacity, stop))
         elif stop > self.capacity:
             self.reserve(max(capacity, stop))
@@ -100,11 +100,8 @@ class HeadGroup:
         for name in ("keys", "values", "positions"):
             old: Tensor = getattr(self, name)
             grown = old.new_empty((len(old), capacity, *old.shape[2:]))
-            if name != "positions":
-                self.ledger.allocate(grown.nbytes)
             grown[:, : self.length] = old[:, : self.length]
-            self.free(name)
-            setattr(self, name, grown)
+            self._store(name, grown)
 
     def slide(self, new: Entries, start: int, capacity: int) -> None:
         """Add a chunk's entries, the first at position `start`; evict what leaves the window."""
@@ -131,18 +128,13 @@ class HeadGroup:
         pick = _Pick(source.length, own, chosen, capacity)
         own = Entries(own.keys, own.values, own.positions.int())
         for name, new in zip(("keys", "values", "positions"), own, strict=True):
-            taken = pick.of(getattr(source, name), new)
-            if name != "positions":
-                self.ledger.allocate(taken.nbytes)
-            self.free(name)
-            setattr(self, name, taken)
+            self._store(name, pick.of(getattr(source, name), new))
         self.length = chosen.shape[1]
 
     def clear(self) -> None:
         """Free the storage."""
-        self.free("keys")
-        self.free("values")
-        self.positions = None
+        for name in ("keys", "values", "positions"):
+            self._store(name, None)
         self.length = 0
 
     def entries(self) -> Entries:
@@ -156,17 +148,15 @@ class HeadGroup:
         for name, given in zip(("keys", "values", "positions"), like, strict=True):
             dtype = torch.int32 if name == "positions" else given.dtype
             shape = (len(self.heads), capacity, *given.shape[2:])
-            made = torch.empty(shape, dtype=dtype, device=given.device)
-            if name != "positions":
-                self.ledger.allocate(made.nbytes)
-            setattr(self, name, made)
+            self._store(name, torch.empty(shape, dtype=dtype, device=given.device))
 
-    def free(self, name: str) -> None:
-        """Free the storage of `keys`, `values` or `positions`."""
-        old = getattr(self, name)
-        if old is not None and name != "positions":
-            self.ledger.allocate(-old.nbytes)
-        setattr(self, name, None)
+    def _store(self, name: str, new: Tensor | None) -> None:
+        """Replace the storage of `keys`, `values` or `positions`; the old one is freed."""
+        old: Tensor | None = getattr(self, name)
+        if name != "positions":
+            self.ledger.allocate(0 if new is None else new.nbytes)
+            self.ledger.allocate(0 if old is None else -old.nbytes)
+        setattr(self, name, new)
 
 
 class _Pick:

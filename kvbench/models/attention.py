@@ -5,7 +5,7 @@ transformers lets a program register an attention function by name; keyword argu
 attention (`KVAttention`), and no model is patched.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -34,15 +34,11 @@ class AttentionCall:
     scaling: float
     sliding: int | None
 
-    def split(self, sizes: Sequence[int]) -> "Iterable[AttentionCall]":
+    def split(self, sizes: Sequence[int]) -> "list[AttentionCall]":
         """The calls of the parts of a packed sequence (B = 1), `sizes` tokens each."""
-        if len(sizes) == 1:
-            return [self]
         tensors = (tensor.split(sizes, dim=2) for tensor in (self.query, self.key, self.value))
-        return [
-            replace(self, query=query, key=key, value=value)
-            for query, key, value in zip(*tensors, strict=True)
-        ]
+        parts = zip(*tensors, strict=True)
+        return [replace(self, query=query, key=key, value=value) for query, key, value in parts]
 
 
 class KVAttention(Protocol):
