@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from kvbench.engine.footprint import chunks, full_rows
+from kvbench.engine.accounting import chunks, full_rows
 from kvbench.records import Record, RunWriter
 
 TASKS = ("recall", "rag", "rerank", "html_to_tsv")

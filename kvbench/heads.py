@@ -1,4 +1,4 @@
-"""Head splits: some KV heads keep every entry, the others stream, by scores of the heads."""
+"""Head splits: retrieval heads keep every entry, streaming heads keep sinks and a recent window."""
 
 import json
 import math
@@ -11,32 +11,37 @@ from typing import Any
 from kvbench.errors import InputError
 from kvbench.method import Family, KVShape, Method, Window
 
-Table = list[list[float]]  # [L][K], a score for each KV head
+Table = list[list[float]]  # [layers][KV heads], a score for each KV head
 
 
 @dataclass(frozen=True)
 class HeadSplit(Method):
-    """A method that orders a model's KV heads (ALGORITHMS, section 6).
+    """A method that ranks the KV heads of a model (docs/methods.md).
 
-    A budget b makes the `round(b * L * K)` heads of highest score retrieval heads.
+    With a budget b, the `round(b * layers * KV heads)` heads of highest score are retrieval heads.
     """
 
     family = Family.HEAD_SPLIT
-    sinks: int = 128
-    window: int = 1024
+    sinks: int = field(default=128, metadata={"help": "First entries that streaming heads keep."})
+    window: int = field(
+        default=1024, metadata={"help": "Most recent entries that streaming heads keep."}
+    )
 
     def __post_init__(self) -> None:
         self.check(self.sinks >= 0, f"sinks must be at least 0, not {self.sinks}")
         self.check(self.window >= 1, f"window must be at least 1, not {self.window}")
 
     def head_scores(self, shape: KVShape, budget: float) -> Table:
-        """Scores [L][K], larger for heads that need every entry; InputError if there are none."""
+        """Scores [layers][KV heads], larger for heads that need every entry.
+
+        InputError if the method has no scores for a model of this shape.
+        """
         raise NotImplementedError
 
     def windows(
         self, shape: KVShape, budget: float, prompt: int
     ) -> Sequence[Sequence[Window | None]]:
-        """None for retrieval heads, sinks and window for streaming heads."""
+        """None for retrieval heads, sinks and a recent window for streaming heads."""
         retrieval = retrieval_heads(self.head_scores(shape, budget), budget)
         window = Window(self.sinks, self.window)
         return [
@@ -47,21 +52,24 @@ class HeadSplit(Method):
 
 @dataclass(frozen=True)
 class LearntHeads(HeadSplit):
-    """A head split by a file of learnt scores."""
+    """A head split by scores that were learnt and are read from a file."""
 
-    scores_file: Path | None = field(default=None, metadata={"option": "scores"})
+    scores_file: Path | None = field(
+        default=None,
+        metadata={"option": "scores", "help": "File of head scores, from `kvbench train`."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.sets  # a file that cannot be used is refused at once
+        _ = self.sets  # an unusable file is refused now
 
     @cached_property
     def sets(self) -> "list[ScoreSet]":
-        """The score sets of the file, none where no file is given; read once."""
+        """The score sets of the file, empty if no file is given; read once."""
         return [] if self.scores_file is None else read_scores(self.scores_file)
 
     def missing(self) -> str | None:
-        """Head scores, where no file is given."""
+        """Head scores, if no file is given."""
         if self.scores_file is not None:
             return None
         return (
@@ -70,7 +78,7 @@ class LearntHeads(HeadSplit):
         )
 
     def remarks(self) -> dict[str, Any]:
-        """The sparsities that the scores were learnt for; one serves every budget."""
+        """The sparsities that the scores were learnt for."""
         return {"score_targets": [each.target for each in self.sets]} if self.sets else {}
 
     def head_scores(self, shape: KVShape, budget: float) -> Table:
@@ -88,17 +96,18 @@ class LearntHeads(HeadSplit):
 
 @dataclass(frozen=True)
 class ScoreSet:
-    """Scores of all heads, and the sparsity they were learnt for, None where a file says none."""
+    """Scores of all KV heads, and the sparsity they were learnt for; None if the file has none."""
 
     target: float | None
     scores: Table
 
 
 def read_scores(path: Path) -> list[ScoreSet]:
-    """The score sets of a file.
+    """The score sets of a file; InputError if it cannot be read.
 
-    JSON with a table `scores`, or with `sets` of such tables, each with its `target`; or a TSV of L
-    rows by K columns, as DuoAttention publishes them. InputError if it cannot be read as that.
+    The file is JSON with a table `scores`, or with `sets`, each of them a table `scores` and its
+    `target`; or a TSV with a row for each layer and a column for each KV head, as DuoAttention
+    publishes them.
     """
     try:
         text = path.read_text()
@@ -125,17 +134,17 @@ def read_scores(path: Path) -> list[ScoreSet]:
 
 
 def numbers(rows: Sequence[Sequence[Any]]) -> Table:
-    """A table of floats; ValueError or TypeError if it is none."""
+    """The rows as floats; ValueError or TypeError if a cell is not a number."""
     return [[float(cell) for cell in row] for row in rows]
 
 
 def nearest(sets: Sequence[ScoreSet], sparsity: float) -> ScoreSet:
-    """The set learnt for the nearest sparsity, the sparser of two as near."""
+    """The set learnt for the nearest sparsity; the sparser one if two are equally near."""
     return min(sets, key=lambda each: (abs((each.target or 0.0) - sparsity), -(each.target or 0.0)))
 
 
 def retrieval_heads(scores: Table, budget: float) -> set[tuple[int, int]]:
-    """The `round(budget * L * K)` (layer, KV head) of highest score.
+    """The `round(budget * layers * KV heads)` pairs (layer, KV head) of highest score.
 
     Ties go to the earlier layer and head.
     """

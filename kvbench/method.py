@@ -1,4 +1,8 @@
-"""What a KV-cache method is, and what it may look at when it decides."""
+"""What a KV-cache method is, and what it sees when it decides (docs/writing-a-method.md).
+
+The engine shows a method one layer at a time, as a `LayerView`; `kvbench.engine.eviction` turns the
+method's scores and capacity into an eviction.
+"""
 
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields
@@ -13,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Family(StrEnum):
-    """The paper's families (section 3): when memory is freed, and by which choice."""
+    """The families of the paper (arXiv 2506.17121, section 3): when memory is freed, and how."""
 
     FULL = "full"
     DYNAMIC_SPARSITY = "dynamic sparsity"
@@ -24,7 +28,7 @@ class Family(StrEnum):
 
 @dataclass(frozen=True)
 class Window:
-    """A streaming KV head: it keeps the first `sinks` entries and the most recent `size`."""
+    """What a streaming KV head keeps: the first `sinks` entries and the most recent `size`."""
 
     sinks: int
     size: int
@@ -32,56 +36,60 @@ class Window:
 
 @dataclass(frozen=True)
 class KVShape:
-    """The shape of a model's KV cache: layers, KV heads a layer, query heads, head size."""
+    """The shape of a model's KV cache."""
 
     layers: int
-    kv_heads: int
-    query_heads: int
+    kv_heads: int  # of a layer
+    query_heads: int  # of a layer
     head_dim: int
 
     @property
     def group(self) -> int:
-        """Query heads that share one KV head (G)."""
+        """G, the query heads that share one KV head."""
         return self.query_heads // self.kv_heads
+
+    @property
+    def total_kv_heads(self) -> int:
+        """KV heads of all layers."""
+        return self.layers * self.kv_heads
 
 
 class Entries(NamedTuple):
-    """Entries of some KV heads of a layer, wherever they lie."""
+    """Entries of some KV heads of one layer, in any order."""
 
     keys: "Tensor"  # [k, e, D]
     values: "Tensor"  # [k, e, Dv]
-    positions: "Tensor"  # [k, e]
+    positions: "Tensor"  # [k, e], positions in the text
 
 
 @dataclass(frozen=True)
 class LayerView:
-    """One layer of one row, just after a prefill chunk has attended and before it is evicted.
+    """One layer of one row, after a prefill chunk has attended and before anything is evicted.
 
-    K counts the KV heads that are scored (all of a layer's, or a head split's retrieval heads), E
-    the resident entries: those kept of earlier chunks, then the `new` entries of this chunk, then,
-    where the chunk was patched, the patched entries. Queries and keys are after RoPE.
+    K counts the KV heads that are scored: all of the layer, or the retrieval heads of a head split.
+    E counts the resident entries, in this order: those kept of earlier chunks, the `new` entries of
+    this chunk, and the patched entries if the chunk was patched. Queries and keys are after RoPE.
 
-    Entries lie apart, as `blocks`: for each run of KV heads, its pieces in order. `keys`, `values`
-    and `positions` put them side by side, a copy of the layer; `attention` needs no such copy.
+    `blocks` holds the entries as they are stored: for each run of KV heads, its pieces in order.
+    `keys`, `values` and `positions` join the pieces, which copies the layer; `attention` does not.
     """
 
     blocks: "Sequence[Sequence[Entries]]"
-    queries: "Tensor"  # [K, G, W, D], the observation window's; W = 0 if the method has none
+    queries: "Tensor"  # [K, G, W, D], of the observation window; W = 0 if the method has none
     query_positions: "Tensor"  # [W]
-    scaling: float  # what attention multiplies logits by
-    kv_heads: tuple[int, ...]  # which KV heads of the layer the K are
-    layer: int
+    scaling: float  # attention multiplies the logits by it
+    kv_heads: tuple[int, ...]  # indices in the layer of the K heads
+    layer: int  # from 0
     layers: int
-    budget: float  # nan in `scores`: one scoring serves every budget of a sweep
     prompt: int  # n, tokens of the whole prompt
-    new: int  # T, entries that may be evicted now (of a prompt read at once: all of them)
-    patched: int  # entries at the end that stand for the prompt's last tokens and will be dropped
+    new: int  # entries that may be evicted now; the whole prompt if it is evicted once, at its end
+    patched: int  # entries at the end that stand for the prompt's last tokens; they are dropped
     last: bool  # whether this is the prompt's last chunk
-    generator: "Generator"  # for methods that draw; seeded by row, layer and chunk, on the CPU
+    generator: "Generator"  # on the CPU, for methods that draw; seeded by `draw_seed`
 
     @property
     def entries(self) -> int:
-        """E."""
+        """E, the resident entries of each KV head."""
         return sum(piece.positions.shape[1] for piece in self.blocks[0])
 
     @cached_property
@@ -96,16 +104,12 @@ class LayerView:
 
     @cached_property
     def positions(self) -> "Tensor":
-        """[K, E], position in the text of each entry."""
+        """[K, E], the position of each entry in the text."""
         return self._joined(2)
 
     @cached_property
     def attention(self) -> "Tensor":
-        """[K, E], what each entry gets from the observation window; not to be written to.
-
-        Softmax in float32 over all resident entries, summed over the window's queries and averaged
-        over the query group (SnapKV, 2404.14469).
-        """
+        """[K, E], `observed_attention` of each entry; do not write to it."""
         return observed_attention(self.queries, self.blocks, self.query_positions, self.scaling)
 
     def _joined(self, which: int) -> "Tensor":
@@ -127,11 +131,11 @@ def observed_attention(
     query_positions: "Tensor",
     scaling: float,
 ) -> "Tensor":
-    """Attention that entries get from an observation window (SnapKV, 2404.14469).
+    """Attention that entries receive from an observation window (SnapKV, arXiv 2404.14469).
 
-    queries [K, G, W, D] and `blocks` as in a LayerView -> [K, E]: softmax in float32 over all
-    resident entries, causal by position, summed over the W queries and averaged over the G of the
-    query group. One KV head at a time, so that the memory is G x W x E whatever the model.
+    queries [K, G, W, D] and `blocks` as in a LayerView; returns [K, E]. Softmax in float32 over all
+    resident entries, causal by position, summed over the W queries and averaged over the G query
+    heads of the group. One KV head at a time, so that it needs G x W x E floats at most.
     """
     import torch
 
@@ -150,10 +154,12 @@ def observed_attention(
 
 @dataclass(frozen=True)
 class Method:
-    """A rule for what stays in the KV cache; its fields are its options.
+    """A rule for what stays in the KV cache. Its fields are its options.
 
-    A post-fill method overrides `scores`; recency and head splits override `windows`. What neither
-    overrides keeps everything. A budget of 1 never reaches a method: nothing is evicted.
+    A field's metadata may hold a `help` text and, as `option`, the name that users type instead of
+    the field's. A post-fill method overrides `scores`; recency and head splits override `windows`;
+    a method that overrides neither keeps everything. A method is never asked about a budget of 1,
+    which evicts nothing.
     """
 
     name: ClassVar[str]
@@ -161,50 +167,58 @@ class Method:
 
     @property
     def observation_window(self) -> int:
-        """W, how many of the prompt's last queries `scores` looks at, always kept themselves."""
+        """W, how many of the prompt's last queries `scores` uses; their entries always stay."""
         return 0
 
     def windows(
         self, shape: KVShape, budget: float, prompt: int
     ) -> Sequence[Sequence[Window | None]] | None:
-        """For every layer and KV head the window it keeps, None for a head that keeps all.
+        """The window of each layer and KV head, [layers][KV heads]; None for a head that keeps all.
 
-        None for all heads together means that none streams.
+        `prompt` is in tokens. Returns None if no head streams.
         """
         return None
 
     def scores(self, view: LayerView) -> "Tensor | None":
-        """[K, E], larger for the entries to keep; None for a method that scores nothing.
+        """[K, E], larger for the entries to keep; None for a method that does not score.
 
         Only the scores of the `view.new` entries of this chunk are used. They are computed once
-        and cut at each budget, so they cannot depend on it.
+        for all budgets of a sweep.
         """
         return None
 
-    def capacity(self, view: LayerView) -> int:
-        """How many of the `view.new` entries stay, the observation window included."""
-        return round(view.budget * view.new)
+    def capacity(self, view: LayerView, budget: float) -> int:
+        """How many of the `view.new` entries of each KV head stay, observation window included."""
+        return round(budget * view.new)
 
     def missing(self) -> str | None:
-        """What has to be given before the method can run, and how; None for nothing."""
+        """What a user must give before the method can run, and how; None if nothing is missing."""
         return None
 
     def remarks(self) -> dict[str, Any]:
-        """What a record should say beside the options, JSON-serialisable."""
+        """What a record says in addition to the options; JSON-serialisable."""
         return {}
 
     @classmethod
     def options(cls) -> dict[str, Any]:
-        """Option names and their defaults, dataclasses.MISSING where one must be given."""
+        """Option names and their defaults; dataclasses.MISSING if an option has no default."""
         return {option_name(f): f.default for f in fields(cls) if f.init}
 
     @classmethod
     def check(cls, condition: bool, message: str) -> None:
-        """Raise InputError(`message`) unless `condition`; for `__post_init__`."""
+        """Raise InputError(`message`) unless `condition` holds; for use in `__post_init__`."""
         if not condition:
             raise InputError(f"{getattr(cls, 'name', cls.__name__)}: {message}")
 
 
 def option_name(field: "Field[Any]") -> str:
-    """What a user calls a field of a method: its name, unless its metadata name an `option`."""
+    """The name that users type for a field: its metadata's `option`, or the field's own name."""
     return str(field.metadata.get("option", field.name))
+
+
+def draw_seed(seed: int, layer: int, start: int) -> int:
+    """The seed of a view's generator: of a row with seed `seed`, in a layer, at position `start`.
+
+    `start` is where the prefill chunk starts; 0 if entries are scored once, after the whole prompt.
+    """
+    return ((seed * 1_000_003 + layer) * 1_000_003 + start) % 2**62

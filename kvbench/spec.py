@@ -1,4 +1,4 @@
-"""A method as it is named on the command line: registered, chunked or combined, with options.
+"""Parses a method's name and options, as users type them: registered, chunked or combined.
 
 `snapkv-patched` is post-fill eviction after every prefill chunk; `prulong+snapkv` is a head split
 whose retrieval heads are evicted by a post-fill method.
@@ -20,7 +20,7 @@ from kvbench.registry import methods
 
 
 class Chunking(StrEnum):
-    """When a post-fill method evicts, and whose queries it observes (ALGORITHMS, section 5)."""
+    """When a post-fill method evicts, and whose queries it observes (docs/methods.md)."""
 
     NONE = "none"  # once, after the whole prompt
     NAIVE = "naive"  # after each prefill chunk, by the chunk's own last queries
@@ -34,8 +34,8 @@ POST_FILL_BUDGET = "post_fill_budget"
 class MethodSpec:
     """A method ready to run.
 
-    `method` decides, unless `post_fill` does for the heads that `method` lets keep everything, with
-    a budget of its own.
+    In a combination such as `prulong+snapkv`, `method` splits the heads and `post_fill` evicts from
+    the retrieval heads, with the budget `post_fill_budget`.
     """
 
     name: str
@@ -52,24 +52,24 @@ class MethodSpec:
         return self.method if self.method.family is Family.POST_FILL else None
 
     def scorer_budget(self, budget: float) -> float:
-        """The share of entries that the scorer keeps at a budget of the whole method."""
+        """The budget that the scorer gets when the whole method gets `budget`."""
         return budget if self.post_fill is None else self.post_fill_budget
 
     @property
     def observation_window(self) -> int:
-        """W of the scorer, 0 if nothing is observed."""
+        """W, the observation window of the scorer in tokens; 0 without one."""
         return self.scorer.observation_window if self.scorer else 0
 
     @property
     def family(self) -> str:
-        """The paper's family, chunked eviction with the variant."""
+        """The paper's family; for chunked eviction, with the variant."""
         if self.chunking is not Chunking.NONE and self.post_fill is None:
             return f"chunked eviction ({self.chunking})"
         return str(self.method.family)
 
     @property
     def options(self) -> dict[str, Any]:
-        """All options, for the record; of a file its name and a hash of its content."""
+        """All options, for the record; a file as its name and a hash of its content."""
         options = recorded(self.method)
         if self.post_fill is not None:
             options |= {f"post_fill.{key}": v for key, v in recorded(self.post_fill).items()}
@@ -95,7 +95,7 @@ def recorded(method: Method) -> dict[str, Any]:
 
 
 def method_names() -> list[str]:
-    """Every method that can be named without combining: registered ones and their chunked forms."""
+    """All names of methods without `+`: the registered ones and their chunked forms, sorted."""
     names = []
     for name in methods.names():
         names.append(name)
@@ -107,7 +107,7 @@ def method_names() -> list[str]:
 
 
 def has_observation_window(name: str) -> bool:
-    """Whether the post-fill method `name` looks at queries."""
+    """Whether the post-fill method `name` uses queries."""
     return methods.get(name).observation_window is not Method.observation_window
 
 
@@ -116,10 +116,10 @@ def parse_method(
     options: Mapping[str, Any],
     card_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> MethodSpec:
-    """The method called `name` with its options; InputError if name or options are not usable.
+    """The method called `name` with its options; InputError if the name or an option is wrong.
 
-    `options` apply to every method that has them; `snapkv.window` to one. `card_options` are a
-    model's defaults, by registered name; they yield to `options`.
+    An option such as `window` applies to every method that has it, `snapkv.window` to one method.
+    `card_options` are a model's defaults by registered name; `options` override them.
     """
     if name in methods.names():
         return MethodSpec(name, build(name, options, card_options))
@@ -151,7 +151,7 @@ def parse_method(
 
 
 def check_option_names(options: Mapping[str, Any], specs: list[MethodSpec]) -> None:
-    """InputError for an option that no method of a sweep has."""
+    """InputError for an option that none of the methods has."""
     used: set[str] = set()
     for spec in specs:
         for method in (spec.method, spec.post_fill):
@@ -171,7 +171,7 @@ def build(
     options: Mapping[str, Any],
     card_options: Mapping[str, Mapping[str, Any]] | None,
 ) -> Method:
-    """The registered method `name`, options converted to the types of its fields."""
+    """The registered method `name`, with options converted to the types of its fields."""
     cls = methods.get(name)
     known = cls.options()
     hints = typing.get_type_hints(cls)
@@ -198,7 +198,7 @@ def build(
 
 
 def convert(kind: Any, value: Any, where: str) -> Any:
-    """`value` (text, or from YAML) as a `kind`; InputError if it is none."""
+    """`value` (text, or from YAML) as a `kind`; InputError if it cannot be converted."""
     if isinstance(kind, types.UnionType):
         kinds = [k for k in typing.get_args(kind) if k is not types.NoneType]
         return None if value is None else convert(kinds[0], value, where)

@@ -1,4 +1,4 @@
-"""DuoAttention."""
+"""DuoAttention, a head split."""
 
 from dataclasses import dataclass
 
@@ -9,4 +9,4 @@ from kvbench.registry import register_method
 @register_method("duoattention")
 @dataclass(frozen=True)
 class DuoAttention(LearntHeads):
-    """Retrieval heads learnt by distillation on passkeys (Xiao et al., 2410.10819)."""
+    """Retrieval heads learnt by distillation on passkeys (Xiao et al., arXiv 2410.10819)."""

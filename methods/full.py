@@ -9,6 +9,6 @@ from kvbench.registry import register_method
 @register_method("full")
 @dataclass(frozen=True)
 class Full(Method):
-    """Keep every entry: the baseline that every other method is measured against."""
+    """Keep every entry: the baseline for every other method."""
 
     family = Family.FULL

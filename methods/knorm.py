@@ -1,4 +1,4 @@
-"""Key norms."""
+"""Eviction by key norms."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from kvbench.registry import register_method
 @register_method("knorm")
 @dataclass(frozen=True)
 class KeyNorm(Method):
-    """Keep the entries whose keys have the smallest norms (Devoto et al., 2406.11430)."""
+    """Keep the entries whose keys have the smallest norms (Devoto et al., arXiv 2406.11430)."""
 
     family = Family.POST_FILL
 

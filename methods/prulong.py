@@ -1,4 +1,4 @@
-"""PruLong."""
+"""PruLong, a head split."""
 
 from dataclasses import dataclass
 
@@ -9,4 +9,4 @@ from kvbench.registry import register_method
 @register_method("prulong")
 @dataclass(frozen=True)
 class PruLong(LearntHeads):
-    """Retrieval heads learnt by next-token loss on long text (Bhaskar et al., 2506.17121)."""
+    """Retrieval heads learnt by next-token loss on long text (Bhaskar et al., arXiv 2506.17121)."""

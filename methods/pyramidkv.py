@@ -1,6 +1,6 @@
-"""PyramidKV."""
+"""PyramidKV: SnapKV with a capacity for each layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvbench.method import LayerView
 from kvbench.registry import register_method
@@ -11,17 +11,20 @@ from .snapkv import SnapKV
 @register_method("pyramidkv")
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
-    """SnapKV with more entries for low layers than for high ones (Cai et al., 2406.02069)."""
+    """SnapKV with more entries for low layers than for high ones (Cai et al., arXiv 2406.02069)."""
 
-    beta: int = 20
+    beta: int = field(
+        default=20,
+        metadata={"help": "The last layer keeps 1/beta of the mean outside the window."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(self.beta >= 1, f"beta must be at least 1, not {self.beta}")
 
-    def capacity(self, view: LayerView) -> int:
-        """A line over the layers whose mean is SnapKV's capacity."""
-        mean = super().capacity(view)
+    def capacity(self, view: LayerView, budget: float) -> int:
+        """Falls linearly over the layers; its mean over the layers is SnapKV's capacity."""
+        mean = super().capacity(view, budget)
         window = 0 if view.patched else min(self.window, view.new)
         spread = mean - window
         if spread <= 0 or view.layers == 1:
@@ -32,7 +35,7 @@ class PyramidKV(SnapKV):
             high = view.new - window
             low = 2 * spread - high
         fall = (high - low) / (view.layers - 1)
-        # Rounding up to each layer and taking the difference keeps the sum within one entry.
+        # Differences of rounded sums keep the total over the layers within one entry.
         below, here = (
             round(n * high - fall * n * (n - 1) / 2) for n in (view.layer, view.layer + 1)
         )

@@ -1,6 +1,6 @@
-"""A control."""
+"""Random eviction, a control."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,12 +12,12 @@ from kvbench.registry import register_method
 @register_method("random")
 @dataclass(frozen=True)
 class Random(Method):
-    """Keep entries drawn at random for each KV head: what a method must beat to know anything."""
+    """Keep random entries in each KV head: a control that every method should beat."""
 
     family = Family.POST_FILL
-    draw: int = 0
+    draw: int = field(default=0, metadata={"help": "Another number draws other entries."})
 
     def scores(self, view: LayerView) -> Tensor:
-        """[K, E], uniform; another `draw` gives another choice."""
+        """[K, E], uniform."""
         view.generator.manual_seed(view.generator.initial_seed() + self.draw)
         return torch.rand(view.positions.shape, generator=view.generator)

@@ -1,6 +1,6 @@
-"""SnapKV."""
+"""SnapKV: the attention of the prompt's last queries."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, cat
 from torch.nn.functional import avg_pool1d
@@ -12,11 +12,13 @@ from kvbench.registry import register_method
 @register_method("snapkv")
 @dataclass(frozen=True)
 class SnapKV(Method):
-    """Keep what the prompt's last queries attend to, smoothed (Li et al., 2404.14469)."""
+    """Keep what the prompt's last queries attend to, smoothed (Li et al., arXiv 2404.14469)."""
 
     family = Family.POST_FILL
-    window: int = 64
-    kernel: int = 5
+    window: int = field(default=64, metadata={"help": "Queries of the observation window."})
+    kernel: int = field(
+        default=5, metadata={"help": "Entries that the scores are averaged over; odd."}
+    )
 
     def __post_init__(self) -> None:
         self.check(self.window >= 1, f"window must be at least 1, not {self.window}")
@@ -27,11 +29,11 @@ class SnapKV(Method):
 
     @property
     def observation_window(self) -> int:
-        """W."""
+        """W, the option `window`."""
         return self.window
 
     def scores(self, view: LayerView) -> Tensor:
-        """[K, E]: attention from the window, average-pooled over the entries it may evict."""
+        """[K, E]: attention from the window, average-pooled over the entries that may go."""
         stop = view.entries - view.patched
         start = stop - view.new
         if not view.patched:

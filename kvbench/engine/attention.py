@@ -1,11 +1,11 @@
-"""Attention of a layer: of a prefill chunk to what is resident and to itself, and of single tokens.
+"""Attention backends: a chunk attends to what is resident and to itself; single tokens to both.
 
-All backends compute the same. `Reference` is slow, in float64 and there for tests.
+All backends compute the same. `Float64` is slow and meant for tests.
 """
 
 import sys
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,47 +18,67 @@ from kvbench.engine.kernels.flash_attn import flash_attn_partial
 from kvbench.engine.kernels.interface import Partial, TokenKernel
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import Entries
+from kvbench.models.attention import AttentionCall
 
-# Pairs of a query and a key, of all query heads, from which cuDNN's attention is used: by then it
-# has saved the 40 to 60 ms that it takes to plan for each new length (measured on an H100:
-# results/benchmarks). A chunk is as long in all layers; what is resident may not be.
+# cuDNN's attention is used from this number of (query, key) pairs, over all query heads. It then
+# saves the 40 to 60 ms that it takes to plan for each new length (measured on an H100, see
+# results/benchmarks). A chunk has one length in all layers; resident entries may have many.
 WORTH_CUDNN = {"own": 2**31, "past": 2**34}
-QUERY_BLOCK = 512  # queries that share one mask: bounds it to 512 x entries, whatever the chunk
+QUERY_BLOCK = 512  # queries that share one mask, so that a mask has at most 512 x entries cells
 
 
 class Backend(Protocol):
-    """What computes attention."""
+    """Computes attention."""
 
     def chunk(
         self,
         queries: Tensor,
         past: Entries | None,
         own: Entries,
-        *,
         scaling: float,
         sliding: int | None,
     ) -> Tensor:
-        """T new tokens attend to `past`, E resident entries, and causally to themselves.
+        """T new tokens attend to the E resident entries of `past`, and causally to themselves.
 
-        queries [K, G, T, D], past [K, E, ...], own [K, T, ...] -> [K, G, T, Dv]. Past entries lie
-        in any order; positions are read only if a sliding window of the model's (`sliding` tokens)
-        hides what is further back.
+        queries [K, G, T, D], past [K, E, ...], own [K, T, ...]; returns [K, G, T, Dv]. Past entries
+        are in any order. Positions are used only with `sliding`, the model's own sliding window in
+        tokens.
         """
         ...
 
     def token_kernel(self, entries: Entries) -> TokenKernel | None:
-        """A kernel for single tokens of many sequences that hold entries of this kind.
+        """A kernel for single tokens of many sequences with entries of this dtype and size.
 
-        None: a token is a chunk like any other.
+        None if there is none; then a single token is a chunk of length 1.
         """
         ...
 
 
-class Sdpa:
-    """PyTorch's scaled dot product attention, or a kernel of the same kind on a GPU.
+def attend_groups(
+    cache: RowCache, call: AttentionCall, queries: Tensor, new: Entries, backend: Backend
+) -> Tensor:
+    """A chunk attends to what each KV head of a row's layer holds, and to itself.
 
-    Past and own entries are attended to apart, where they lie, and merged, if there is a kernel
-    that gives the normaliser too. Single tokens have kernels of their own.
+    queries [K, G, T, D] and new [K, T, ...] of one row; returns [K, G, T, Dv].
+    """
+    parts = [
+        backend.chunk(
+            group.of(queries),
+            group.resident(),
+            Entries(*(group.of(tensor) for tensor in new)),
+            call.scaling,
+            call.sliding,
+        )
+        for group in cache.layers[call.layer]
+    ]
+    return cache.joined(call.layer, parts)
+
+
+class Sdpa:
+    """PyTorch's scaled dot product attention, or `on_gpu` for half precision on a GPU.
+
+    If the kernel also returns the normaliser, past and own entries are attended to separately and
+    the results are merged, so that the entries need not be joined.
     """
 
     def __init__(self, on_gpu: Partial | None = None) -> None:
@@ -69,7 +89,6 @@ class Sdpa:
         queries: Tensor,
         past: Entries | None,
         own: Entries,
-        *,
         scaling: float,
         sliding: int | None,
     ) -> Tensor:
@@ -84,12 +103,12 @@ class Sdpa:
             out = sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
             return out[0].unflatten(0, shape)
         if past is None or sliding is not None or partial is None:
-            return masked_chunk(queries, past, own, scaling=scaling, sliding=sliding)
+            return masked_chunk(queries, past, own, scaling, sliding)
         mine, earlier = partial(q, own, scaling, True), partial(q, past, scaling, False)
         return merged(mine, earlier).unflatten(0, shape)
 
     def _partial(self, queries: Tensor, values: Tensor) -> Partial | None:
-        """What attends to some of the entries, if anything does for such tensors."""
+        """The kernel that attends to part of the entries; None without one for such tensors."""
         size = queries.shape[-1]
         if values.shape[-1] != size:
             return None
@@ -112,7 +131,7 @@ class Sdpa:
 
 @cache
 def gpu_token_kernel() -> TokenKernel | None:
-    """The kernel for single tokens on a GPU, None without Triton."""
+    """The kernel for single tokens on a GPU; None without Triton."""
     try:
         from kvbench.engine.kernels import gpu
     except ImportError:
@@ -129,9 +148,9 @@ def cpu_partial(q: Tensor, of: Entries, scaling: float, causal: bool) -> tuple[T
 
 
 def cuda_partial(q: Tensor, of: Entries, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """Flash attention on a GPU, PyTorch's or, where it pays, cuDNN's; half precision; a `Partial`.
+    """Flash attention on a GPU in half precision, by PyTorch or cuDNN; a `Partial`.
 
-    cuDNN's is faster where PyTorch would choose it, but takes time anew for every length.
+    cuDNN is faster where PyTorch would choose it, but plans again for every new length.
     """
     k, v = of.keys[None], of.values[None]
     choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scaling, enable_gqa=True)
@@ -149,16 +168,16 @@ def cuda_partial(q: Tensor, of: Entries, scaling: float, causal: bool) -> tuple[
 
 
 def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention to two sets of entries together, from that to each and its log normaliser."""
+    """Attention to two sets of entries, from the attention to each and its log normaliser."""
     (a, log_a), (b, log_b) = first, second
     share = torch.sigmoid(log_b - log_a)[..., None].to(a.dtype)
     return torch.lerp(a, b, share)
 
 
 def masked_chunk(
-    queries: Tensor, past: Entries | None, own: Entries, *, scaling: float, sliding: int | None
+    queries: Tensor, past: Entries | None, own: Entries, scaling: float, sliding: int | None
 ) -> Tensor:
-    """As `Backend.chunk`, past and own entries put side by side under an explicit mask."""
+    """As `Backend.chunk`, over past and own entries joined, with an explicit mask."""
     groups, new = queries.shape[1:3]
     keys, values, positions = side_by_side(past, own)
     before = keys.shape[1] - new
@@ -181,13 +200,13 @@ def masked_chunk(
 
 
 def side_by_side(past: Entries | None, own: Entries) -> Entries:
-    """Past and own entries as one, a copy."""
+    """Past and own entries joined, a copy."""
     if past is None:
         return own
     return Entries(*(torch.cat(pair, 1) for pair in zip(past, own, strict=True)))
 
 
-class Reference:
+class Float64:
     """Attention by position, in float64."""
 
     def chunk(
@@ -195,7 +214,6 @@ class Reference:
         queries: Tensor,
         past: Entries | None,
         own: Entries,
-        *,
         scaling: float,
         sliding: int | None,
     ) -> Tensor:
@@ -205,48 +223,25 @@ class Reference:
         hidden = distance < 0
         if sliding is not None:
             hidden = hidden | (distance >= sliding)
-        return self._attend("kgtd,ked->kgte", queries, keys, values, scaling, hidden)
+        logits = torch.einsum("kgtd,ked->kgte", queries.double(), keys.double()) * scaling
+        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        return torch.einsum("kgte,ked->kgtd", weights, values.double()).to(queries.dtype)
 
     def token_kernel(self, entries: Entries) -> TokenKernel | None:
         """None."""
         return None
 
-    def _attend(
-        self, spec: str, q: Tensor, k: Tensor, v: Tensor, scaling: float, hidden: Tensor
-    ) -> Tensor:
-        logits = torch.einsum(spec, q.double(), k.double()) * scaling
-        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
-        a, b = spec.split("->")[0].split(",")
-        back = f"{spec.split('->')[1]},{b}->{a}"
-        return torch.einsum(back, weights, v.double()).to(q.dtype)
 
-
-def attend_groups(
-    cache: RowCache, layer: int, queries: Tensor, new: Entries, backend: Backend, **how: Any
-) -> Tensor:
-    """A chunk attends to what each KV head of a row's layer holds, and to itself.
-
-    queries [K, G, T, D], new [K, T, ...] -> [K, G, T, Dv]; `how` as in `Backend.chunk`.
-    """
-    parts = [
-        backend.chunk(
-            group.of(queries), group.resident(), Entries(*(group.of(t) for t in new)), **how
-        )
-        for group in cache.layers[layer]
-    ]
-    return cache.joined(layer, parts)
-
-
-BACKENDS: dict[str, Backend] = {"sdpa": Sdpa(), "reference": Reference()}
+BACKENDS: dict[str, Backend] = {"sdpa": Sdpa(), "reference": Float64()}
 
 
 def backend_of(attention: str) -> Backend:
-    """The backend that a model's `attention` names."""
+    """The backend for a `LoadedModel.attention`."""
     return Sdpa(flash_attn_partial()) if attention == "flash" else BACKENDS[attention]
 
 
 def resolve_attention(attention: str, device: torch.device) -> str:
-    """The attention backend that `--attention` names; InputError for one that the device lacks."""
+    """The attention backend that `--attention` names; InputError if the device cannot run it."""
     if attention == "auto":
         return "sdpa"
     if attention == "flash":

@@ -1,8 +1,7 @@
 """The ragged KV cache: every KV head of every layer of a row holds its own number of entries.
 
 KV heads of a layer that hold equally many entries share storage, a `HeadGroup`. Keys are cached
-after RoPE; an entry keeps the position it had in the text. Where entries lie in storage means
-nothing to attention.
+after RoPE, and an entry keeps its position in the text, so the order in storage does not matter.
 """
 
 from collections.abc import Sequence
@@ -14,12 +13,12 @@ from torch.nn.functional import pad
 
 from kvbench.method import Entries, Window
 
-EVERYTHING = Window(0, 2**62)  # of a KV head that does not stream, where one is asked for
+EVERYTHING = Window(0, 2**62)  # stands for no window, for kernels
 
 
 @dataclass
 class Ledger:
-    """The bytes of keys and values that all rows of a batch have allocated, and the most so far."""
+    """Bytes of keys and values that all rows of a call have allocated, and their peak."""
 
     bytes: int = 0
     peak: int = 0
@@ -34,8 +33,8 @@ class HeadGroup:
     """KV heads of one layer that hold equally many entries.
 
     keys [Kg, capacity, D], values [Kg, capacity, Dv], positions [Kg, capacity]; the first `length`
-    are resident. With a `window`, position p lies at p if it is a sink and otherwise at
-    `sinks + (p - sinks) % size`, so that it overwrites the entry that leaves the window.
+    are resident. With a `window`, the entry of position p is stored at p if it is a sink, else at
+    `sinks + (p - sinks) % size`, where it overwrites the entry that leaves the window.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class HeadGroup:
 
     @property
     def capacity(self) -> int:
-        """Entries of each KV head that there is room for."""
+        """Entries that are allocated for each KV head."""
         return 0 if self.positions is None else self.positions.shape[1]
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -63,29 +62,30 @@ class HeadGroup:
         return tensor[self._index]
 
     def resident(self) -> Entries | None:
-        """The entries there are, None for none."""
+        """The resident entries, None if there are none."""
         if not self.length:
             return None
         return Entries(*(tensor[:, : self.length] for tensor in self.entries()))
 
     def add(self, new: Entries, capacity: int) -> None:
-        """Add entries [Kg, T, ...], in storage with room for `capacity` if there is none yet."""
-        for place, given in zip(self._places(new, new.keys.shape[1], capacity), new, strict=True):
-            place.copy_(given)
+        """Add entries [Kg, T, ...]; if there is no storage yet, allocate `capacity` entries."""
+        for slot, given in zip(self._slots(new, new.keys.shape[1], capacity), new, strict=True):
+            slot.copy_(given)
 
     def take(self, new: Entries, chosen: Tensor | None, capacity: int) -> None:
-        """Add the entries `chosen` [Kg, c] of `new`, None for all."""
+        """Add the entries `chosen` [Kg, c] of `new`; all if it is None."""
         if chosen is None:
             self.add(new, capacity)
             return
-        places = self._places(new, chosen.shape[1], capacity)
-        for place, given in zip(places, new, strict=True):
-            _gather(given.to(place.dtype), chosen, out=place)
+        slots = self._slots(new, chosen.shape[1], capacity)
+        for slot, given in zip(slots, new, strict=True):
+            index = chosen if given.dim() == 2 else chosen[..., None].expand(-1, -1, given.shape[2])
+            torch.gather(given.to(slot.dtype), 1, index, out=slot)
 
-    def _places(self, like: Entries, count: int, capacity: int) -> list[Tensor]:
-        """Where `count` more entries go, which are resident from now on."""
+    def _slots(self, like: Entries, count: int, capacity: int) -> list[Tensor]:
+        """Storage for `count` more entries, which count as resident from now on."""
         start, stop = self.length, self.length + count
-        if not start:
+        if self.keys is None:
             self._allocate(like, max(capacity, stop))
         elif stop > self.capacity:
             self.reserve(max(capacity, stop))
@@ -93,25 +93,22 @@ class HeadGroup:
         return [stored[:, start:stop] for stored in self.entries()]
 
     def reserve(self, capacity: int) -> None:
-        """Have room for `capacity` entries, those there are moved if there was not.
+        """Move the resident entries to storage for `capacity` entries.
 
-        Keys move before values: old and new storage are never there both in full.
+        Keys move before values, so that old and new storage never exist both in full.
         """
         for name in ("keys", "values", "positions"):
             old: Tensor = getattr(self, name)
             grown = old.new_empty((len(old), capacity, *old.shape[2:]))
-            if name != "positions":
-                self.ledger.allocate(grown.nbytes)
             grown[:, : self.length] = old[:, : self.length]
-            self.free(name)
-            setattr(self, name, grown)
+            self._store(name, grown)
 
     def slide(self, new: Entries, start: int, capacity: int) -> None:
-        """Add a chunk's entries, the first at position `start`, of which the window's stay."""
+        """Add a chunk's entries, the first at position `start`; evict what leaves the window."""
         assert self.window is not None
         sinks, size = self.window.sinks, self.window.size
         count = new.positions.shape[1]
-        first = min(max(0, sinks - start), count)  # so many of the chunk are sinks
+        first = min(max(0, sinks - start), count)  # entries of the chunk that are sinks
         rest = max(first, count - size)
         if self.positions is None:
             self._allocate(new, capacity)
@@ -123,30 +120,25 @@ class HeadGroup:
         self.length = min(start + count, sinks + size)
 
     def replace(self, source: "HeadGroup", own: Entries, chosen: Tensor, capacity: int) -> None:
-        """Hold the entries `chosen` [Kg, c], ascending, of a group's and then own ones.
+        """Hold only the entries `chosen` [Kg, c] of `source` and then `own`.
 
-        `source` may be this group. Keys move before values, so that old and new storage are never
-        there both in full.
+        The indices ascend. `source` may be this group. Keys move before values, so that old and new
+        storage never exist both in full.
         """
         pick = _Pick(source.length, own, chosen, capacity)
         own = Entries(own.keys, own.values, own.positions.int())
         for name, new in zip(("keys", "values", "positions"), own, strict=True):
-            taken = pick.of(getattr(source, name), new)
-            if name != "positions":
-                self.ledger.allocate(taken.nbytes)
-            self.free(name)
-            setattr(self, name, taken)
+            self._store(name, pick.of(getattr(source, name), new))
         self.length = chosen.shape[1]
 
     def clear(self) -> None:
         """Free the storage."""
-        self.free("keys")
-        self.free("values")
-        self.positions = None
+        for name in ("keys", "values", "positions"):
+            self._store(name, None)
         self.length = 0
 
     def entries(self) -> Entries:
-        """The storage, resident or not."""
+        """The whole storage, resident or not."""
         assert self.keys is not None
         assert self.values is not None
         assert self.positions is not None
@@ -156,31 +148,22 @@ class HeadGroup:
         for name, given in zip(("keys", "values", "positions"), like, strict=True):
             dtype = torch.int32 if name == "positions" else given.dtype
             shape = (len(self.heads), capacity, *given.shape[2:])
-            made = torch.empty(shape, dtype=dtype, device=given.device)
-            if name != "positions":
-                self.ledger.allocate(made.nbytes)
-            setattr(self, name, made)
+            self._store(name, torch.empty(shape, dtype=dtype, device=given.device))
 
-    def free(self, name: str) -> None:
-        """Free the storage of `keys`, `values` or `positions`."""
-        old = getattr(self, name)
-        if old is not None and name != "positions":
-            self.ledger.allocate(-old.nbytes)
-        setattr(self, name, None)
-
-
-def _gather(tensor: Tensor, chosen: Tensor, out: Tensor) -> None:
-    """Write the entries `chosen` [k, c] of [k, e, ...] to `out`."""
-    if tensor.dim() == 3:
-        chosen = chosen[..., None].expand(-1, -1, tensor.shape[2])
-    torch.gather(tensor, 1, chosen, out=out)
+    def _store(self, name: str, new: Tensor | None) -> None:
+        """Replace the storage of `keys`, `values` or `positions`; the old one is freed."""
+        old: Tensor | None = getattr(self, name)
+        if name != "positions":
+            self.ledger.allocate(0 if new is None else new.nbytes)
+            self.ledger.allocate(0 if old is None else -old.nbytes)
+        setattr(self, name, new)
 
 
 class _Pick:
-    """Takes the entries `chosen` [k, c], ascending, of `before` stored and then own ones.
+    """Copies the entries `chosen` [k, c], ascending, of `before` stored and then own ones.
 
-    They come with room for `capacity`. Rows of flattened storage are copied whole, ten times faster
-    than elements are gathered; and past and own entries are not put side by side first.
+    The copy has storage for `capacity` entries. Whole rows of the flattened storage are copied, ten
+    times faster than gathering elements, and past and own entries are not joined first.
     """
 
     def __init__(self, before: int, own: Entries, chosen: Tensor, capacity: int) -> None:
@@ -194,7 +177,7 @@ class _Pick:
         self.own = late.clamp(min=0)
 
     def of(self, stored: Tensor | None, own: Tensor) -> Tensor:
-        """From [k, stored, ...] and [k, T, ...]: [k, capacity, ...], the first c of them chosen."""
+        """From stored [k, s, ...] and own [k, T, ...]: [k, capacity, ...], the first c chosen."""
         late = own[self.heads, self.own]
         if stored is None or not self.before:
             if self.capacity == self.count:
@@ -211,10 +194,10 @@ class _Pick:
 
 
 class RowCache:
-    """All layers of one row.
+    """The cache of all layers of one row.
 
-    With `apart`, a KV head that does not stream has storage of its own, so that evicting it later
-    takes the memory of one head besides and not of a layer.
+    `windows` are the windows of each layer's KV heads. With `apart`, each KV head that does not
+    stream has separate storage, so that evicting copies one head at a time and not a whole layer.
     """
 
     def __init__(
@@ -226,7 +209,7 @@ class RowCache:
         apart: bool = False,
     ) -> None:
         self.layers: list[list[HeadGroup]] = []
-        self.orders: list[Tensor | None] = []  # where each KV head is among a layer's groups
+        self.orders: list[Tensor | None] = []  # index of each KV head among a layer's groups
         for layer in windows:
             kinds: dict[object, list[int]] = {}
             for head, window in enumerate(layer):
@@ -234,14 +217,13 @@ class RowCache:
             self.layers.append(
                 [HeadGroup(heads, layer[heads[0]], ledger, device) for heads in kinds.values()]
             )
-
             flat = [head for heads in kinds.values() for head in heads]
             ordered = flat == sorted(flat)
             order = None if ordered else torch.tensor(flat, device=device).argsort()
             self.orders.append(order)
 
     def group_like(self, layer: int, other: HeadGroup) -> HeadGroup:
-        """The group of the same KV heads as another cache's."""
+        """The group with the same KV heads as one of another cache."""
         return next(group for group in self.layers[layer] if group.heads == other.heads)
 
     def clear(self) -> None:
@@ -251,7 +233,7 @@ class RowCache:
                 group.clear()
 
     def joined(self, layer: int, parts: Sequence[Tensor]) -> Tensor:
-        """What was computed for each of a layer's groups, [Kg, ...], as [K, ...], in order."""
+        """Join tensors [Kg, ...] of a layer's groups to [K, ...], in the order of the KV heads."""
         if len(parts) == 1:
             return parts[0]
         order = self.orders[layer]
@@ -259,7 +241,7 @@ class RowCache:
         return together if order is None else together[order]
 
     def lengths(self) -> list[list[tuple[int, int, int | None]]]:
-        """Of every layer's groups: KV heads, entries of each, and the most it ever holds."""
+        """For each layer's groups: KV heads, entries of each, and the window's limit or None."""
         return [
             [
                 (
@@ -273,8 +255,8 @@ class RowCache:
         ]
 
     def addresses(self, layer: int) -> list[list[int]]:
-        """Of each KV head of a layer: where its keys, values and positions start, how many entries
-        it holds, and the sinks and the size of its window.
+        """For each KV head of a layer: the addresses of its keys, values and positions, the number
+        of entries, and the sinks and the size of its window.
         """
         found = {}
         for group in self.layers[layer]:
@@ -285,11 +267,14 @@ class RowCache:
                 found[head] = [start + row * step for start, step in starts] + held
         return [found[head] for head in sorted(found)]
 
-    def kept(self, layer: int) -> dict[int, list[int]]:
-        """The positions that each KV head of a layer holds, sorted."""
-        found = {}
-        for group in self.layers[layer]:
-            entries = group.resident()
-            for row, head in enumerate(group.heads):
-                found[head] = sorted(entries.positions[row].tolist()) if entries else []
-        return found
+    def kept(self) -> list[list[list[int]]]:
+        """The resident positions of each layer and KV head, sorted."""
+        result = []
+        for groups in self.layers:
+            found = {}
+            for group in groups:
+                entries = group.resident()
+                for row, head in enumerate(group.heads):
+                    found[head] = sorted(entries.positions[row].tolist()) if entries else []
+            result.append([found[head] for head in sorted(found)])
+        return result

@@ -1,25 +1,48 @@
-"""What stays of a layer after a prefill chunk: a method's choice, applied to the cache."""
+"""Where a budget becomes an eviction: which entries of a layer stay after a prefill chunk.
 
-import math
-from collections.abc import Callable, Sequence
-from copy import copy
+`kvbench.engine.prefill` calls `choose` once a layer has attended to a chunk, and moves the entries.
+Windows of streaming KV heads need no choice: the cache keeps them by position.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from kvbench.engine.accounting import EntryBytes, chunks
 from kvbench.engine.cache import HeadGroup
-from kvbench.engine.footprint import chunks
-from kvbench.method import Entries, KVShape, LayerView, Method, Window
+from kvbench.method import Entries, KVShape, LayerView, Method, Window, draw_seed
 from kvbench.spec import Chunking, MethodSpec
+
+
+def choose(policy: "EvictionPolicy", scores: "LayerScores") -> Tensor | None:
+    """Which of the new entries stay: indices [K, c] in order of position, None for all.
+
+    Of the `view.new` entries `capacity` stay: those of the observation window, if they are among
+    them, and those of the rest with the highest scores. If the capacity is at most the window, the
+    last `capacity` entries stay. Entries of earlier chunks always stay, patched ones never.
+    """
+    view = scores.view(policy)
+    capacity = policy.capacity(view)
+    if capacity >= view.new:
+        return None
+    observed = 0 if view.patched else min(policy.spec.observation_window, view.new)
+    window = torch.arange(view.new - observed, view.new, device=scores.device)
+    heads = len(view.kv_heads)
+    if observed and capacity <= observed:
+        return window[observed - capacity :].expand(heads, -1)
+    best = scores.ranking(policy, observed)[:, : capacity - observed].sort(dim=-1).values
+    return torch.cat([best, window.expand(heads, -1)], dim=1)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A prefill chunk: `length` tokens of the prompt from `start` on, then `patched` more.
+    """A prefill chunk: `length` tokens of the prompt from position `start`, then `patched` more.
 
-    The patched tokens are the prompt's last ones; they lend the chunk their queries and leave no
-    entries (ALGORITHMS, section 5).
+    The patched tokens are the last ones of the prompt. They lend the chunk their queries and leave
+    no entries (docs/methods.md).
     """
 
     start: int
@@ -27,82 +50,102 @@ class Chunk:
     patched: int
     last: bool
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.length + self.patched
+
 
 @dataclass(frozen=True)
-class Evictor:
-    """A method under a budget, deciding for one row. A budget of 1 evicts nothing."""
+class EvictionPolicy:
+    """When and how much one row evicts: a method under a budget. A budget of 1 evicts nothing."""
 
     spec: MethodSpec
     budget: float
     shape: KVShape
-    prompt: int  # n
-    decoded: int  # tokens to be fed in decoding, at most
+    prompt: int  # n, tokens
+    decoded: int  # tokens that are fed in decoding, at most
     seed: int
+    prefill_chunk: int | None  # tokens; None reads the prompt at once
 
+    @cached_property
     def windows(self) -> Sequence[Sequence[Window | None]]:
-        """The window of every layer's KV heads, None for heads that do not stream."""
+        """The window of each layer's KV heads, None for heads that do not stream."""
         chosen = None
         if self.budget < 1:
             chosen = self.spec.method.windows(self.shape, self.budget, self.prompt)
         return chosen or [[None] * self.shape.kv_heads] * self.shape.layers
 
-    def chunks(self, prefill_chunk: int | None) -> list[Chunk]:
-        """How the prompt is read, in prefill chunks of that many tokens, None at once."""
-        patched = self.scores and self.spec.chunking is Chunking.PATCHED
+    @cached_property
+    def chunks(self) -> Sequence[Chunk]:
+        """The prefill chunks of the prompt."""
+        patched = self.evicts_by_score and self.spec.chunking is Chunking.PATCHED
         patch = min(self.spec.observation_window, self.prompt) if patched else 0
-        result = []
-        start = 0
-        for length in chunks(self.prompt, prefill_chunk):
+        result, start = [], 0
+        for length in chunks(self.prompt, self.prefill_chunk):
             last = start + length == self.prompt
             result.append(Chunk(start, length, 0 if last else patch, last))
             start += length
         return result
 
     @property
-    def scores(self) -> bool:
-        """Whether entries are scored, some to be evicted."""
+    def evicts_by_score(self) -> bool:
+        """Whether entries are scored, and some of them evicted."""
         return self.budget < 1 and self.spec.scorer is not None
 
     @property
-    def chunked(self) -> bool:
-        """Whether entries are scored after every chunk."""
-        return self.scores and self.spec.chunking is not Chunking.NONE
+    def scores_each_chunk(self) -> bool:
+        """Whether entries are scored after every chunk (chunked eviction)."""
+        return self.evicts_by_score and self.spec.chunking is not Chunking.NONE
 
     @property
-    def one_by_one(self) -> bool:
-        """Whether KV heads that do not stream have storage each, to be moved one by one."""
-        return self.scores and not self.chunked
+    def scores_once(self) -> bool:
+        """Whether entries are scored once the whole prompt is read (post-fill)."""
+        return self.evicts_by_score and self.spec.chunking is Chunking.NONE
 
     @property
-    def waits(self) -> bool:
+    def keeps_whole_prompt(self) -> bool:
         """Whether nothing is evicted before the whole prompt is read."""
-        return not self.chunked and all(w is None for layer in self.windows() for w in layer)
+        streaming = any(window for layer in self.windows for window in layer)
+        return not self.scores_each_chunk and not streaming
 
     @property
     def keeps_all(self) -> bool:
-        """Whether this is full attention, whatever it is called."""
-        return not self.scores and self.waits
+        """Whether this is full attention, whatever the method is called."""
+        return not self.evicts_by_score and self.keeps_whole_prompt
 
-    def chooses(self, window: Window | None, chunk: Chunk) -> bool:
-        """Whether a group of KV heads takes in only some of what is there after a chunk."""
-        return window is not None or self.chunked or (self.scores and chunk.last)
+    def evicts(self, window: Window | None, chunk: Chunk) -> bool:
+        """Whether KV heads with this window (None: they do not stream) evict after a chunk."""
+        return window is not None or self.scores_each_chunk or (self.evicts_by_score and chunk.last)
 
-    def room(self, window: Window | None, last_chunk: int) -> int:
-        """Entries that a group's storage has room for, `last_chunk` tokens being read last.
+    def capacity(self, view: LayerView) -> int:
+        """How many of the view's new entries each KV head keeps."""
+        assert self.spec.scorer is not None
+        return self.spec.scorer.capacity(view, self.spec.scorer_budget(self.budget))
 
-        What is scored once the prompt is read has no need of room for the last chunk, of which a
-        choice is taken at once.
+    def reserved(self, window: Window | None) -> int:
+        """Entries of storage for each KV head with this window, while the prompt is read.
+
+        Heads that are scored once the prompt is read need none for its last chunk.
         """
         whole = self.prompt + self.decoded
         if window is not None:
             return min(whole, window.sinks + window.size)
-        return self.prompt - last_chunk if self.scores else whole
+        return self.prompt - self.chunks[-1].length if self.evicts_by_score else whole
 
-    def room_for_answer(self, kept: int, before: int, new: int) -> int:
-        """Entries of a KV head to have room for, once `kept` of `before` and `new` ones stay.
+    def reserved_from(self, chunk: Chunk, view: LayerView) -> int:
+        """Entries of storage for each KV head that evicts after this and every later chunk."""
+        kept = 0
+        for later in (c for c in self.chunks if c.start >= chunk.start):
+            then = replace(view, new=later.length, patched=later.patched, last=later.last)
+            kept += min(later.length, self.capacity(then))
+        return self.reserved_for_answer(kept, 0, chunk.length)
 
-        The answer's are among them, so that nothing moves later, unless they would raise the peak
-        by more than a hundredth: all layers have that room while one still holds what is evicted.
+    def reserved_for_answer(self, kept: int, before: int, new: int) -> int:
+        """Entries of storage for each KV head that keeps `kept` of `before` and `new` ones.
+
+        Storage for the answer is included, so that nothing moves later, unless that would raise the
+        peak by more than 1%: all layers hold it while one still holds what it is about to evict.
         """
         layers = self.shape.layers
         raised = min(self.decoded * layers, new) if kept + self.decoded > before else 0
@@ -110,127 +153,93 @@ class Evictor:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer that has attended to a chunk and is to be evicted from."""
+class LayerChunk:
+    """A layer that has attended to a chunk and is about to evict."""
 
-    index: int
+    layer: int
     chunk: Chunk
-    following: tuple[Chunk, ...]  # the prompt's chunks after this one
-    own: Entries  # [K, T, ...], the chunk's, without patched ones
-    patch: Entries | None  # [K, W, ...], patched ones
+    own: Entries  # [K, T, ...], of the chunk, without the patched ones
+    patch: Entries | None  # [K, W, ...], the patched ones
+    queries: Tensor  # [H, Q, D], the latest ones; as many as an observation window may need
     scaling: float
-    observed: Callable[[int], Tensor]  # the latest W queries [H, W, D]
+
+    @cached_property
+    def entry_bytes(self) -> EntryBytes:
+        """The bytes of an entry of this layer."""
+        return EntryBytes.of(self.own)
 
     def own_of(self, group: HeadGroup) -> Entries:
         """The chunk's entries of a group of KV heads."""
         return Entries(*(group.of(tensor) for tensor in self.own))
 
-    @property
-    def last_chunk(self) -> int:
-        """Tokens of the prompt's last chunk."""
-        return (self.following or (self.chunk,))[-1].length
 
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of the key and the value of an entry."""
-        return sum(t.shape[-1] * t.itemsize for t in (self.own.keys, self.own.values))
+class LayerScores:
+    """Views and rankings of one layer, made once for all rows that evict from the same entries.
 
-
-class Chooser:
-    """The choices of all rows that evict from the same entries: scored once, cut at each budget.
-
-    `groups` are the KV heads that are scored, their entries of earlier chunks in storage.
+    `groups` are the KV heads that are scored; they store the entries of earlier chunks.
     """
 
-    def __init__(self, groups: Sequence[HeadGroup], layer: Layer) -> None:
+    def __init__(self, groups: Sequence[HeadGroup], layer: LayerChunk) -> None:
         self.groups = groups
         self.layer = layer
+        self.device = layer.own.keys.device
         self._views: dict[tuple[int, int], LayerView] = {}
         self._rankings: dict[tuple[Method, int], Tensor] = {}
-        self._draws: dict[int, int] = {}
 
-    def choice(self, evictor: Evictor) -> Tensor | None:
-        """Which of the new entries stay: indices [K, c] in order of position, None for all.
+    def view(self, policy: EvictionPolicy) -> LayerView:
+        """What the method sees; it does not depend on the budget."""
+        key = policy.spec.observation_window, policy.seed
+        if key not in self._views:
+            self._views[key] = self._make_view(policy)
+        return self._views[key]
 
-        Of the `view.new` entries `capacity` stay: the observation window, if it is among them, and
-        those of the rest with the highest scores. If the capacity is no more than the window, the
-        last `capacity` entries stay. Entries of earlier chunks stay; patched ones never do.
-        """
-        scorer = evictor.spec.scorer
+    def ranking(self, policy: EvictionPolicy, observed: int) -> Tensor:
+        """Indices [K, new - observed] of the new entries before the window, best first."""
+        scorer = policy.spec.scorer
         assert scorer is not None
-        view = self._view(evictor)
-        capacity = scorer.capacity(_at_budget(view, evictor))
-        if capacity >= view.new:
-            return None
-        observed = 0 if view.patched else min(scorer.observation_window, view.new)
-        window = torch.arange(view.new - observed, view.new, device=self.layer.own.keys.device)
-        heads = len(view.kv_heads)
-        if observed and capacity <= observed:
-            return window[observed - capacity :].expand(heads, -1)
-        ranking = self._ranking(scorer, view, evictor.seed, observed)
-        best = ranking[:, : capacity - observed].sort(dim=-1).values
-        return torch.cat([best, window.expand(heads, -1)], dim=1)
-
-    def room(self, evictor: Evictor) -> int:
-        """Entries to have room for, for one that evicts after this and all following chunks."""
-        scorer, layer = evictor.spec.scorer, self.layer
-        assert scorer is not None
-        view = _at_budget(self._view(evictor), evictor)
-        total = 0
-        for chunk in (layer.chunk, *layer.following):
-            then = replace(view, new=chunk.length, patched=chunk.patched, last=chunk.last)
-            total += min(chunk.length, scorer.capacity(then))
-        return evictor.room_for_answer(total, 0, layer.chunk.length)
-
-    def forget(self) -> None:
-        """Let go of the entries; their storage may be freed then. What is scored stays known."""
-        self._views.clear()
-
-    def _ranking(self, scorer: Method, view: LayerView, seed: int, observed: int) -> Tensor:
-        """Indices [K, new - observed] of the new entries but the window, best first."""
-        key = scorer, seed
+        key = scorer, policy.seed
         if key not in self._rankings:
-            view.generator.manual_seed(self._draws[seed])  # whoever drew from it before
+            view = self.view(policy)
+            view.generator.manual_seed(self._draw_seed(policy))  # another method may have drawn
             scores = scorer.scores(view)
             assert scores is not None
-            own = view.entries - view.patched
-            candidates = scores[:, own - view.new : own - observed]
-            candidates = candidates.to(self.layer.own.keys.device, non_blocking=True)
+            end = view.entries - view.patched
+            candidates = scores[:, end - view.new : end - observed]
+            candidates = candidates.to(self.device, non_blocking=True)
             self._rankings[key] = candidates.argsort(dim=-1, descending=True, stable=True)
         return self._rankings[key]
 
-    def _view(self, evictor: Evictor) -> LayerView:
-        key = evictor.spec.observation_window, evictor.seed
-        if key not in self._views:
-            self._views[key] = self._make_view(evictor)
-        return self._views[key]
+    def release(self) -> None:
+        """Drop the views, which keep the storage of entries alive. Rankings stay."""
+        self._views.clear()
 
-    def _make_view(self, evictor: Evictor) -> LayerView:
-        layer, chunk, shape = self.layer, self.layer.chunk, evictor.shape
-        seen = chunk.start + chunk.length + chunk.patched
-        queries = layer.observed(evictor.spec.observation_window)
+    def _draw_seed(self, policy: EvictionPolicy) -> int:
+        # Without chunking, the choice must not depend on how the prompt was cut into chunks.
+        start = self.layer.chunk.start if policy.scores_each_chunk else 0
+        return draw_seed(policy.seed, self.layer.layer, start)
+
+    def _make_view(self, policy: EvictionPolicy) -> LayerView:
+        layer, chunk, shape = self.layer, self.layer.chunk, policy.shape
+        seen = chunk.start + chunk.tokens
+        window = min(policy.spec.observation_window, layer.queries.shape[1])
+        queries = layer.queries[:, layer.queries.shape[1] - window :]
         grouped = queries.unflatten(0, (shape.kv_heads, shape.group))
         heads = [head for group in self.groups for head in group.heads]
         if heads != list(range(shape.kv_heads)):
             grouped = torch.cat([group.of(grouped) for group in self.groups])
-        # Without chunking the choice must not depend on how the prompt was cut into chunks.
-        place = (evictor.seed * 1_000_003 + layer.index) * 1_000_003
-        place += chunk.start if evictor.chunked else 0
-        self._draws[evictor.seed] = place % 2**62
         return LayerView(
             blocks=[self._blocks(group) for group in self.groups],
             queries=grouped,
-            query_positions=torch.arange(seen - grouped.shape[2], seen, device=queries.device),
+            query_positions=torch.arange(seen - window, seen, device=self.device),
             scaling=layer.scaling,
             kv_heads=tuple(heads),
-            layer=layer.index,
+            layer=layer.layer,
             layers=shape.layers,
-            budget=math.nan,
-            prompt=evictor.prompt,
-            new=chunk.length if evictor.chunked else evictor.prompt,
+            prompt=policy.prompt,
+            new=chunk.length if policy.scores_each_chunk else policy.prompt,
             patched=chunk.patched,
             last=chunk.last,
-            generator=torch.Generator(),
+            generator=torch.Generator().manual_seed(self._draw_seed(policy)),
         )
 
     def _blocks(self, group: HeadGroup) -> list[Entries]:
@@ -240,9 +249,3 @@ class Chooser:
             if new is not None:
                 pieces.append(Entries(*(group.of(tensor) for tensor in new)))
         return pieces
-
-
-def _at_budget(view: LayerView, evictor: Evictor) -> LayerView:
-    at = copy(view)
-    object.__setattr__(at, "budget", evictor.spec.scorer_budget(evictor.budget))
-    return at

@@ -1,33 +1,36 @@
-"""A function that is called again and again on the same tensors, captured in a CUDA graph."""
+"""Captures a decoding step in a CUDA graph, so that it is launched as one."""
 
 from collections.abc import Callable
 
 import torch
 
-FIRST = 3  # calls that are made as they are: what changes sooner is not worth capturing
+FIRST = 3  # calls without a graph; a function that changes sooner is not worth capturing
 
 
 class Repeated:
-    """Calls a function that only works on tensors in place; on a GPU, it is captured soon.
+    """Calls a function that works on tensors in place; on a GPU, from a CUDA graph after a while.
 
-    What is captured is launched as one: a small model's step is some hundred short kernels, which
-    take the host far longer to launch than the GPU to run. A function that cannot be captured, for
-    it waits for the GPU, goes on as it is.
+    A step of a small model is hundreds of short kernels, which the host launches more slowly than
+    the GPU runs them; a graph is launched as one. Functions that synchronise with the GPU cannot be
+    captured and run without a graph.
+
+    `capturable` says whether to try; `first` is how many calls are made before.
     """
 
-    def __init__(self, function: Callable[[], None], capturable: bool) -> None:
+    def __init__(self, function: Callable[[], None], capturable: bool, first: int = FIRST) -> None:
         self.function = function
         self.capturable = capturable
+        self.first = first
         self.changed()
 
     def changed(self) -> None:
-        """The function works on other tensors from now on."""
+        """Tell that the function works on other tensors from now on."""
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
-        """Call it."""
-        if self.capturable and self.calls == FIRST:
+        """Call the function."""
+        if self.capturable and self.calls == self.first:
             self.graph = self._captured()
         self.calls += 1
         if self.graph is None:

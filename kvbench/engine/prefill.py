@@ -1,4 +1,10 @@
-"""Reading prompts: in chunks, shared as far as rows hold the same."""
+"""Reads prompts in chunks: in each layer a chunk attends, and then every row evicts.
+
+Rows with the same prompt form a *prefill group*. A *stream* is a cache that is being filled for all
+rows of the group that hold the same entries so far: full attention and all methods that evict only
+once the prompt is read share one stream; each row that evicts earlier has its own. Nothing is
+evicted before the first chunk has been read, so all streams read that chunk together.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -8,159 +14,256 @@ import torch
 from torch import Tensor
 
 from kvbench.engine.attention import Backend, attend_groups, backend_of
-from kvbench.engine.cache import Ledger, RowCache
-from kvbench.engine.eviction import Chooser, Chunk, Layer
-from kvbench.engine.row import Row, RowState, evictor_of, heads_of
+from kvbench.engine.cache import HeadGroup, Ledger, RowCache
+from kvbench.engine.eviction import Chunk, LayerChunk, LayerScores, choose
+from kvbench.engine.row import Row, RowState, policy_of
 from kvbench.errors import InputError
 from kvbench.method import Entries
-from kvbench.models.load import LoadedModel, forward, unvisited
+from kvbench.models.attention import AttentionCall
+from kvbench.models.load import LoadedModel, forward
 
 PACKED_TOKENS = 2048  # tokens that go through the model at once, unless one chunk has more
-
-
-@dataclass
-class Stream:
-    """A cache being filled with a prompt, for all rows that hold the same entries so far."""
-
-    states: list[RowState]
-    cache: RowCache
-    chunks: list[Chunk]
-    recent: list[Tensor | None]  # [H, W, D], each layer's latest queries of earlier chunks
-
-    @property
-    def keeper(self) -> RowState | None:
-        """The row whose cache this is; the others leave it with the prompt's last chunk."""
-        return next((state for state in self.states if state.cache is self.cache), None)
-
-    def take(self, layer: Layer) -> None:
-        """Let every row decide what it keeps of a chunk."""
-        groups = self.cache.layers[layer.index]
-        chooser = Chooser([group for group in groups if group.window is None], layer)
-        keeper = self.keeper
-        for state in self.states:
-            state.arrive(groups, layer)
-            if layer.chunk.last and state is not keeper:
-                state.settle(groups, layer, chooser)
-        if keeper is not None:
-            keeper.settle(groups, layer, chooser)
-            return
-        for group in groups:
-            if layer.chunk.last:
-                group.clear()
-            else:
-                room = self.states[0].evictor.room(None, layer.last_chunk)
-                group.add(layer.own_of(group), room)
-
-    def observed(self, layer: int, chunk: Chunk, queries: Tensor, wanted: int) -> Tensor:
-        """The latest `wanted` queries [H, W, D], which may reach back into earlier chunks."""
-        before = self.recent[layer]
-        if before is not None and queries.shape[1] < wanted and not self.states[0].evictor.chunked:
-            queries = torch.cat([before, queries], dim=1)
-        return queries[:, max(0, queries.shape[1] - wanted) :]
-
-    def remember(self, layer: int, chunk: Chunk, queries: Tensor) -> None:
-        """Keep the queries that an observation window at the prompt's end reaches back to."""
-        evictors = [s.evictor for s in self.states if s.evictor.one_by_one]
-        wanted = max((e.spec.observation_window for e in evictors), default=0)
-        behind = sum(c.length for c in self.chunks if c.start > chunk.start)
-        if 0 < behind < wanted:
-            self.recent[layer] = self.observed(layer, chunk, queries, wanted - behind).clone()
-
-
-@dataclass
-class Piece:
-    """A chunk read for some streams at once: one, or in the first chunk all that read the same."""
-
-    streams: list[Stream]
-    chunk: Chunk
-    positions: Tensor  # [T + W], patched tokens at the end
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that go through the model."""
-        return self.chunk.length + self.chunk.patched
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        sliding: int | None,
-        backend: Backend,
-    ) -> Tensor:
-        """query [H, T, D], key [K, T, D], value [K, T, Dv] -> [H, T, Dv]: attend, then evict."""
-        kv_heads = key.shape[0]
-        fed = Entries(key, value, self.positions.expand(kv_heads, -1))
-        grouped = query.unflatten(0, (kv_heads, -1))
-        lead, chunk = self.streams[0].cache, self.chunk
-        if not chunk.start:
-            out = backend.chunk(grouped, None, fed, scaling=scaling, sliding=sliding)
-        else:
-            out = attend_groups(
-                lead, layer, grouped, fed, backend, scaling=scaling, sliding=sliding
-            )
-        own = Entries(*(tensor[:, : chunk.length] for tensor in fed))
-        patch = Entries(*(t[:, chunk.length :] for t in fed)) if chunk.patched else None
-        for stream in self.streams:
-            following = tuple(c for c in stream.chunks if c.start > chunk.start)
-
-            def observed(wanted: int, stream: Stream = stream) -> Tensor:
-                return stream.observed(layer, chunk, query, wanted)
-
-            stream.take(Layer(layer, chunk, following, own, patch, scaling, observed))
-            stream.remember(layer, chunk, query)
-        return out.flatten(0, 1)
 
 
 def prefill(
     model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None, ledger: Ledger
 ) -> list[RowState]:
-    """Read the prompt of a prefill group, chunk by chunk, and choose each row's first token."""
-    prompt = rows[0].prompt
+    """Read the prompt of a prefill group, and choose each row's first token.
+
+    Returns the states of the rows, in order. `ledger` counts the bytes that are really allocated.
+    """
     states, streams = make_streams(model, rows, prefill_chunk, ledger)
-    ids = torch.tensor(prompt, device=model.device)
+    ids = torch.tensor(rows[0].prompt, device=model.device)
     for step in range(len(streams[0].chunks)):
         for pack in packs(pieces(streams, step, model.device)):
             read(model, pack, ids)
     return states
 
 
+def read(model: LoadedModel, pack: "Sequence[Piece]", ids: Tensor) -> None:
+    """Read some chunks of the prompt `ids` [n] in one forward, packed into one sequence."""
+    started = time.perf_counter()
+    fed, ends = [], []
+    for piece in pack:
+        chunk = piece.chunk
+        fed.append(ids[chunk.start : chunk.start + chunk.length])
+        ends.append(sum(len(tokens) for tokens in fed) - 1)
+        if chunk.patched:
+            fed.append(ids[len(ids) - chunk.patched :])
+    positions = torch.cat([piece.positions for piece in pack])
+    kv = PrefillKV(pack, backend_of(model.attention), [False] * model.shape.layers)
+    logits = forward(model, torch.cat(fed)[None], positions[None], kv, ends)
+    missed = [layer for layer, visited in enumerate(kv.visited) if not visited]
+    if missed:
+        raise InputError(
+            f"layers {missed} of model '{model.name}' do not attend through the registered "
+            "attention (they are recurrent, or share keys with other layers)"
+        )
+    first = logits.argmax(-1).tolist() if pack[0].chunk.last else [None] * len(pack)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)  # so that no later chunk pays for this one
+    seconds = (time.perf_counter() - started) / sum(piece.chunk.tokens for piece in pack)
+    for piece, token in zip(pack, first, strict=True):
+        chunk = piece.chunk
+        states = [state for stream in piece.streams for state in stream.states]
+        for state in states:
+            state.accounting.chunk_read(chunk.length, chunk.patched, model.shape.total_kv_heads)
+            state.prefill_seconds += seconds * chunk.tokens / len(states)
+            if token is not None:
+                state.tokens.append(token)
+
+
+@dataclass
+class PrefillKV:
+    """A `KVAttention` for one forward of packed chunks: each piece attends to its own entries."""
+
+    pack: "Sequence[Piece]"
+    backend: Backend
+    visited: list[bool]  # [layers]
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """B = 1, T the tokens of all pieces."""
+        self.visited[call.layer] = True
+        calls = call.split([piece.chunk.tokens for piece in self.pack])
+        parts = [
+            piece.attend(part, self.backend) for piece, part in zip(self.pack, calls, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+@dataclass
+class Piece:
+    """A chunk that is read for some streams at once: for one, or the first chunk for several."""
+
+    streams: "list[Stream]"
+    chunk: Chunk
+    positions: Tensor  # [T + W], patched tokens at the end
+
+    def attend(self, call: AttentionCall, backend: Backend) -> Tensor:
+        """Attend, then let every row evict. B = 1; returns [1, H, T + W, Dv]."""
+        query, key, value = call.query[0], call.key[0], call.value[0]
+        chunk, kv_heads = self.chunk, key.shape[0]
+        fed = Entries(key, value, self.positions.expand(kv_heads, -1))
+        grouped = query.unflatten(0, (kv_heads, -1))
+        if chunk.start:
+            out = attend_groups(self.streams[0].cache, call, grouped, fed, backend)
+        else:
+            out = backend.chunk(grouped, None, fed, call.scaling, call.sliding)
+        own = Entries(*(tensor[:, : chunk.length] for tensor in fed))
+        patch = Entries(*(t[:, chunk.length :] for t in fed)) if chunk.patched else None
+        for stream in self.streams:
+            queries = stream.latest_queries(call.layer, query)
+            stream.evict(LayerChunk(call.layer, chunk, own, patch, queries, call.scaling))
+            stream.remember(call.layer, chunk, queries)
+        return out.flatten(0, 1)[None]
+
+
+@dataclass
+class Stream:
+    """A cache that is being filled with a prompt, for all rows that hold the same entries so far.
+
+    It belongs to the last of `states` (the owner), or to no row. The others evict with the last
+    chunk of the prompt and copy what they keep.
+    """
+
+    states: list[RowState]
+    cache: RowCache
+    recent: list[Tensor | None]  # [layers], latest queries [H, W, D] of earlier chunks
+
+    @property
+    def chunks(self) -> Sequence[Chunk]:
+        """The prefill chunks, the same for all rows."""
+        return self.states[0].policy.chunks
+
+    def evict(self, layer: LayerChunk) -> None:
+        """Count what attended, then choose and move what each row keeps of a chunk."""
+        groups, chunk = self.cache.layers[layer.layer], layer.chunk
+        scores = LayerScores([group for group in groups if group.window is None], layer)
+        for state in self.states:
+            count_attended(state, groups, layer)
+            if chunk.last or state.cache is self.cache:
+                move_kept(state, groups, layer, scores)
+        if self.states[-1].cache is self.cache:
+            return
+        for group in groups:  # the cache of no row, only for reading the prompt
+            if chunk.last:
+                group.clear()
+            else:
+                group.add(layer.own_of(group), self.states[0].policy.reserved(None))
+
+    def latest_queries(self, layer: int, queries: Tensor) -> Tensor:
+        """A chunk's queries [H, T, D], after those of earlier chunks that may be needed."""
+        recent = self.recent[layer]
+        return queries if recent is None else torch.cat([recent, queries], dim=1)
+
+    def remember(self, layer: int, chunk: Chunk, queries: Tensor) -> None:
+        """Keep the queries that an observation window at the end of the prompt reaches back to."""
+        policies = [state.policy for state in self.states if state.policy.scores_once]
+        wanted = max((policy.spec.observation_window for policy in policies), default=0)
+        behind = sum(c.length for c in self.chunks if c.start > chunk.start)
+        if 0 < behind < wanted:
+            self.recent[layer] = queries[:, behind - wanted :].clone()
+
+
+def count_attended(state: RowState, groups: Sequence[HeadGroup], layer: LayerChunk) -> None:
+    """Tell a row's accounting that a chunk attended to what `groups` hold."""
+    chunk, policy = layer.chunk, state.policy
+    for group in groups:
+        stored = 0
+        if policy.evicts(group.window, chunk):
+            stored = chunk.tokens  # the chunk's own storage, until what stays is moved
+        elif not chunk.start:
+            stored = policy.reserved(group.window)
+        state.accounting.attended(
+            len(group.heads), group.length, chunk.length, chunk.patched, stored, layer.entry_bytes
+        )
+
+
+def move_kept(
+    state: RowState, groups: Sequence[HeadGroup], layer: LayerChunk, scores: LayerScores
+) -> None:
+    """Move to a row's cache what it keeps of a chunk, and of `groups` if it evicts from those.
+
+    `groups` hold the entries of earlier chunks. They are in the row's own cache, or in that of the
+    stream that the row leaves.
+    """
+    chunk, policy = layer.chunk, state.policy
+    stay: Iterator[Tensor | None] = iter(())  # of each group that is scored
+    reserved = 0
+    if scores.groups and policy.evicts(None, chunk):
+        chosen = choose(policy, scores)
+        sizes = [len(group.heads) for group in scores.groups]
+        stay = iter([None] * len(sizes) if chosen is None else chosen.split(sizes))
+        if policy.scores_each_chunk:
+            reserved = policy.reserved_from(chunk, scores.view(policy))
+    if groups is state.cache.layers[layer.layer]:
+        scores.release()  # or all old entries of the layer would be kept until all have moved
+    for group in groups:
+        own, size = layer.own_of(group), layer.entry_bytes
+        heads, before, capacity = len(group.heads), group.length, group.capacity
+        if not policy.evicts(group.window, chunk):
+            group.add(own, policy.reserved(None))
+        elif group.window is None and policy.scores_once:
+            move_chosen(state, group, own, next(stay), layer)
+        else:
+            if group.window is not None:
+                group.slide(own, chunk.start, policy.reserved(group.window))
+            else:
+                group.take(own, next(stay), reserved)
+            if group.capacity != capacity:
+                state.accounting.moved(heads, capacity, group.capacity, size)
+            state.accounting.evicted(heads, before, chunk.tokens, group.length, size)
+
+
+def move_chosen(
+    state: RowState, group: HeadGroup, own: Entries, stay: Tensor | None, layer: LayerChunk
+) -> None:
+    """Move the entries `stay` [Kg, c] (None: all) of a group and of the prompt's last chunk."""
+    before, new = group.length, layer.chunk.length
+    if stay is None:
+        everything = torch.arange(before + new, device=own.keys.device)
+        stay = everything.expand(len(group.heads), -1)
+    kept = stay.shape[1]
+    reserved = state.policy.reserved_for_answer(kept, before, new)
+    state.cache.group_like(layer.layer, group).replace(group, own, stay, reserved)
+    for _ in group.heads:  # when the row runs alone, each head has its storage and moves by itself
+        state.accounting.moved(1, before, reserved, layer.entry_bytes)
+        state.accounting.evicted(1, before, new, kept, layer.entry_bytes)
+
+
 def make_streams(
     model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None, ledger: Ledger
 ) -> tuple[list[RowState], list[Stream]]:
-    """The rows' states in order, and the streams that they share."""
+    """The states of the rows, in order, and the streams that they share."""
     states: list[RowState] = []
     leaving: list[RowState] = []  # evict once the prompt is read
     keeping: list[RowState] = []
     streams = []
 
     def add_stream(members: list[RowState], cache: RowCache) -> None:
-        chunks = members[0].evictor.chunks(prefill_chunk)
-        streams.append(Stream(members, cache, chunks, [None] * model.shape.layers))
+        streams.append(Stream(members, cache, [None] * model.shape.layers))
 
-    sharing = sum(evictor_of(model, row).waits for row in rows) > 1
-    for row in rows:
-        evictor = evictor_of(model, row)
-        # Of a cache that is shared the whole storage stays until the last row has left it.
-        apart = evictor.one_by_one and not (evictor.waits and sharing)
-        cache = RowCache(evictor.windows(), ledger, model.device, apart=apart)
-        states.append(RowState(row, evictor, cache))
-        if evictor.keeps_all:
+    policies = [policy_of(model, row, prefill_chunk) for row in rows]
+    sharing = sum(policy.keeps_whole_prompt for policy in policies) > 1
+    for row, policy in zip(rows, policies, strict=True):
+        # The storage of a shared cache stays as a whole until the last row has left it.
+        apart = policy.scores_once and not (policy.keeps_whole_prompt and sharing)
+        cache = RowCache(policy.windows, ledger, model.device, apart=apart)
+        states.append(RowState(row, policy, cache))
+        if policy.keeps_all:
             keeping.append(states[-1])
-        elif evictor.waits:
+        elif policy.keeps_whole_prompt:
             leaving.append(states[-1])
         else:
             add_stream([states[-1]], cache)
     if keeping:
-        add_stream([keeping[0], *leaving], keeping[0].cache)
+        add_stream([*leaving, keeping[0]], keeping[0].cache)
         for state in keeping[1:]:
             add_stream([state], state.cache)
     elif len(leaving) == 1:
         add_stream(leaving, leaving[0].cache)
     elif leaving:
-        add_stream(leaving, RowCache(leaving[0].evictor.windows(), ledger, model.device))
+        add_stream(leaving, RowCache(leaving[0].policy.windows, ledger, model.device))
     return states, streams
 
 
@@ -172,7 +275,7 @@ def pieces(streams: Sequence[Stream], step: int, device: torch.device) -> list[P
     result = []
     for members in alike.values():
         chunk = members[0].chunks[step]
-        stop = chunk.start + chunk.length + chunk.patched
+        stop = chunk.start + chunk.tokens
         result.append(Piece(members, chunk, torch.arange(chunk.start, stop, device=device)))
     return result
 
@@ -181,74 +284,8 @@ def packs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
     """Pieces that go through the model together."""
     pack: list[Piece] = []
     for piece in pieces:
-        if pack and sum(p.tokens for p in pack) + piece.tokens > PACKED_TOKENS:
+        if pack and sum(p.chunk.tokens for p in pack) + piece.chunk.tokens > PACKED_TOKENS:
             yield pack
             pack = []
         pack.append(piece)
     yield pack
-
-
-def read(model: LoadedModel, pack: Sequence[Piece], ids: Tensor) -> None:
-    """Read some pieces of the prompt `ids` in one forward."""
-    started = time.perf_counter()
-    fed, ends = [], []
-    for piece in pack:
-        chunk = piece.chunk
-        fed.append(ids[chunk.start : chunk.start + chunk.length])
-        ends.append(sum(len(tokens) for tokens in fed) - 1)
-        if chunk.patched:
-            fed.append(ids[len(ids) - chunk.patched :])
-        for state in (state for stream in piece.streams for state in stream.states):
-            state.meter.corner(chunk.start, state.meter.entries)
-    before = [[s.meter.entries for stream in p.streams for s in stream.states] for p in pack]
-    positions = torch.cat([piece.positions for piece in pack])
-    kv = PrefillKV(pack, backend_of(model.attention), [False] * model.shape.layers)
-    logits = forward(model, torch.cat(fed)[None], positions[None], kv, ends)
-    if not pack[0].chunk.start and (missed := unvisited(kv.visited)):
-        raise InputError(
-            f"layers {missed} of model '{model.name}' do not attend through the registered "
-            "attention (they are recurrent, or share keys with other layers)"
-        )
-    first = logits.argmax(-1).tolist() if pack[0].chunk.last else [None] * len(pack)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)  # or its time would be that of a later chunk
-    seconds = (time.perf_counter() - started) / sum(piece.tokens for piece in pack)
-    for piece, token, held in zip(pack, first, before, strict=True):
-        chunk = piece.chunk
-        states = [state for stream in piece.streams for state in stream.states]
-        for state, entries in zip(states, held, strict=True):
-            end = chunk.start + chunk.length
-            state.meter.corner(end, entries + chunk.length * heads_of(model.shape))
-            state.meter.corner(end, state.meter.entries)
-            state.meter.patch_rows += chunk.patched
-            state.prefill_seconds += seconds * piece.tokens / len(states)
-            if token is not None:
-                state.tokens.append(token)
-
-
-@dataclass
-class PrefillKV:
-    """What attention finds in `kv` while a pack is read: each piece has its own tokens."""
-
-    pack: Sequence[Piece]
-    backend: Backend
-    visited: list[bool]
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        sliding: int | None,
-    ) -> Tensor:
-        """query [1, H, N, D], key [1, K, N, D], value [1, K, N, Dv] -> [1, H, N, Dv]."""
-        self.visited[layer] = True
-        sizes = [piece.tokens for piece in self.pack]
-        tokens = (tensor[0].split(sizes, dim=1) for tensor in (query, key, value))
-        parts = [
-            piece.attend(layer, q, k, v, scaling, sliding, self.backend)
-            for piece, q, k, v in zip(self.pack, *tokens, strict=True)
-        ]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[None]

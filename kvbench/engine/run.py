@@ -1,14 +1,12 @@
-"""Runs rows: prompts are read in chunks, shared as far as rows hold the same; all decode together.
+"""Runs rows: reads their prompts (`prefill`), then decodes all of them together (`decode`).
 
-Rows with the same prompt are a *prefill group*. Within it, a *stream* is one cache being filled,
-for all the rows that hold the same entries so far: full attention and everything that evicts only
-after the prompt share one; whatever evicts earlier has its own. In the first chunk nothing has been
-evicted, so it is read once for all streams. Later chunks of all streams go through the model as one
-packed sequence: only attention knows whose tokens are whose.
+This is where the engine is entered. `kvbench.engine.prefill` says how rows share work; what is
+measured is the same as if each row ran alone. `kvbench.engine.reference` does all of this for one
+row, slowly and simply: start there to learn how eviction is measured.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -18,18 +16,26 @@ from kvbench.engine.cache import Ledger
 from kvbench.engine.decoding import DecodeKV
 from kvbench.engine.graph import Repeated
 from kvbench.engine.prefill import prefill
-from kvbench.engine.row import Outcome, Row, RowState, check, evictor_of, outcome
+from kvbench.engine.row import Outcome, Row, RowState, check, outcome, policy_of
 from kvbench.models.load import LoadedModel, forward
+
+Repeat = Callable[[Callable[[], None], bool], Repeated]  # of a step, and whether to capture it
 
 
 def run_rows(
-    model: LoadedModel, rows: Sequence[Row], *, prefill_chunk: int | None
+    model: LoadedModel,
+    rows: Sequence[Row],
+    *,
+    prefill_chunk: int | None,
+    keep_positions: bool = False,
+    repeat: Repeat = Repeated,
 ) -> list[Outcome]:
-    """Prefill and decode all rows, greedily; outcomes in the order of the rows.
+    """Prefill and decode all rows, greedily; returns their outcomes in the same order.
 
-    `prefill_chunk` is in tokens, None reads each prompt at once. InputError if a row does not fit
-    the model, or the model's layers do not reach the harness's attention. Rows that evict nothing
-    of the same prompt are one row: it is run once.
+    `prefill_chunk` is in tokens; None reads each prompt at once. With `keep_positions`, outcomes
+    list the positions that are kept after the prompt. `repeat` makes what calls a decoding step
+    again and again. Rows of the same prompt that evict nothing are run once. InputError if a row
+    does not fit the model, or if some layers do not reach the registered attention.
     """
     for row in rows:
         check(model, row)
@@ -37,16 +43,21 @@ def run_rows(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     ledger = Ledger()
+    # By prompt, then by equal rows: indices of rows.
     groups: dict[tuple[int, ...], dict[object, list[int]]] = {}
     for index, row in enumerate(rows):
-        same = (row.max_new_tokens,) if evictor_of(model, row).keeps_all else index
+        full = policy_of(model, row, prefill_chunk).keeps_all
+        same = (row.max_new_tokens,) if full else index
         groups.setdefault(tuple(row.prompt), {}).setdefault(same, []).append(index)
     states: list[RowState] = []
-    # Kernels and graphs go to the current GPU, which may be another than the model's.
+    # Kernels and graphs go to the current GPU, which may not be the model's.
     with torch.inference_mode(), torch.cuda.device(model.device) if on_gpu else nullcontext():
         for group in groups.values():
             states += prefill(model, [rows[i[0]] for i in group.values()], prefill_chunk, ledger)
-        decode(model, states)
+        if keep_positions:
+            for state in states:
+                state.kept = state.cache.kept()
+        decode(model, states, repeat)
     peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else None
     results: dict[int, Outcome] = {}
     waiting = iter(states)
@@ -59,15 +70,15 @@ def run_rows(
     return [results[index] for index in range(len(rows))]
 
 
-def decode(model: LoadedModel, states: Sequence[RowState]) -> None:
+def decode(model: LoadedModel, states: Sequence[RowState], repeat: Repeat) -> None:
     """Decode until every row has ended; rows leave the batch as they end."""
-    batch = [state for state in states if not ended(model, state)]
+    batch = [state for state in states if not state.ended(model)]
     if not batch:
         return
     started = time.perf_counter()
     held = {id(state): state.cache.lengths() for state in batch}
     for state in batch:
-        state.make_room()
+        state.reserve_answer()
     kv = DecodeKV(
         [state.cache for state in batch],
         [len(state.row.prompt) for state in batch],
@@ -79,10 +90,10 @@ def decode(model: LoadedModel, states: Sequence[RowState]) -> None:
         ids.copy_(forward(model, ids[:, None], kv.positions[:, None], kv).argmax(-1))
         kv.advance()
 
-    take = Repeated(step, kv.capturable)
+    take_step = repeat(step, kv.capturable)
     running = list(range(len(batch)))  # places in the batch
     while running:
-        take()
+        take_step()
         tokens = ids.tolist()
         now = time.perf_counter()
         for place in running:
@@ -90,23 +101,18 @@ def decode(model: LoadedModel, states: Sequence[RowState]) -> None:
             state.tokens.append(tokens[place])
             state.decode_seconds += (now - started) / len(running)
         started = now
-        over = {place for place in running if ended(model, batch[place])}
+        over = {place for place in running if batch[place].ended(model)}
         if not over:
             continue
         for place in over:
             state = batch[place]
-            state.meter.decoded(held[id(state)], len(state.tokens) - 1)
+            state.accounting.decoded(held[id(state)], len(state.tokens) - 1)
         running = [place for place in running if place not in over]
-        if kv.keeps_places and 2 * len(running) > len(batch):
+        if kv.capturable and 2 * len(running) > len(batch):
             kv.retire(over)
             continue
         batch = [batch[place] for place in running]
         ids = ids[torch.tensor(running, dtype=torch.long, device=model.device)]
-        kv.leave(running)
-        take.changed()
+        kv.keep(running)
+        take_step.changed()
         running = list(range(len(batch)))
-
-
-def ended(model: LoadedModel, state: RowState) -> bool:
-    """Whether a row has written its answer."""
-    return state.tokens[-1] in model.end_tokens or len(state.tokens) >= state.row.max_new_tokens

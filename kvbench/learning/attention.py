@@ -1,7 +1,8 @@
 """Attention for learning head scores: full and streaming attention mixed by a gate per KV head.
 
 It reaches the model as evaluation's does: `model(..., kv=GatedAttention(...))` hands it to the
-attention function that `kvbench.models.load` registers, so any architecture is trained untouched.
+attention function that `kvbench.models.attention` registers, so any architecture is trained
+untouched.
 """
 
 from functools import lru_cache
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from kvbench.models.attention import AttentionCall
 
 QUERY_BLOCK = 256  # queries that share one mask; bounds it to 256 x (sinks + window + 256)
 
@@ -25,21 +28,15 @@ class GatedAttention:
     def __init__(self, gates: Tensor | None, sinks: int, window: int) -> None:
         self.gates, self.sinks, self.window = gates, sinks, window
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        sliding: int | None,
-    ) -> Tensor:
-        """query [B, H, T, D], key [B, K, T, D], value [B, K, T, Dv] -> [B, H, T, Dv]."""
+    def attend(self, call: AttentionCall) -> Tensor:
+        """The attention output [B, H, T, Dv] of one layer."""
+        query, key, value = call.query, call.key, call.value
+        scaling, sliding = call.scaling, call.sliding
         full = full_attention(query, key, value, scaling, sliding)
         if self.gates is None:
             return full
         streamed = streaming_attention(query, key, value, scaling, self.sinks, self.window, sliding)
-        gate = self.gates[layer].to(full.dtype)
+        gate = self.gates[call.layer].to(full.dtype)
         gate = gate.repeat_interleave(query.shape[1] // key.shape[1], dim=-1)[:, :, None, None]
         return gate * full + (1 - gate) * streamed
 

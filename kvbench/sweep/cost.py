@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvbench.engine.eviction import Evictor
+from kvbench.engine.eviction import EvictionPolicy
 from kvbench.engine.prefill import PACKED_TOKENS
-from kvbench.engine.row import Row, evictor_of
+from kvbench.engine.row import Row, policy_of
 from kvbench.engine.run import run_rows
 from kvbench.models.load import LoadedModel
 from kvbench.records import BASELINE
@@ -37,24 +37,25 @@ def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) 
     the rows before it keep, and one forward's activations; and, while all decode, all they hold and
     the copy of one layer.
     """
-    groups: dict[tuple[int, ...], list[Evictor]] = {}
+    groups: dict[tuple[int, ...], list[EvictionPolicy]] = {}
     for row in rows:
-        groups.setdefault(tuple(row.prompt), []).append(evictor_of(model, row))
+        policy = policy_of(model, row, prefill_chunk)
+        groups.setdefault(tuple(row.prompt), []).append(policy)
     prefill = attended = most = kept = 0
-    for prompt, evictors in groups.items():
+    for prompt, policies in groups.items():
         n = len(prompt)
         first = min(n, prefill_chunk or n)
-        waiting = [e for e in evictors if e.waits]
-        early = [e for e in evictors if not e.waits]
-        streams = len(early) + bool(waiting)
-        patches = {e: sum(c.patched for c in e.chunks(prefill_chunk)) for e in early}
+        late = [p for p in policies if p.keeps_whole_prompt]
+        early = [p for p in policies if not p.keeps_whole_prompt]
+        streams = len(early) + bool(late)
+        patches = {p: sum(c.patched for c in p.chunks) for p in early}
         # The first chunk is read once, and once more with every other patch.
-        kinds = {e.chunks(prefill_chunk)[0].patched for e in evictors}
+        kinds = {p.chunks[0].patched for p in policies}
         prefill += first * len(kinds) + (n - first) * streams + sum(patches.values())
         attended += streams * n * n // 2
-        held = sum(entries_kept(e) for e in evictors if not e.keeps_all)
-        full = max((n + e.decoded for e in waiting), default=0) * heads_of(model)
-        keeps = full if any(e.keeps_all for e in evictors) else 0
+        held = sum(entries_kept(p) for p in policies if not p.keeps_all)
+        full = max((n + p.decoded for p in late), default=0) * model.shape.total_kv_heads
+        keeps = full if any(p.keeps_all for p in policies) else 0
         most = max(most, (kept + held + full) * entry_bytes(model) + workspace(model, n, first))
         kept += held + keeps
     moved = kept // model.shape.layers
@@ -62,14 +63,14 @@ def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) 
     return Cost(prefill, sum(row.max_new_tokens - 1 for row in rows), attended, most)
 
 
-def entries_kept(evictor: Evictor) -> int:
+def entries_kept(policy: EvictionPolicy) -> int:
     """Entries that a row holds after its prompt, with room for its answer, over all KV heads."""
-    whole = evictor.prompt + evictor.decoded
-    share = evictor.spec.scorer_budget(evictor.budget) if evictor.scores else 1.0
-    scored = min(whole, round(share * evictor.prompt) + 1 + evictor.decoded)
+    whole = policy.prompt + policy.decoded
+    share = policy.spec.scorer_budget(policy.budget) if policy.evicts_by_score else 1.0
+    scored = min(whole, round(share * policy.prompt) + 1 + policy.decoded)
     return sum(
         scored if window is None else min(whole, window.sinks + window.size)
-        for layer in evictor.windows()
+        for layer in policy.windows
         for window in layer
     )
 
@@ -85,11 +86,6 @@ def workspace(model: LoadedModel, prompt: int, chunk: int) -> int:
     activations = tokens * (6 * hidden + 3 * wide + 3 * heads) * model.dtype.itemsize
     observed = 3 * shape.group * 64 * prompt * 4
     return activations + observed
-
-
-def heads_of(model: LoadedModel) -> int:
-    """KV heads of all layers."""
-    return model.shape.layers * model.shape.kv_heads
 
 
 def entry_bytes(model: LoadedModel) -> int:

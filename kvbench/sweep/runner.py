@@ -112,7 +112,7 @@ class Sweep:
         if math.isnan(score) or not 0 <= score <= 1:
             return self._record(cell, error=f"the task's score {score} is not in 0..1")
         measured = asdict(outcome)
-        del measured["tokens"]
+        del measured["tokens"], measured["kept"]
         return self._record(cell, prediction=prediction, score=score, **measured)
 
     def _record(self, cell: Cell, **measured: object) -> Record:

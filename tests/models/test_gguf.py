@@ -106,6 +106,6 @@ def test_the_tokenizer_splits_digits_and_keeps_special_tokens_whole(tmp_path: Pa
 def test_what_is_not_known_here_is_refused(
     tmp_path: Path, change: dict[str, str], message: str
 ) -> None:
-    write(tmp_path / "model.gguf", some_model(), **change)  # type: ignore[arg-type]
+    write(tmp_path / "model.gguf", some_model(), **change)
     with pytest.raises(InputError, match=message):
         read_gguf(tmp_path / "model.gguf")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from helpers.records import record
 
-from kvbench.engine.footprint import full_rows
+from kvbench.engine.accounting import full_rows
 from kvbench.records import Record
 from kvbench.report.build import report_records
 from kvbench.report.figures import draw_pictures, save_pictures
