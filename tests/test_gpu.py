@@ -16,7 +16,7 @@ from kvbench.engine.decoding import DecodeKV
 from kvbench.engine.prefill import PrefillKV
 from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
-from kvbench.learning.attention import streaming_blocks, streaming_flex
+from kvbench.learning.attention import Stream, streaming_blocks, streaming_flex
 from kvbench.method import Entries
 from kvbench.models.load import LoadedModel, load_model, wrap_model
 from kvbench.spec import method_names, parse_method
@@ -185,7 +185,7 @@ def test_streaming_attention_in_training_is_what_blocks_give() -> None:
     weights = torch.randn(shapes[0], device="cuda")
     found = []
     for attend in (streaming_blocks, streaming_flex):
-        out = attend(*given, 0.2, 4, 64, None)
+        out = attend(given[0], given[1], given[2], 0.2, Stream(4, 64))
         found.append([out, *torch.autograd.grad((out * weights).sum(), given)])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
