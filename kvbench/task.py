@@ -1,13 +1,19 @@
-"""What a task is: samples made to a length, and a score for a prediction."""
+"""What a task is: it makes samples of a wanted length and scores predictions.
+
+This is where the walk of the data starts (`docs/architecture.md`): a task makes `Sample`s, the
+harness has the model answer each under every method and budget, and the task scores the answers.
+How to write one: `docs/writing-a-task.md`.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from random import Random
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 
 class Tokenizer(Protocol):
-    """The little of a tokenizer that a task needs: how long a text is."""
+    """The part of a tokenizer that tasks use, to measure the length of a text."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`."""
@@ -16,67 +22,86 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """One question with its context.
+    """One question with its context, as a prompt.
 
-    `prompt` ends where the model's answer starts. `reference` is JSON-serialisable and only the
-    task that made it reads it. `index` with the seed, context and subtask determines all the rest.
+    A sample is determined by its task, `index`, and the seed and context it was made with.
     """
 
     task: str
     subtask: str
     index: int
-    prompt: str
-    reference: Any
-    max_new_tokens: int
+    prompt: str  # ends where the model's answer starts
+    reference: Any  # what `Task.score` compares with; JSON-serialisable, read by its task alone
+    max_new_tokens: int  # tokens to decode at most
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question about a context.
-
-    `answer_prefix` starts the answer and belongs to the prompt; `answer` is what a perfect model
-    writes after it.
-    """
+    """One question about a context, with its answer."""
 
     question: str
-    answer_prefix: str
-    answer: str
-    reference: Any
+    answer_prefix: str  # the start of the answer; it belongs to the prompt
+    answer: str  # what a perfect model writes after the prefix
+    reference: Any  # as in `Sample`
 
 
 @dataclass(frozen=True)
 class Episode:
-    """A context and the turns about it: a sample has one turn, training text has many."""
+    """A context and the turns about it: one turn for a sample, usually many for training."""
 
     context: str
     turns: tuple[Turn, ...]
 
 
 class Task(ABC):
-    """A family of samples and its metric (ALGORITHMS, section 8)."""
+    """A family of samples and its metric; register a subclass with `register_task`.
 
-    name: ClassVar[str]
-    metric: ClassVar[str]
-    subtasks: ClassVar[tuple[str, ...]]
-    default: ClassVar[bool] = True  # whether a run that names no task has this one
+    The harness creates a task without arguments. A subclass gives `metric`, `subtasks`, `sample`
+    and `score`.
+    """
+
+    name: ClassVar[str]  # what a user types; set by `register_task`
+    metric: ClassVar[str]  # name of the score, for tables and figures
+    subtasks: ClassVar[tuple[str, ...]]  # at least one; samples take turns among them
+    default: ClassVar[bool] = True  # whether a run without --task measures this task
 
     @abstractmethod
     def sample(self, index: int, *, seed: int, context: int, tokenizer: Tokenizer) -> Sample:
-        """Sample number `index`, its prompt plus answer at most `context` tokens long.
+        """Sample number `index` (from 0), of subtask `subtasks[index % len(subtasks)]`.
 
-        The subtask is `subtasks[index % len(subtasks)]`. Equal arguments give equal samples.
-        Raises InputError if `context` is too short to hold a sample.
+        The tokens of its prompt, special ones included, and its `max_new_tokens` are at most
+        `context` together. Equal arguments give equal samples. InputError if `context` is too short
+        for a sample.
         """
 
     @abstractmethod
     def score(self, prediction: str, sample: Sample) -> float:
-        """How good `prediction` is, in 0..1."""
+        """The score of `prediction`, from 0 to 1 (as good as the reference).
+
+        `prediction` is the decoded text without special tokens; it may be empty or malformed.
+        """
 
     def samples(
         self, count: int, *, seed: int, context: int, tokenizer: Tokenizer
     ) -> Sequence[Sample]:
-        """Samples 0 .. count-1."""
+        """Samples 0 to `count - 1`; arguments and errors are those of `sample`."""
         return [
             self.sample(i, seed=seed, context=context, tokenizer=tokenizer) for i in range(count)
         ]
+
+
+@runtime_checkable
+class EpisodicTask(Protocol):
+    """A task that also makes training text: `kvbench train tiny` and the data `tasks` use it."""
+
+    def episode(self, rng: Random, subtask: str, units: int, turns: int) -> Episode:
+        """A context of `units` records, passages or documents, with `turns` turns about it.
+
+        Fewer turns if the context has less to ask about. Equal states of `rng` give equal episodes.
+        """
+        ...
+
+    def smallest(self, subtask: str) -> int:
+        """The fewest units that a context of `subtask` can have."""
+        ...

@@ -18,7 +18,7 @@ from kvbench.engine.graph import Repeated
 from kvbench.engine.prefill import PrefillKV
 from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
-from kvbench.learning.attention import streaming_blocks, streaming_flex
+from kvbench.learning.attention import Stream, streaming_blocks, streaming_flex
 from kvbench.method import Entries
 from kvbench.models.attention import AttentionCall
 from kvbench.models.load import LoadedModel, load_model, wrap_model
@@ -192,7 +192,7 @@ def test_streaming_attention_in_training_is_what_blocks_give() -> None:
     found = []
     query, key, value = given
     for attend in (streaming_blocks, streaming_flex):
-        out = attend(query, key, value, 0.2, 4, 64, None)
+        out = attend(query, key, value, 0.2, Stream(4, 64))
         found.append([out, *torch.autograd.grad((out * weights).sum(), given)])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)

@@ -1,5 +1,6 @@
 """The command line of training: `kvbench train prulong|duoattention|tiny`."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def heads(method: str, targets: Sequence[float] | None, choices: dict[str, Any])
     named = {name: choices[name] for name in ("data", "steps", "batch", "length", "rate", "seed")}
     settings = {name: value for name, value in named.items() if value is not None}
     name = f"{method}-{Path(choices['model']).name}-s{choices['seed']}"
-    return train_heads(
+    result = train_heads(
         HeadChoices(
             method=method,
             model=choices["model"],
@@ -78,8 +79,20 @@ def heads(method: str, targets: Sequence[float] | None, choices: dict[str, Any])
             out=choices["out"] or TRAININGS / name,
             device=choices["device"],
             dtype=choices["dtype"],
-        )
+        ),
+        say,
     )
+    if result.interrupted:
+        say("interrupted; the same command goes on from the last checkpoint")
+        return 130
+    if path := result.scores:
+        say(f"scores are in {path}: kvbench run --method {method} --option scores={path}")
+    return 0
+
+
+def say(text: str) -> None:
+    """Print a line of progress on stderr."""
+    print(f"kvbench: {text}", file=sys.stderr, flush=True)
 
 
 @train.command()
@@ -92,7 +105,8 @@ def heads(method: str, targets: Sequence[float] | None, choices: dict[str, Any])
               help="Folder of an earlier training to go on from.")  # fmt: skip
 def tiny(out: Path, minutes: float, seed: int, start: Path | None) -> int:
     """Learn the embedded model anew."""
-    from kvbench.learning.tiny import train as train_tiny
+    from kvbench.learning.recipe import TinyRecipe
+    from kvbench.learning.tiny import train_tiny
 
-    train_tiny(out, minutes=minutes, seed=seed, start=start)
+    train_tiny(TinyRecipe(minutes=minutes, seed=seed), out, say, start)
     return 0

@@ -1,1 +1,1 @@
-"""Learning which KV heads need the whole cache (ALGORITHMS, section 6)."""
+"""Training of head scores (`docs/methods.md`, head splits) and of the embedded model."""

@@ -1,10 +1,12 @@
 """Attention for learning head scores: full and streaming attention mixed by a gate per KV head.
 
-It reaches the model as evaluation's does: `model(..., kv=GatedAttention(...))` hands it to the
-attention function that `kvbench.models.attention` registers, so any architecture is trained
-untouched.
+It reaches the model as the KV cache of an evaluation does: `model(..., kv=GatedAttention(...))`
+passes it to the attention function that `kvbench.models.attention` registers, so models need no change.
+
+Shapes: query [B, H, T, D], key [B, K, T, D], value [B, K, T, Dv], output [B, H, T, Dv].
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -14,28 +16,44 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from kvbench.models.attention import AttentionCall
 
-QUERY_BLOCK = 256  # queries that share one mask; bounds it to 256 x (sinks + window + 256)
+QUERY_BLOCK = 256  # queries that share one mask of at most 256 x (sinks + window + 256)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a token sees in streaming attention: the sinks, the window before it, and itself.
+
+    `sliding` is the sliding window of the model's own layer, in tokens, the token itself included.
+    """
+
+    sinks: int
+    window: int
+    sliding: int | None = None
+
+    def sees(self, query: Tensor, entry: Tensor) -> Tensor:
+        """Whether the token at position `query` sees the entry at position `entry`."""
+        seen = (entry <= query) & ((entry < self.sinks) | (entry >= query - self.window))
+        return seen if self.sliding is None else seen & (entry > query - self.sliding)
 
 
 class GatedAttention:
     """`gate * full + (1 - gate) * streaming` for every KV head (DuoAttention, 2410.10819, eq. 1).
 
-    `gates` is [layers, B, K], B the batch's rows or 1 for all of them; None is full attention.
-    A streaming head sees `sinks` entries, the `window` before a token, and the token itself: what
-    evaluation leaves resident at one token a chunk.
+    `gates` is [layers, B, K], or [layers, 1, K] for the same gates in all rows; None is full
+    attention. A streaming head sees what evaluation leaves resident at a prefill chunk of 1 token.
     """
 
     def __init__(self, gates: Tensor | None, sinks: int, window: int) -> None:
         self.gates, self.sinks, self.window = gates, sinks, window
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """The attention output [B, H, T, Dv] of one layer."""
-        query, key, value = call.query, call.key, call.value
-        scaling, sliding = call.scaling, call.sliding
-        full = full_attention(query, key, value, scaling, sliding)
+        """The mixed attention of one layer."""
+        query, key, value, scaling = call.query, call.key, call.value, call.scaling
+        full = full_attention(query, key, value, scaling, call.sliding)
         if self.gates is None:
             return full
-        streamed = streaming_attention(query, key, value, scaling, self.sinks, self.window, sliding)
+        stream = Stream(self.sinks, self.window, call.sliding)
+        streamed = streaming_attention(query, key, value, scaling, stream)
         gate = self.gates[call.layer].to(full.dtype)
         gate = gate.repeat_interleave(query.shape[1] // key.shape[1], dim=-1)[:, :, None, None]
         return gate * full + (1 - gate) * streamed
@@ -44,70 +62,50 @@ class GatedAttention:
 def full_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, sliding: int | None
 ) -> Tensor:
-    """Causal attention, within the model's own sliding window where a layer has one."""
+    """Causal attention, within the layer's own sliding window if it has one."""
     if sliding is None or sliding >= query.shape[2]:
         return sdpa(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    return streaming_attention(query, key, value, scaling, 0, sliding - 1, None)
+    return streaming_attention(query, key, value, scaling, Stream(0, sliding - 1))
 
 
 def streaming_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    sinks: int,
-    window: int,
-    sliding: int | None,
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, stream: Stream
 ) -> Tensor:
-    """Attention to `sinks` first entries, the `window` before a token, and itself.
+    """Attention to the entries of a stream: T x (sinks + window) work, no T x T mask.
 
-    T x (sinks + window) work and no T x T mask: FlexAttention on CUDA, blocks of queries elsewhere.
+    Computed by FlexAttention on CUDA, and by blocks of queries elsewhere.
     """
-    if query.shape[2] <= sinks + window + 1:
-        return full_attention(query, key, value, scaling, sliding)
-    if query.is_cuda:
-        return streaming_flex(query, key, value, scaling, sinks, window, sliding)
-    return streaming_blocks(query, key, value, scaling, sinks, window, sliding)
+    if query.shape[2] <= stream.sinks + stream.window + 1:
+        return full_attention(query, key, value, scaling, stream.sliding)
+    attend = streaming_flex if query.is_cuda else streaming_blocks
+    return attend(query, key, value, scaling, stream)
 
 
 def streaming_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    sinks: int,
-    window: int,
-    sliding: int | None,
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, stream: Stream
 ) -> Tensor:
     """Streaming attention by blocks of queries, each against the entries that any of them sees."""
-    length = query.shape[2]
+    length, sinks = query.shape[2], stream.sinks
     order = torch.arange(length, device=query.device)
     parts = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(length, start + QUERY_BLOCK)
-        first = max(sinks, start - window)
-        seen = torch.cat([order[: min(sinks, stop)], order[first:stop]])
-        k = torch.cat([key[:, :, :sinks], key[:, :, first:stop]], 2)[:, :, : len(seen)]
-        v = torch.cat([value[:, :, :sinks], value[:, :, first:stop]], 2)[:, :, : len(seen)]
-        mask = visible(order[start:stop, None], seen, sinks, window, sliding)
-        q = query[:, :, start:stop]
-        parts.append(sdpa(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True))
+        seen = torch.cat(
+            [order[: min(sinks, stop)], order[max(sinks, start - stream.window) : stop]]
+        )
+        mask = stream.sees(order[start:stop, None], seen)
+        part = query[:, :, start:stop], key.index_select(2, seen), value.index_select(2, seen)
+        parts.append(sdpa(*part, attn_mask=mask, scale=scaling, enable_gqa=True))
     return torch.cat(parts, dim=2)
 
 
 def streaming_flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-    sinks: int,
-    window: int,
-    sliding: int | None,
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, stream: Stream
 ) -> Tensor:
     """Streaming attention by FlexAttention, which skips the blocks that no query sees."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = block_mask(query.shape[2], sinks, window, sliding, str(query.device))
+    mask = block_mask(query.shape[2], stream, str(query.device))
     kernel = compiled_flex() if query.is_cuda else flex_attention
     out: Tensor = kernel(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True)
     return out
@@ -122,17 +120,11 @@ def compiled_flex() -> Any:
 
 
 @lru_cache(maxsize=8)
-def block_mask(length: int, sinks: int, window: int, sliding: int | None, device: str) -> Any:
-    """Which blocks of a T x T attention are seen, and the rule inside those seen in part."""
+def block_mask(length: int, stream: Stream, device: str) -> Any:
+    """FlexAttention's mask: the blocks that are seen, and `sees` inside blocks seen in part."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def rule(batch: Tensor, head: Tensor, query: Tensor, entry: Tensor) -> Tensor:
-        return visible(query, entry, sinks, window, sliding)
+        return stream.sees(query, entry)
 
     return create_block_mask(rule, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device)
-
-
-def visible(query: Tensor, entry: Tensor, sinks: int, window: int, sliding: int | None) -> Tensor:
-    """Whether the token at position `query` sees the entry at position `entry`."""
-    seen = (entry <= query) & ((entry < sinks) | (entry >= query - window))
-    return seen if sliding is None else seen & (entry > query - sliding)

@@ -1,7 +1,11 @@
-"""`kvbench train prulong` and `kvbench train duoattention`, from choices to a file of scores."""
+"""Training head scores, from a user's choices to a file of scores.
+
+Behind `kvbench train prulong` and `kvbench train duoattention`. The steps are: load the model
+(`kvbench.models`), settle the recipe (`recipe.py`), make the data (`rows.py`), train (`loop.py`, by
+the objective of `prulong.py` or `duoattention.py`), write scores and pictures.
+"""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,48 +17,59 @@ import torch
 
 import kvbench
 from kvbench.errors import InputError
-from kvbench.learning.corpus import STANDARD_LIBRARY, Corpus
+from kvbench.heads import Table
+from kvbench.learning.corpus import STANDARD_LIBRARY
 from kvbench.learning.duoattention import DuoAttention
 from kvbench.learning.loop import learn
 from kvbench.learning.objective import Objective
 from kvbench.learning.pictures import save_training_pictures
 from kvbench.learning.prulong import PruLong
-from kvbench.learning.recipe import Recipe, make_recipe
-from kvbench.learning.rows import (
-    TASKS,
-    PackedRows,
-    PasskeyRows,
-    Rows,
-    TaskRows,
-    read_tokens,
-    task_filler,
-)
+from kvbench.learning.recipe import HeadRecipe, make_recipe
+from kvbench.learning.rows import Rows, make_rows
 from kvbench.models.load import LoadedModel, load_model
 from kvbench.records import write_atomically
 
-LONGEST = 8192  # tokens of a row, for a model whose card says nothing
-FILLER_TOKENS = 1_000_000
+LONGEST = 8192  # tokens of a row, for a model whose card gives no length
 SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
 class HeadChoices:
-    """What the command line gave; `settings` are fields of a recipe."""
+    """A user's choices for a training of head scores."""
 
-    method: str
+    method: str  # prulong or duoattention
     model: str
-    targets: tuple[float, ...] | None
-    settings: Mapping[str, Any]
+    targets: tuple[float, ...] | None  # sparsities, each learnt separately; None: the recipe's
+    settings: Mapping[str, Any]  # other fields of a HeadRecipe, as values or text
     out: Path
     device: str
     dtype: str
 
 
-def train_heads(choices: HeadChoices) -> int:
-    """Learn head scores and write them to `choices.out`; the same command continues a training.
+@dataclass(frozen=True)
+class LearntSet:
+    """The head scores learnt for one target."""
 
-    Under `accelerate launch` every process calls this; the first of them writes. InputError for
-    choices that cannot be trained with.
+    target: float | None  # None for a method without a target
+    sparsity: float  # reached, 0..1
+    seconds: float
+    scores: Table  # [L][K], larger for heads that need the whole cache
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The outcome of a training of head scores."""
+
+    scores: Path | None  # the file of scores; None if interrupted, or not written by this process
+    sets: tuple[LearntSet, ...]  # in the order of the targets; only finished ones if interrupted
+    interrupted: bool = False
+
+
+def train_heads(choices: HeadChoices, say: Callable[[str], None]) -> TrainingResult:
+    """Learn head scores and write them to `choices.out`; `say` gets a line of progress at times.
+
+    The same choices continue an interrupted training. Under `accelerate launch` every process calls
+    this, and the first one writes and reports. InputError for choices that cannot be used.
     """
     from accelerate import Accelerator
 
@@ -68,7 +83,7 @@ def train_heads(choices: HeadChoices) -> int:
             f"a batch of {recipes[0].batch} rows cannot be shared by {accelerator.num_processes} "
             "processes: give a --batch that they divide"
         )
-    rows = make_rows(recipes[0], model)
+    rows = make_rows(recipes[0], model.tokenizer)
     net = network(model, recipes[0], accelerator)
     try:
         choices.out.mkdir(parents=True, exist_ok=True)
@@ -76,53 +91,50 @@ def train_heads(choices: HeadChoices) -> int:
         raise InputError(
             f"cannot write to '{choices.out}': {error.strerror}; choose another --out"
         ) from None
+    sets: list[LearntSet] = []
     try:
-        sets = [
-            learn_set(
-                recipe, model, net, rows, folder_of(recipe, recipes, choices.out), accelerator
-            )
-            for recipe in recipes
-        ]
+        for recipe in recipes:
+            folder = choices.out if len(recipes) == 1 else choices.out / f"target-{recipe.target:g}"
+            sets.append(learn_set(recipe, model, net, rows, folder, accelerator, say))
     except KeyboardInterrupt:
-        say(f"interrupted; the same command goes on from the checkpoint in {choices.out}")
-        return 130
-    if accelerator.is_main_process:
-        path = choices.out / f"scores-{choices.method}.json"
+        return TrainingResult(None, tuple(sets), interrupted=True)
+    path = choices.out / f"scores-{choices.method}.json" if accelerator.is_main_process else None
+    if path:
         how = {"processes": accelerator.num_processes, "dtype": str(model.dtype)[6:]}
         write_atomically(path, score_file(recipes[0], sets, how))
         if recipes[0].weights_rate:
             model.model.save_pretrained(choices.out / "model")
             model.tokenizer.save_pretrained(choices.out / "model")
-        say(f"scores are in {path}: kvbench run --method {choices.method} --option scores={path}")
     accelerator.end_training()
-    return 0
-
-
-def folder_of(recipe: Recipe, recipes: Sequence[Recipe], out: Path) -> Path:
-    """Where a training keeps its checkpoint, log and picture: of several targets each its own."""
-    return out if len(recipes) == 1 else out / f"target-{recipe.target:g}"
+    return TrainingResult(path, tuple(sets))
 
 
 def learn_set(
-    recipe: Recipe, model: LoadedModel, net: Any, rows: Rows, folder: Path, accelerator: Any
-) -> dict[str, Any]:
-    """Learn the scores of one recipe; what the file of scores says of them."""
-    objective = make_objective(recipe, model)
-    log = learn(net, objective, rows, recipe, folder, accelerator, progress_lines(recipe))
+    recipe: HeadRecipe,
+    model: LoadedModel,
+    net: Any,
+    rows: Rows,
+    folder: Path,
+    accelerator: Any,
+    say: Callable[[str], None],
+) -> LearntSet:
+    """Learn the scores of one recipe; checkpoint, log and pictures are written to `folder`."""
+    kind = PruLong if recipe.method == "prulong" else DuoAttention
+    objective: Objective = kind(model.shape, recipe, model.device)
+    log = learn(net, objective, rows, recipe, folder, accelerator, progress_lines(recipe, say))
     scores = [[round(s, 6) for s in row] for row in objective.scores().tolist()]
     if accelerator.is_main_process:
         save_training_pictures(log, scores, folder / "training", recipe)
-    return {
-        "target": recipe.target,
-        "sparsity": round(objective.state(recipe.steps - 1)["sparsity"], 6),
-        "seconds": round(sum(line["seconds"] for line in log), 1),
-        "scores": scores,
-    }
+    return LearntSet(
+        target=recipe.target,
+        sparsity=round(objective.state(recipe.steps - 1)["sparsity"], 6),
+        seconds=round(sum(line["seconds"] for line in log), 1),
+        scores=scores,
+    )
 
 
-def make_recipes(choices: HeadChoices, model: LoadedModel) -> list[Recipe]:
-    """One recipe for each target sparsity: the paper's settings, the model card's, the user's."""
-    card = model.card.training.get(choices.method, {})
+def make_recipes(choices: HeadChoices, model: LoadedModel) -> list[HeadRecipe]:
+    """A recipe for each target sparsity: the paper's settings, the model card's, the user's."""
     common = {
         "model": model.name,
         "model_fingerprint": model.fingerprint,
@@ -130,12 +142,12 @@ def make_recipes(choices: HeadChoices, model: LoadedModel) -> list[Recipe]:
         "length": min(model.max_context, LONGEST),
         "seed": 0,
     }
-    layers = [common, card, choices.settings]
+    layers = [common, model.card.training.get(choices.method, {}), choices.settings]
     recipe = make_recipe(choices.method, *layers)
     if recipe.length > model.max_context:
         raise InputError(
-            f"--length {recipe.length} is more than model '{model.name}' takes: at most "
-            f"{model.max_context}"
+            f"--length {recipe.length} is longer than model '{model.name}' supports: choose at "
+            f"most {model.max_context}"
         )
     if choices.targets is None:
         return [recipe]
@@ -144,44 +156,8 @@ def make_recipes(choices: HeadChoices, model: LoadedModel) -> list[Recipe]:
     return [make_recipe(choices.method, *layers, {"target": t}) for t in choices.targets]
 
 
-def make_objective(recipe: Recipe, model: LoadedModel) -> Objective:
-    """What is minimised."""
-    kind = PruLong if recipe.method == "prulong" else DuoAttention
-    return kind(model.shape, recipe, model.device)
-
-
-def make_rows(recipe: Recipe, model: LoadedModel) -> Rows:
-    """What it is minimised on."""
-    tasks = recipe.data == TASKS
-    if recipe.method == "prulong":
-        if tasks:
-            return TaskRows(model.tokenizer, recipe.length, recipe.seed)
-        return PackedRows(
-            Corpus(recipe.data),
-            model.tokenizer,
-            recipe.length,
-            recipe.steps,
-            recipe.batch,
-            recipe.seed,
-        )
-    if tasks:
-        filler = task_filler(model.tokenizer, 64 * recipe.length, recipe.seed)
-    else:
-        filler = read_tokens(Corpus(recipe.data), model.tokenizer, FILLER_TOKENS, recipe.seed)
-    if len(filler) < recipe.length:
-        raise InputError(
-            f"the data '{recipe.data}' has {len(filler)} tokens, less than one sequence of "
-            f"{recipe.length}: give more data or a smaller --length"
-        )
-    assert recipe.passkeys is not None
-    assert recipe.passkey_words is not None
-    return PasskeyRows(
-        filler, model.tokenizer, recipe.length, recipe.passkeys, recipe.passkey_words, recipe.seed
-    )
-
-
-def network(model: LoadedModel, recipe: Recipe, accelerator: Any) -> Any:
-    """The model to train through: sharded, recomputing activations, its weights frozen or not."""
+def network(model: LoadedModel, recipe: HeadRecipe, accelerator: Any) -> Any:
+    """The model, prepared for training: sharded, checkpointing gradients or frozen as asked."""
     net = model.model
     if recipe.gradient_checkpointing:
         net.gradient_checkpointing_enable({"use_reentrant": False})
@@ -195,10 +171,11 @@ def network(model: LoadedModel, recipe: Recipe, accelerator: Any) -> Any:
     return net
 
 
-def shard(net: Any, recipe: Recipe, accelerator: Any) -> None:
-    """Shard a model's weights over all processes, a decoder layer at a time (FSDP).
+def shard(net: Any, recipe: HeadRecipe, accelerator: Any) -> None:
+    """Shard a model's weights over all processes, one decoder layer at a time (FSDP).
 
-    By PyTorch itself, since accelerate's FSDP2 wants an optimizer of the weights, which are frozen.
+    This calls PyTorch directly, because accelerate's FSDP2 needs an optimizer of the weights, which
+    are frozen here.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -213,8 +190,8 @@ def shard(net: Any, recipe: Recipe, accelerator: Any) -> None:
     fully_shard(net)
 
 
-def score_file(recipe: Recipe, sets: list[dict[str, Any]], how: Mapping[str, Any]) -> str:
-    """The file of scores: how they were learnt, then a table [L][K] for each target."""
+def score_file(recipe: HeadRecipe, sets: Sequence[LearntSet], how: Mapping[str, Any]) -> str:
+    """The file of scores, as `kvbench.heads.read_scores` reads it, with all settings."""
     settings = {key: value for key, value in asdict(recipe).items() if value is not None}
     if len(sets) > 1:
         del settings["target"]
@@ -224,13 +201,15 @@ def score_file(recipe: Recipe, sets: list[dict[str, Any]], how: Mapping[str, Any
         "date": datetime.now(UTC).date().isoformat(),
         "kvbench": kvbench.__version__,
         "torch": str(torch.__version__),
-        "sets": sets,
+        "sets": [asdict(each) for each in sets],
     }
     return json.dumps(content, indent=1) + "\n"
 
 
-def progress_lines(recipe: Recipe) -> Callable[[dict[str, float]], None]:
-    """What prints a line on stderr every few seconds, and at the end."""
+def progress_lines(
+    recipe: HeadRecipe, say: Callable[[str], None]
+) -> Callable[[dict[str, float]], None]:
+    """A function of a log line that tells `say` how far the training is, every few seconds."""
     started = last = time.monotonic()
     first: int | None = None
 
@@ -247,8 +226,3 @@ def progress_lines(recipe: Recipe) -> Callable[[dict[str, float]], None]:
         say(f"step {done} of {recipe.steps}, {', '.join(shown)}; {left / 60:.1f} min left")
 
     return show
-
-
-def say(text: str) -> None:
-    """A line for the user, on stderr."""
-    print(f"kvbench: {text}", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""Where long documents come from: a folder, a dataset, or the standard library's own sources.
+"""Long documents to train on: from a folder, a dataset, or the sources of the standard library.
 
-Documents come in an order that a seed fixes, so that every process reads the same.
+A seed fixes the order of the documents, so that every process reads the same.
 """
 
 import random
@@ -25,14 +25,14 @@ DATASET = "datasets:"
 class Corpus:
     """A source of documents: `stdlib`, a folder or file, or `datasets:NAME` (its column `text`).
 
-    `datasets:NAME@CONFIG#SPLIT` names a configuration and a split; without them the dataset's
-    default configuration and `train`.
+    `datasets:NAME@CONFIG#SPLIT` names a configuration and a split; the defaults are the dataset's
+    default configuration and the split `train`.
     """
 
     name: str
 
     def documents(self, seed: int) -> Iterator[str]:
-        """All documents once, in an order of the seed's. InputError if there are none."""
+        """All documents once, in an order drawn by `seed`. InputError if there are none."""
         if self.name.startswith(DATASET):
             yield from dataset_documents(self.name.removeprefix(DATASET), seed)
             return
@@ -49,7 +49,7 @@ class Corpus:
 
 
 def packages(root: Path) -> list[list[Path]]:
-    """The Python sources of each package right under `root`, and each module alone."""
+    """The sources of each Python package directly under `root`, and of each module alone."""
     found = [[path] for path in sorted(root.glob("*.py"))]
     for folder in sorted(root.iterdir()):
         if folder.name == "site-packages" or not (folder / "__init__.py").is_file():
@@ -61,22 +61,24 @@ def packages(root: Path) -> list[list[Path]]:
 
 
 def files(root: Path) -> list[list[Path]]:
-    """Every text or code file under a folder, each a document; or the one file that it is."""
+    """Each text or code file under a folder as a document; if `root` is a file, that file."""
     if root.is_file():
         return [[root]]
     if not root.is_dir():
         raise InputError(
-            f"no data '{root}': give a folder of text or code files, '{STANDARD_LIBRARY}', or "
+            f"no data '{root}': give a folder of text or code files, '{STANDARD_LIBRARY}' or "
             f"'{DATASET}NAME'"
         )
     found = [[path] for path in sorted(root.rglob("*")) if path.suffix.lower() in TEXT_SUFFIXES]
     if not found:
-        raise InputError(f"no text or code files in '{root}' (like .txt, .md, .py, .c)")
+        raise InputError(
+            f"no text or code files in '{root}'; give a folder that has some (.txt, .md, .py, ...)"
+        )
     return found
 
 
 def dataset_documents(name: str, seed: int) -> Iterator[str]:
-    """The column `text` of a dataset of the hub or of a local folder, streamed."""
+    """The column `text` of a dataset on the hub or in a local folder, streamed."""
     name, _, split = name.partition("#")
     name, _, config = name.partition("@")
     try:
@@ -92,7 +94,7 @@ def dataset_documents(name: str, seed: int) -> Iterator[str]:
     except Exception as error:  # a dataset's builder may raise anything
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"dataset '{name}' cannot be read (is its name right, is the hub within reach?): "
+            f"dataset '{name}' cannot be read (check its name and the connection to the hub): "
             f"{reason}"
         ) from None
     for row in rows.shuffle(seed=seed, buffer_size=100):

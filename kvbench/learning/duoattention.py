@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from kvbench.learning.attention import GatedAttention
-from kvbench.learning.objective import at_least_float32, forward, padded
-from kvbench.learning.recipe import Recipe
-from kvbench.learning.rows import Row
+from kvbench.learning.examples import TrainingRow, padded
+from kvbench.learning.objective import at_least_float32, forward
+from kvbench.learning.recipe import HeadRecipe
 from kvbench.method import KVShape
 
 
 class DuoAttention:
     """One gate in [0, 1] per KV head, 1 at the start, pulled down by an L1 penalty."""
 
-    def __init__(self, shape: KVShape, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, shape: KVShape, recipe: HeadRecipe, device: torch.device) -> None:
         self.recipe = recipe
         self.gate = torch.ones(shape.layers, shape.kv_heads, device=device, requires_grad=True)
 
@@ -25,14 +25,15 @@ class DuoAttention:
         return {"gate": self.gate}
 
     def groups(self) -> list[dict[str, Any]]:
-        """The gates descend."""
+        """The gates descend on the loss."""
         return [{"params": [self.gate], "rate": 1.0}]
 
     def data_loss(
-        self, model: Any, rows: Sequence[Row], step: int, indices: Sequence[int]
+        self, model: Any, rows: Sequence[TrainingRow], step: int, indices: Sequence[int]
     ) -> Tensor:
         """Mean squared difference to full attention's last hidden states, over the answers."""
-        ids, counts = padded(rows, self.gate.device)
+        ids, answers = (tensor.to(self.gate.device) for tensor in padded(rows))
+        counts = answers > 0
         sinks, window = self.recipe.sinks, self.recipe.window
         with torch.no_grad():
             full = last_hidden(model, ids, GatedAttention(None, sinks, window))
@@ -41,12 +42,12 @@ class DuoAttention:
         return ((distance * counts).sum(1) / counts.sum(1).clamp(min=1)).sum()
 
     def penalty(self, step: int) -> Tensor:
-        """L1, normalised by the number of heads, so that it means the same for any model."""
+        """L1, divided by the number of heads so that its weight suits models of any size."""
         assert self.recipe.l1 is not None
         return self.recipe.l1 * self.gate.abs().mean()
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def clip(self) -> None:
         """Keep the gates in [0, 1]."""
         self.gate.clamp_(0, 1)
 
@@ -55,7 +56,7 @@ class DuoAttention:
         return self.gate.detach()
 
     def state(self, step: int) -> dict[str, float]:
-        """The sparsity that the gates amount to: one minus their mean."""
+        """The sparsity of the gates: one minus their mean."""
         return {"sparsity": 1 - self.gate.mean().item()}
 
 

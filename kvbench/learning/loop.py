@@ -1,4 +1,4 @@
-"""The training loop of head scores: on one process or, under `accelerate launch`, on many."""
+"""The training loop of head scores: on one process or, under `accelerate launch`, on several."""
 
 import json
 import os
@@ -19,47 +19,44 @@ from torch import Tensor
 
 from kvbench.errors import InputError
 from kvbench.learning.objective import Objective
-from kvbench.learning.recipe import Recipe
+from kvbench.learning.recipe import HeadRecipe
 from kvbench.learning.rows import Rows
 
-AT_ONCE = 8192  # tokens of a forward pass, as far as rows are shorter than that
+FORWARD_TOKENS = 8192  # tokens of a forward pass, unless one row is longer
 CHECKPOINT_SECONDS = 60
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+ADAM = ("step", "exp_avg", "exp_avg_sq")  # Adam's state of a tensor
 
 
 def learn(
     model: Any,
     objective: Objective,
     rows: Rows,
-    recipe: Recipe,
+    recipe: HeadRecipe,
     out: Path,
     accelerator: Any,
     report: Callable[[dict[str, float]], None],
 ) -> list[dict[str, float]]:
-    """Train to the recipe's last step, on from `out`'s checkpoint if it has one; return the log.
+    """Train to the recipe's last step, continuing from a checkpoint in `out`; return the log.
 
-    Every process computes its share of each step's rows; gradients are summed over processes, so
-    their number changes nothing but rounding. Interrupting saves a checkpoint.
+    A line of the log has `step`, `loss`, the objective's `state` and `seconds`; `report` gets each
+    as it is written. Every process computes its share of each step's rows. Gradients are summed
+    over processes, so the number of processes changes nothing but rounding. A checkpoint is saved
+    every minute and on an interrupt. InputError if the training diverges, or if the checkpoint is
+    unusable. On processes other than the first, nothing is written and the log is empty.
     """
     out.mkdir(parents=True, exist_ok=True)
-    weights = {}
+    weights, groups = {}, objective.groups()
     if recipe.weights_rate:
         weights = {f"model.{name}": p for name, p in model.named_parameters()}
-    groups = objective.groups()
-    if weights:
         share = recipe.weights_rate / recipe.rate
         groups.append({"params": list(weights.values()), "rate": share})
     optimizer = torch.optim.Adam(groups, lr=recipe.rate)
     learnt = objective.tensors() | weights
     step = restore(out / CHECKPOINT, recipe, learnt, optimizer)
-    log = resume_log(out / LOG, step) if accelerator.is_main_process else []
-
-    def checkpoint() -> None:
-        if accelerator.is_main_process and not diverged:
-            save_checkpoint(out / CHECKPOINT, recipe, learnt, optimizer, step)
-
-    saved = time.monotonic()
-    diverged = False
+    writes = accelerator.is_main_process
+    log = resume_log(out / LOG, step) if writes else []
+    saved, diverged = time.monotonic(), False
     try:
         while step < recipe.steps:
             for group in optimizer.param_groups:
@@ -69,33 +66,33 @@ def learn(
             for tensor in learnt.values():
                 if tensor.grad is not None:
                     tensor.grad = accelerator.reduce(tensor.grad, "sum")
-            state = objective.state(step)
+            line = {"step": step, "loss": loss, **objective.state(step)}
             with uninterrupted():  # a checkpoint of half a step would repeat it on resuming
                 optimizer.step()
                 optimizer.zero_grad()
-                objective.settle()
+                objective.clip()
                 step += 1
-                line = {"step": step - 1, "loss": loss, **state}
                 line["seconds"] = time.monotonic() - started
-                if accelerator.is_main_process:
+                if writes:
                     log.append(line)
                     append_line(out / LOG, line)
             diverged = not all(torch.isfinite(t).all() for t in learnt.values())
             if diverged:
                 raise InputError(f"the training diverged at step {step - 1}: give a smaller --rate")
-            if accelerator.is_main_process:
+            if writes:
                 report(line)
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                checkpoint()
+            if writes and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save_checkpoint(out / CHECKPOINT, recipe, learnt, optimizer, step)
                 saved = time.monotonic()
     finally:
-        checkpoint()
+        if writes and not diverged:
+            save_checkpoint(out / CHECKPOINT, recipe, learnt, optimizer, step)
     return log
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C wait until the block has ended."""
+    """Delay Ctrl-C until the block has ended."""
     waiting: list[tuple[int, FrameType | None]] = []
     if threading.current_thread() is not threading.main_thread():
         yield  # signals never interrupt another thread
@@ -110,12 +107,12 @@ def uninterrupted() -> Iterator[None]:
 
 
 def gradients(
-    model: Any, objective: Objective, rows: Rows, recipe: Recipe, step: int, accelerator: Any
+    model: Any, objective: Objective, rows: Rows, recipe: HeadRecipe, step: int, accelerator: Any
 ) -> float:
-    """Add a step's gradients of this process's rows; return the loss over all processes' rows."""
+    """Add the gradients of this process's rows; return the mean loss of all processes' rows."""
     mine = range(accelerator.process_index, recipe.batch, accelerator.num_processes)
-    total = torch.zeros((), device=accelerator_device(objective))
-    together = max(1, AT_ONCE // recipe.length)
+    total = torch.zeros((), device=objective.scores().device)
+    together = max(1, FORWARD_TOKENS // recipe.length)
     for first in range(0, len(mine), together):
         indices = mine[first : first + together]
         made = [rows.row(step, index) for index in indices]
@@ -126,41 +123,29 @@ def gradients(
     return float(accelerator.reduce(total, "sum"))
 
 
-def accelerator_device(objective: Objective) -> torch.device:
-    """Where an objective's tensors are."""
-    return next(iter(objective.tensors().values())).device
-
-
-def adam_tensors(
-    learnt: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> Iterator[tuple[str, Tensor]]:
-    """Adam's state of each tensor, by name."""
-    for name, tensor in learnt.items():
-        for key, value in optimizer.state[tensor].items():
-            yield f"adam.{key}/{name}", value
-
-
 def save_checkpoint(
     path: Path,
-    recipe: Recipe,
+    recipe: HeadRecipe,
     learnt: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     step: int,
 ) -> None:
-    """Write what is learnt, Adam's state and the step; an earlier checkpoint is replaced whole."""
+    """Write the learnt tensors, Adam's state and the step; an earlier file is replaced at once."""
     tensors = {name: t.detach().contiguous() for name, t in learnt.items()}
-    tensors |= {name: t.contiguous() for name, t in adam_tensors(learnt, optimizer)}
+    for name, tensor in learnt.items():
+        for key, value in optimizer.state.get(tensor, {}).items():
+            tensors[f"adam.{key}/{name}"] = value.contiguous()
     part = path.with_suffix(".part")
     save_file(tensors, part, metadata={"step": str(step), "recipe": recipe_text(recipe)})
     os.replace(part, path)
 
 
 def restore(
-    path: Path, recipe: Recipe, learnt: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    path: Path, recipe: HeadRecipe, learnt: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> int:
-    """Load a checkpoint and return its step; 0 if there is none.
+    """Load a checkpoint and return its step, 0 if there is none.
 
-    InputError if it is of other settings or broken.
+    InputError if the checkpoint is broken or belongs to other settings.
     """
     if not path.is_file():
         return 0
@@ -169,7 +154,9 @@ def restore(
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InputError(f"checkpoint '{path}' is broken ({error}); delete it to start") from None
+        raise InputError(
+            f"checkpoint '{path}' is broken ({error}); delete it to start again"
+        ) from None
     if metadata.get("recipe") != recipe_text(recipe):
         raise InputError(
             f"'{path.parent}' holds a training with other settings: choose another --out"
@@ -177,23 +164,20 @@ def restore(
     with torch.no_grad():
         for name, tensor in learnt.items():
             tensor.copy_(tensors[name])
-            state = {
-                key.removeprefix("adam.").partition("/")[0]: value.to(tensor.device)
-                for key, value in tensors.items()
-                if key.startswith("adam.") and key.partition("/")[2] == name
-            }
-            if state:
-                optimizer.state[tensor] = state
+            if f"adam.step/{name}" in tensors:
+                optimizer.state[tensor] = {
+                    key: tensors[f"adam.{key}/{name}"].to(tensor.device) for key in ADAM
+                }
     return int(metadata["step"])
 
 
-def recipe_text(recipe: Recipe) -> str:
+def recipe_text(recipe: HeadRecipe) -> str:
     """A recipe as text, to compare."""
     return json.dumps(asdict(recipe), sort_keys=True)
 
 
 def resume_log(path: Path, step: int) -> list[dict[str, float]]:
-    """The log's lines before `step`; what a killed run logged after its checkpoint is dropped."""
+    """The log's lines before `step`; lines that a killed run added after its checkpoint go."""
     lines = []
     if path.is_file():
         for text in path.read_text().splitlines():
@@ -208,6 +192,6 @@ def resume_log(path: Path, step: int) -> list[dict[str, float]]:
 
 
 def append_line(path: Path, line: dict[str, float]) -> None:
-    """One JSON line, flushed."""
+    """Append one JSON line and flush it."""
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")

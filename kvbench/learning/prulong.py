@@ -1,4 +1,4 @@
-"""PruLong: masks learnt end to end by next-token loss under a sparsity target (2506.17121, 4)."""
+"""PruLong: masks learnt by next-token loss under a sparsity target (2506.17121, section 4)."""
 
 import math
 from collections.abc import Sequence
@@ -8,24 +8,22 @@ import torch
 from torch import Tensor
 
 from kvbench.learning.attention import GatedAttention
+from kvbench.learning.examples import TrainingRow, padded
 from kvbench.learning.masks import constraint, expected_sparsity, hard_concrete, target_at
-from kvbench.learning.objective import at_least_float32, forward, padded
-from kvbench.learning.recipe import Recipe
-from kvbench.learning.rows import Row
+from kvbench.learning.objective import at_least_float32, forward, seeded
+from kvbench.learning.recipe import HeadRecipe
 from kvbench.method import KVShape
 
 START = 4.0  # of log_alpha: nearly all masks are 1
-SPREAD = 0.01  # of the noise around it
-BOUND = math.log(100)  # of log_alpha: beyond it masks are settled and P(mask = 0) has no slope left
+SPREAD = 0.01  # standard deviation of log_alpha around START
+BOUND = math.log(100)  # largest |log_alpha|; beyond it P(mask = 0) has almost no gradient
 
 
 class PruLong:
-    """One hard-concrete mask per KV head, sampled anew for every row of every step."""
+    """One hard-concrete mask per KV head, sampled for every row of every step."""
 
-    def __init__(self, shape: KVShape, recipe: Recipe, device: torch.device) -> None:
-        noise = torch.randn(
-            shape.layers, shape.kv_heads, generator=torch.Generator().manual_seed(recipe.seed)
-        )
+    def __init__(self, shape: KVShape, recipe: HeadRecipe, device: torch.device) -> None:
+        noise = torch.randn(shape.layers, shape.kv_heads, generator=seeded(recipe.seed))
         self.recipe = recipe
         self.log_alpha = (START + SPREAD * noise).to(device).requires_grad_()
         self.multipliers = torch.zeros(2, device=device, requires_grad=True)
@@ -35,7 +33,7 @@ class PruLong:
         return {"log_alpha": self.log_alpha, "multipliers": self.multipliers}
 
     def groups(self) -> list[dict[str, Any]]:
-        """The masks descend, the multipliers ascend."""
+        """The masks descend on the loss, the multipliers ascend."""
         assert self.recipe.multiplier_rate is not None
         ascent = self.recipe.multiplier_rate / self.recipe.rate
         return [
@@ -44,21 +42,20 @@ class PruLong:
         ]
 
     def gates(self, step: int, indices: Sequence[int]) -> Tensor:
-        """Masks [layers, B, K]; a row's noise depends on its place in the step's whole batch."""
-        noise = []
-        for index in indices:
-            seed = (self.recipe.seed * 1_000_003 + step) * 1_000_003 + index
-            generator = torch.Generator().manual_seed(seed % 2**62)
-            noise.append(torch.rand(self.log_alpha.shape, generator=generator))
+        """Masks [layers, B, K]; a row's noise depends on its index in the step's whole batch."""
+        noise = [
+            torch.rand(self.log_alpha.shape, generator=seeded(self.recipe.seed, step, index))
+            for index in indices
+        ]
         uniform = torch.stack(noise, dim=1).to(self.log_alpha.device)
         return hard_concrete(self.log_alpha[:, None], uniform)
 
     def data_loss(
-        self, model: Any, rows: Sequence[Row], step: int, indices: Sequence[int]
+        self, model: Any, rows: Sequence[TrainingRow], step: int, indices: Sequence[int]
     ) -> Tensor:
-        """Next-token cross-entropy, the mean over each row's predicted tokens."""
-        ids, counts = padded(rows, self.log_alpha.device)
-        counts &= self.drawn(counts, step)
+        """Next-token cross-entropy, averaged over each row's predicted tokens."""
+        ids, answers = (tensor.to(self.log_alpha.device) for tensor in padded(rows))
+        counts = (answers > 0) & self.drawn(answers.shape[1], step).to(answers.device)
         places = counts.any(0).nonzero()[:, 0]
         attention = GatedAttention(self.gates(step, indices), self.recipe.sinks, self.recipe.window)
         logits = at_least_float32(forward(model, ids, attention, logits_to_keep=places).logits)
@@ -69,15 +66,12 @@ class PruLong:
         counted = counts[:, places]
         return ((each * counted).sum(1) / counted.sum(1).clamp(min=1)).sum()
 
-    def drawn(self, counts: Tensor, step: int) -> Tensor:
-        """Which places [T] of a long row are predicted: logits of all would not fit at 128K."""
-        length, most = counts.shape[1], self.recipe.loss_tokens
-        assert most is not None
+    def drawn(self, length: int, step: int) -> Tensor:
+        """Which places [T] count in the loss: the logits of a whole long row need much memory."""
         chosen = torch.zeros(length, dtype=torch.bool)
-        seed = self.recipe.seed * 1_000_003 + step
-        order = torch.randperm(length, generator=torch.Generator().manual_seed(seed % 2**62))
-        chosen[order[:most]] = True
-        return chosen.to(counts.device)
+        order = torch.randperm(length, generator=seeded(self.recipe.seed, step))
+        chosen[order[: self.recipe.loss_tokens]] = True
+        return chosen
 
     def penalty(self, step: int) -> Tensor:
         """The Lagrangian of the sparsity constraint at the step's target."""
@@ -89,8 +83,8 @@ class PruLong:
         return target_at(step, self.recipe.steps, self.recipe.target)
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Keep log_alpha where the constraint can still move it."""
+    def clip(self) -> None:
+        """Keep log_alpha where the constraint still has a gradient."""
         self.log_alpha.clamp_(-BOUND, BOUND)
 
     def scores(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What determines learnt head scores, and is saved with them."""
+"""The settings of each training; they are saved with what it learns."""
 
 import typing
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from kvbench.errors import InputError, did_you_mean
 from kvbench.spec import convert
 
-# The papers' settings, 2410.10819 (section 3.2) and 2506.17121 (section 4 and appendix).
+# The papers' settings: 2410.10819 (section 3.2) and 2506.17121 (section 4 and appendix).
 PUBLISHED: dict[str, dict[str, Any]] = {
     "prulong": {
         "target": 0.7,
@@ -37,65 +37,99 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The settings of one training (ALGORITHMS, section 6)."""
+class HeadRecipe:
+    """The settings of one training of head scores; InputError if one of them is out of range."""
 
     method: str  # prulong or duoattention
     model: str
     model_fingerprint: str
     data: str
-    length: int  # tokens of a row, for duoattention of the longest
+    length: int  # tokens of a row; the longest row for duoattention
     steps: int
-    batch: int  # rows a step, over all processes
-    rate: float  # Adam's, at its highest
-    warm_up: float  # share of the steps; the rate then falls linearly to zero
+    batch: int  # rows per step, over all processes
+    rate: float  # Adam's highest learning rate
+    warm_up: float  # share of the steps; after it the rate falls linearly to zero
     sinks: int
     window: int
     seed: int
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    shard: bool = False  # the model's weights over the processes (FSDP)
+    shard: bool = False  # shard the model's weights over the processes (FSDP)
     target: float | None = None  # prulong: sparsity to reach
-    loss_tokens: int | None = None  # prulong: predicted in a row, drawn at random if it has more
-    multiplier_rate: float | None = None  # prulong: Adam's for the constraint's multipliers
-    weights_rate: float = 0.0  # prulong: Adam's for the model's weights, 0 to freeze them
-    l1: float | None = None  # duoattention: weight of the mean gate
-    passkeys: int | None = None  # duoattention: in a row, at most
-    passkey_words: int | None = None  # duoattention
+    loss_tokens: int | None = None  # prulong: most tokens of a row in the loss, drawn at random
+    multiplier_rate: float | None = None  # prulong: Adam's rate for the constraint's multipliers
+    weights_rate: float = 0.0  # prulong: Adam's rate for the model's weights, 0 to freeze them
+    l1: float | None = None  # duoattention: weight of the mean gate in the loss
+    passkeys: int | None = None  # duoattention: most passkeys in a row
+    passkey_words: int | None = None  # duoattention: words of a passkey
 
     def __post_init__(self) -> None:
-        for name in ("length", "steps", "batch", "window", "loss_tokens", "passkeys"):
+        for name in (
+            "length",
+            "steps",
+            "batch",
+            "window",
+            "loss_tokens",
+            "passkeys",
+            "passkey_words",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{self.method}: {name} must be at least 1, not {value}")
-        if self.passkey_words is not None and self.passkey_words < 1:
-            raise InputError("duoattention: passkey_words must be at least 1")
-        if self.sinks < 0 or self.rate <= 0 or self.weights_rate < 0:
-            raise InputError(
-                f"{self.method}: sinks and weights_rate must be at least 0, rate above it"
-            )
+        for name in ("sinks", "weights_rate"):
+            if getattr(self, name) < 0:
+                raise InputError(
+                    f"{self.method}: {name} must be at least 0, not {getattr(self, name)}"
+                )
+        if self.rate <= 0:
+            raise InputError(f"{self.method}: rate must be above 0, not {self.rate}")
         if self.target is not None and not 0 < self.target < 1:
             raise InputError(f"a target sparsity must be between 0 and 1, not {self.target}")
         if not 0 <= self.warm_up <= 1:
             raise InputError(f"warm_up is a share of the steps, 0 to 1, not {self.warm_up}")
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of a step, from 0 on, as a share of its highest."""
+        """The learning rate of a step (from 0), as a share of the highest one."""
         warm = max(1.0, self.warm_up * self.steps)
         return min((step + 1) / warm, (self.steps - step) / max(1.0, self.steps - warm), 1.0)
 
 
-def make_recipe(method: str, *layers: Mapping[str, Any]) -> Recipe:
-    """The published settings of a method, each layer's values over those before it.
+def make_recipe(method: str, *layers: Mapping[str, Any]) -> HeadRecipe:
+    """The published settings of a method, overridden by each of `layers` in turn.
 
     Values may be text. InputError for a setting that the method does not have.
     """
-    hints = typing.get_type_hints(Recipe)
+    hints = typing.get_type_hints(HeadRecipe)
     values: dict[str, Any] = {"method": method, **PUBLISHED[method]}
     foreign = {name for other in PUBLISHED.values() for name in other} - set(PUBLISHED[method])
-    known = {field.name for field in fields(Recipe)} - foreign - {"method"}
+    known = {field.name for field in fields(HeadRecipe)} - foreign - {"method"}
     for layer in layers:
         for name, value in layer.items():
             if name not in known:
                 raise InputError(f"training {method} has no '{name}': {did_you_mean(name, known)}")
             values[name] = convert(hints[name], value, f"{method}: {name}")
-    return Recipe(**values)
+    return HeadRecipe(**values)
+
+
+@dataclass(frozen=True)
+class TinyRecipe:
+    """The settings of the embedded model and of its training."""
+
+    seed: int = 0
+    hidden: int = 192
+    layers: int = 4
+    query_heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 32
+    feed_forward: int = 384
+    max_positions: int = 8192
+    rope_theta: float = 1e8  # most frequencies are slow enough to match over a whole context
+    stages: tuple[int, ...] = (192, 256, 384, 512, 768, 1024, 1280)  # tokens of a context
+    pass_mark: float = 0.9  # accuracy of the worst subtask that ends a stage
+    growth: float = 0.45  # share of the time after which the last stage starts at any accuracy
+    tokens_a_step: int = 4096
+    matrix_rate: float = 4e-3  # Muon's rate, for the matrices of the layers
+    rate: float = 4e-3  # AdamW's rate, for embeddings, norms and biases
+    warm_up: int = 100  # steps
+    cool_down: float = 0.35  # share of the time in which the rates fall to zero
+    decay: float = 0.01
+    minutes: float = 32.0

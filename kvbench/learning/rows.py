@@ -6,111 +6,126 @@ from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from kvbench.errors import InputError
 from kvbench.learning.corpus import Corpus
-from kvbench.learning.tiny import ExampleMaker, subtasks
+from kvbench.learning.examples import ExampleMaker, TrainingRow
+from kvbench.learning.recipe import HeadRecipe
 
-TASKS = "tasks"  # the data of the embedded model, whose language is the tasks'
+TASKS = "tasks"  # the name of the data made from the tasks, for the embedded model
+FILLER_TOKENS = 1_000_000
 
-
-@dataclass(frozen=True)
-class Row:
-    """Token ids, and for each whether the loss looks at its prediction."""
-
-    ids: list[int]
-    counts: list[bool]
+Tokens = npt.NDArray[np.int64]
 
 
 class Rows(Protocol):
-    """Rows by step and by place in the step's whole batch."""
+    """Rows by step and by index in the step's whole batch."""
 
-    def row(self, step: int, index: int) -> Row:
+    def row(self, step: int, index: int) -> TrainingRow:
         """The row; equal arguments give equal rows."""
         ...
 
 
-class PackedRows:
-    """Documents one after another, cut to equal lengths; every token is predicted.
+def make_rows(recipe: HeadRecipe, tokenizer: Any) -> Rows:
+    """The rows of a training; InputError if the data has too few tokens for one row."""
+    length, seed = recipe.length, recipe.seed
+    if recipe.method == "prulong":
+        if recipe.data == TASKS:
+            return TaskRows(tokenizer, length, seed)
+        wanted = length * recipe.steps * recipe.batch
+        tokens = read_tokens(Corpus(recipe.data), tokenizer, wanted, seed, least=length)
+        return PackedRows(tokens, length, recipe.batch)
+    if recipe.data == TASKS:
+        filler = task_filler(tokenizer, 64 * length, seed)
+    else:
+        filler = read_tokens(Corpus(recipe.data), tokenizer, FILLER_TOKENS, seed, least=length)
+    assert recipe.passkeys is not None
+    assert recipe.passkey_words is not None
+    return PasskeyRows(filler, tokenizer, length, recipe.passkeys, recipe.passkey_words, seed)
 
-    A corpus of fewer than `steps * batch` rows is read again. InputError if it has less than one.
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A stream of tokens cut to rows of `length`; every token is predicted.
+
+    Rows come in the order of the stream. When it is used up, it starts again.
     """
 
-    def __init__(
-        self, corpus: Corpus, tokenizer: Any, length: int, steps: int, batch: int, seed: int
-    ) -> None:
-        self.tokens = read_tokens(corpus, tokenizer, length * steps * batch, seed)
-        self.length, self.batch = length, batch
-        self.count = len(self.tokens) // length
-        if self.count == 0:
-            raise InputError(
-                f"the data '{corpus.name}' has {len(self.tokens)} tokens, less than one sequence "
-                f"of {length}: give more data or a smaller --length"
-            )
+    tokens: Tokens
+    length: int
+    batch: int
 
-    def row(self, step: int, index: int) -> Row:
-        """Rows in the order of the documents, none twice unless the corpus is short."""
+    @property
+    def count(self) -> int:
+        """How many different rows there are."""
+        return len(self.tokens) // self.length
+
+    def row(self, step: int, index: int) -> TrainingRow:
+        """The row at `step * batch + index` of the stream."""
         start = (step * self.batch + index) % self.count * self.length
         ids = self.tokens[start : start + self.length].tolist()
-        return Row(ids, [False] + [True] * (len(ids) - 1))
+        return TrainingRow(ids, [0] + [1] * (len(ids) - 1))
 
 
 class TaskRows:
     """Episodes of the synthetic tasks; the answers are predicted, as in the model's training.
 
-    Seeded apart from both the training of the embedded model and the samples of evaluations.
+    Their seeds differ from those of the embedded model's training and of evaluation samples.
     """
 
     def __init__(self, tokenizer: Any, length: int, seed: int) -> None:
         self.maker = ExampleMaker(tokenizer, tokenizer.eos_token_id)
-        self.names, self.length, self.seed = subtasks(), length, seed
+        self.length, self.seed = length, seed
 
-    def row(self, step: int, index: int) -> Row:
-        """An episode of a subtask drawn at random, at most `length` tokens."""
+    def row(self, step: int, index: int) -> TrainingRow:
+        """An episode of a random subtask, at most `length` tokens."""
         rng = random.Random(f"heads/{self.seed}/{step}/{index}")
-        example = self.maker.make(rng.choice(self.names), rng, self.length)
-        return Row(example.ids, [turn > 0 for turn in example.answer])
+        return self.maker.make(rng.choice(self.maker.subtasks), rng, self.length)
 
 
 class PasskeyRows:
-    """Passkeys hidden in filler and all asked for at the end (DuoAttention, 2410.10819, 3.2).
+    """Filler with hidden passkeys; the row ends by asking for all of them.
 
-    Lengths are drawn anew at each step, the same for its whole batch, from a quarter of `length`
-    (1,024 tokens if that is less) up to it. Where `passkeys` of them do not fit half of a row, it
-    has fewer. The words of the passkeys are drawn from the filler's own.
+    Source: DuoAttention, 2410.10819, section 3.2. All rows of a step have about the same length,
+    drawn between a quarter of `length` (or 1,024 tokens, if that is less) and `length`. A row has
+    fewer than `passkeys` passkeys if they would fill more than half of it. A passkey is `words`
+    words of the filler.
     """
 
     def __init__(
-        self, filler: "np.ndarray[Any, Any]", tokenizer: Any, length: int, passkeys: int,
-        words: int, seed: int,
-    ) -> None:  # fmt: skip
+        self, filler: Tokens, tokenizer: Any, length: int, passkeys: int, words: int, seed: int
+    ) -> None:
         self.filler, self.tokenizer, self.length = filler, tokenizer, length
         self.passkeys, self.words, self.seed = passkeys, words, seed
         text = tokenizer.decode(filler[:20_000].tolist())
         self.vocabulary = sorted({w for w in text.split() if w.isalpha() and w.islower()})
         if len(self.vocabulary) < 2:
-            raise InputError("the data has no words to make passkeys of")
+            raise InputError(
+                "the data has fewer than two words of lower-case letters, of which passkeys are "
+                "made; choose other --data"
+            )
 
-    def row(self, step: int, index: int) -> Row:
+    def row(self, step: int, index: int) -> TrainingRow:
         """Filler with passkeys at random depths, then the questions; the passkeys are predicted."""
         whole = random.Random(f"passkey/{self.seed}/{step}")
         length = whole.randint(min(1024, self.length // 4), self.length)
         rng = random.Random(f"passkey/{self.seed}/{step}/{index}")
         needles: list[list[int]] = []
-        asked: list[tuple[list[int], list[int]]] = []
-        room = length // 2
+        asked: list[TrainingRow] = []
+        space = length // 2
         for number in range(1, self.passkeys + 1):
             key = " ".join(rng.choices(self.vocabulary, k=self.words))
             needle = self.encode(f"\nThe passkey number {number} is {key}.\n")
             question = self.encode(f"\nThe passkey number {number} is")
-            room -= 2 * len(needle)
-            if room < 0 and asked:
+            answer = self.encode(f" {key}.")
+            space -= 2 * len(needle)
+            if space < 0 and asked:
                 break
             needles.append(needle)
-            asked.append((question, self.encode(f" {key}.")))
-        order = rng.sample(range(len(asked)), len(asked))
-        tail = list(chain.from_iterable([*asked[i][0], *asked[i][1]] for i in order))
-        fill = max(0, length - len(tail) - sum(map(len, needles)))
+            asked.append(TrainingRow(question + answer, [0] * len(question) + [1] * len(answer)))
+        tail = rng.sample(asked, len(asked))
+        fill = max(0, length - sum(len(part.ids) for part in tail) - sum(map(len, needles)))
         start = rng.randrange(max(1, len(self.filler) - fill))
         text = self.filler[start : start + fill].tolist()
         for place, needle in zip(
@@ -119,41 +134,46 @@ class PasskeyRows:
             strict=True,
         ):
             text[place:place] = needle
-        counts = [False] * len(text)
-        for i in order:
-            counts += [False] * len(asked[i][0]) + [True] * len(asked[i][1])
-        return Row(text + tail, counts)
+        return TrainingRow(
+            [*text, *chain.from_iterable(part.ids for part in tail)],
+            [*[0] * len(text), *chain.from_iterable(part.answers for part in tail)],
+        )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without special ones."""
+        """Token ids without special tokens."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
 
-def read_tokens(
-    corpus: Corpus, tokenizer: Any, wanted: int, seed: int
-) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """The corpus as one stream of tokens, an end token after each document, `wanted` at most."""
+def read_tokens(corpus: Corpus, tokenizer: Any, wanted: int, seed: int, *, least: int) -> Tokens:
+    """The first `wanted` tokens of a corpus, with an end token after each document.
+
+    InputError if the corpus has fewer than `least` tokens.
+    """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    parts, found = [], 0
+    parts, found = [np.empty(0, dtype=np.int64)], 0
     for document in corpus.documents(seed):
         ids = [*tokenizer.encode(document, add_special_tokens=False), *end]
         parts.append(np.asarray(ids, dtype=np.int64))
         found += len(ids)
         if found >= wanted:
             break
-    return np.concatenate(parts)[:wanted] if parts else np.empty(0, dtype=np.int64)
+    if found < least:
+        raise InputError(
+            f"the data '{corpus.name}' has {found} tokens, less than one sequence of {least}: "
+            "give more data or a smaller --length"
+        )
+    return np.concatenate(parts)[:wanted]
 
 
-def task_filler(tokenizer: Any, tokens: int, seed: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """Contexts of the tasks' episodes as one stream of tokens, for the embedded model's filler."""
+def task_filler(tokenizer: Any, count: int, seed: int) -> Tokens:
+    """A stream of `count` tokens: contexts of the tasks' episodes, for the embedded model."""
     maker = ExampleMaker(tokenizer, tokenizer.eos_token_id)
-    names = subtasks()
-    found: list[int] = []
+    tokens: list[int] = []
     number = 0
-    while len(found) < tokens:
+    while len(tokens) < count:
         rng = random.Random(f"filler/{seed}/{number}")
-        example = maker.make(names[number % len(names)], rng, 1024)
-        found += example.ids[: example.answer.index(1)]
+        example = maker.make(maker.subtasks[number % len(maker.subtasks)], rng, 1024)
+        tokens += example.ids[: example.answers.index(1)]
         number += 1
-    return np.asarray(found[:tokens], dtype=np.int64)
+    return np.asarray(tokens[:count], dtype=np.int64)

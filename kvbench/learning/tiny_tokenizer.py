@@ -1,7 +1,8 @@
 """The embedded model's tokenizer: whole words of the task texts, bytes for anything else."""
 
+import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from string import hexdigits, printable
 from typing import Any
 
@@ -9,20 +10,39 @@ import regex
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kvbench.learning.examples import episodic_subtasks
+
 END, PAD = "<|end|>", "<|pad|>"
 
-# A code's group of four hexadecimal digits, and the space before it by itself so that the group is
-# spelt the same everywhere; then tags, words, numbers of two digits, runs of marks, white space.
+# In this order: a group of four hexadecimal digits of a code; the space before such a group, alone,
+# so that a group is spelt the same everywhere; tags; words; numbers of up to two digits; runs of
+# punctuation; white space.
 GROUP = r"(?<![0-9A-Za-z])[0-9a-f]{4}(?![0-9A-Za-z])"
 PIECES = rf"{GROUP}| (?={GROUP})| ?</?[a-z]+>?| ?[A-Za-z]+| ?[0-9]{{1,2}}| ?[^\sA-Za-z0-9]+|\s+"
 
 
-def build_tokenizer(texts: Iterable[str], least_count: int = 3) -> Any:
-    """A lossless tokenizer whose vocabulary is the pieces that `texts` have `least_count` times.
+def tiny_tokenizer(seed: int) -> Any:
+    """The tokenizer of the task texts: 150 episodes of each subtask, drawn by `seed`."""
+    return build_tokenizer(task_texts(seed))
 
-    A piece of the text becomes the fewest vocabulary entries (a unigram model of equal scores), so
-    known words are one token each, codes are pairs of hexadecimal digits, numbers up to 99 are one
-    token; characters outside the vocabulary become their UTF-8 bytes.
+
+def task_texts(seed: int) -> Iterator[str]:
+    """Contexts and turns of 150 episodes of each subtask."""
+    for name, (task, subtask) in episodic_subtasks().items():
+        for i in range(150):
+            rng = random.Random(f"tokenizer/{seed}/{name}/{i}")
+            episode = task.episode(rng, subtask, 30, 8)
+            yield episode.context
+            for turn in episode.turns:
+                yield turn.question + turn.answer_prefix + turn.answer
+
+
+def build_tokenizer(texts: Iterable[str], least_count: int = 3) -> Any:
+    """A lossless tokenizer; its vocabulary is the pieces that occur `least_count` times in `texts`.
+
+    Each piece is encoded as the fewest vocabulary entries (a unigram model of equal scores): a
+    known word is one token, a code is pairs of hexadecimal digits, a number up to 99 is one token.
+    Characters outside the vocabulary become their UTF-8 bytes.
     """
     counts: Counter[str] = Counter()
     for text in texts:

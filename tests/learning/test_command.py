@@ -21,9 +21,17 @@ def scores(folder: Path, method: str) -> list[list[float]]:
 
 def test_trained_scores_are_scores_to_run_with(tmp_path: Path) -> None:
     done = kvbench(
-        "train", "prulong", *SMALL, "--target", "0.4,0.8", "--seed", "3", "--out", "t",
+        "train",
+        "prulong",
+        *SMALL,
+        "--target",
+        "0.4,0.8",
+        "--seed",
+        "3",
+        "--out",
+        "t",
         folder=tmp_path,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert "step 6 of 6" in done.stderr
     file = json.loads((tmp_path / "t" / "scores-prulong.json").read_text())

@@ -15,17 +15,19 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from torch import Tensor
 
-from kvbench.engine.row import Row as EngineRow
+from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
 from kvbench.errors import InputError
 from kvbench.learning.attention import (
     GatedAttention,
+    Stream,
     full_attention,
     streaming_blocks,
     streaming_flex,
 )
 from kvbench.learning.corpus import Corpus
 from kvbench.learning.duoattention import DuoAttention
+from kvbench.learning.examples import TrainingRow
 from kvbench.learning.loop import CHECKPOINT, learn, uninterrupted
 from kvbench.learning.masks import (
     HIGH,
@@ -39,12 +41,13 @@ from kvbench.learning.masks import (
 )
 from kvbench.learning.objective import forward
 from kvbench.learning.prulong import PruLong
-from kvbench.learning.recipe import Recipe, make_recipe
-from kvbench.learning.rows import PackedRows, PasskeyRows, Row, TaskRows
+from kvbench.learning.recipe import HeadRecipe, make_recipe
+from kvbench.learning.rows import PackedRows, PasskeyRows, TaskRows, read_tokens
 from kvbench.method import KVShape
 from kvbench.models.load import LoadedModel, load_model
 from kvbench.spec import parse_method
 
+CPU = torch.device("cpu")
 SHAPE = KVShape(layers=3, kv_heads=2, query_heads=4, head_dim=8)
 BASIC = {"model": "m", "model_fingerprint": "f", "data": "d", "length": 40, "seed": 0}
 
@@ -65,13 +68,13 @@ class RandomRows:
     def __init__(self, length: int) -> None:
         self.length = length
 
-    def row(self, step: int, index: int) -> Row:
+    def row(self, step: int, index: int) -> TrainingRow:
         generator = torch.Generator().manual_seed(1000 * step + index)
         ids = torch.randint(1, 199, (self.length,), generator=generator).tolist()
-        return Row(ids, [False] + [True] * (self.length - 1))
+        return TrainingRow(ids, [0] + [1] * (self.length - 1))
 
 
-def recipe(method: str, **changes: Any) -> Recipe:
+def recipe(method: str, **changes: Any) -> HeadRecipe:
     return make_recipe(method, {**BASIC, "sinks": 2, "window": 6, "batch": 4}, changes)
 
 
@@ -104,7 +107,7 @@ def test_gates_of_0_are_streaming_evaluation_at_one_token_a_chunk(
     scores.write_text("1 2\n3 4\n5 6\n")
     options = {"scores": str(scores), "sinks": 2, "window": 6}
     prompt = torch.randint(1, 199, (50,), generator=torch.Generator().manual_seed(5)).tolist()
-    row = EngineRow(prompt, 10, parse_method("prulong", options), 0.01)  # no retrieval head
+    row = Row(prompt, 10, parse_method("prulong", options), 0.01)  # no retrieval head
     evaluated = run_rows(model, [row], prefill_chunk=1)[0].tokens
 
     attention = GatedAttention(torch.zeros(SHAPE.layers, 1, SHAPE.kv_heads), 2, 6)
@@ -115,7 +118,7 @@ def test_gates_of_0_are_streaming_evaluation_at_one_token_a_chunk(
             ids.append(int(logits[0, -1].argmax()))
     assert ids[len(prompt) :] == evaluated
     assert len(set(evaluated)) > 3
-    full = EngineRow(prompt, 10, parse_method("full", {}), 1.0)
+    full = Row(prompt, 10, parse_method("full", {}), 1.0)
     assert run_rows(model, [full], prefill_chunk=None)[0].tokens != evaluated
 
 
@@ -148,7 +151,7 @@ def test_blocks_of_streaming_attention_are_the_dense_mask(
     q = torch.randn(1, 4, length, 8, generator=generator)
     k, v = (torch.randn(1, 2, length, 8, generator=generator) for _ in range(2))
     expected = dense_streaming(q, k, v, 0.4, sinks, window, sliding)
-    got = streaming_blocks(q, k, v, 0.4, sinks, window, sliding)
+    got = streaming_blocks(q, k, v, 0.4, Stream(sinks, window, sliding))
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
 
 
@@ -158,7 +161,7 @@ def test_flex_attention_is_the_dense_mask(sliding: int | None) -> None:
     q = torch.randn(1, 4, 300, 16, generator=torch.Generator().manual_seed(1))
     k, v = q[:, :2] * 0.5, q[:, 2:] + 1
     expected = dense_streaming(q, k, v, 0.4, 5, 33, sliding)
-    got = streaming_flex(q, k, v, 0.4, 5, 33, sliding)
+    got = streaming_flex(q, k, v, 0.4, Stream(5, 33, sliding))
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
 
 
@@ -233,7 +236,7 @@ def test_gradients_of_a_whole_step_in_float64(kind: Any) -> None:
     ours = loaded_model()
     ours.model.load_state_dict(model.state_dict())
     net = ours.model.double()
-    objective = kind(SHAPE, recipe("prulong" if kind is PruLong else "duoattention"), "cpu")
+    objective = kind(SHAPE, recipe("prulong" if kind is PruLong else "duoattention"), CPU)
     name, start = ("log_alpha", -0.3) if kind is PruLong else ("gate", 0.6)
     noise = torch.randn(3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     at = start + 0.1 * noise
@@ -243,7 +246,8 @@ def test_gradients_of_a_whole_step_in_float64(kind: Any) -> None:
         setattr(objective, name, value)
         if kind is PruLong:
             objective.multipliers = torch.tensor([0.5, 0.25], dtype=torch.float64)
-        return objective.data_loss(net, rows, 3, [0, 1]) + objective.penalty(3)
+        total: Tensor = objective.data_loss(net, rows, 3, [0, 1]) + objective.penalty(3)
+        return total
 
     # The model's norms compute in float32 whatever it is given: a step well above their rounding.
     expected = finite_difference(loss, at, step=1e-3)
@@ -326,12 +330,12 @@ def test_ctrl_c_waits_until_a_step_is_whole() -> None:
 
 def test_what_has_diverged_is_not_saved(tmp_path: Path) -> None:
     class Diverging(PruLong):
-        def settle(self) -> None:
+        def clip(self) -> None:
             self.log_alpha.data.fill_(torch.nan)
 
     how = recipe("prulong", steps=5)
     model = loaded_model()
-    objective = Diverging(SHAPE, how, "cpu")
+    objective = Diverging(SHAPE, how, CPU)
     with pytest.raises(InputError, match="diverged at step 0: give a smaller --rate"):
         learn(model.model, objective, RandomRows(9), how, tmp_path, OneProcess, quiet)
     assert not (tmp_path / CHECKPOINT).exists()
@@ -340,15 +344,23 @@ def test_what_has_diverged_is_not_saved(tmp_path: Path) -> None:
 def test_a_checkpoint_of_other_settings_or_a_broken_one_is_refused(tmp_path: Path) -> None:
     model = loaded_model()
     how = recipe("prulong", steps=2)
-    learn(model.model, PruLong(SHAPE, how, "cpu"), RandomRows(9), how, tmp_path, OneProcess, quiet)
+    learn(model.model, PruLong(SHAPE, how, CPU), RandomRows(9), how, tmp_path, OneProcess, quiet)
     other = recipe("prulong", steps=3)
     with pytest.raises(InputError, match="other settings"):
-        learn(model.model, PruLong(SHAPE, other, "cpu"), RandomRows(9), other, tmp_path,
-              OneProcess, quiet)  # fmt: skip
+        learn(
+            model.model,
+            PruLong(SHAPE, other, CPU),
+            RandomRows(9),
+            other,
+            tmp_path,
+            OneProcess,
+            quiet,
+        )
     (tmp_path / CHECKPOINT).write_bytes(b"torn")
     with pytest.raises(InputError, match="broken"):
-        learn(model.model, PruLong(SHAPE, how, "cpu"), RandomRows(9), how, tmp_path,
-              OneProcess, quiet)  # fmt: skip
+        learn(
+            model.model, PruLong(SHAPE, how, CPU), RandomRows(9), how, tmp_path, OneProcess, quiet
+        )
 
 
 def test_weights_are_trained_only_if_asked_to(tmp_path: Path) -> None:
@@ -358,7 +370,7 @@ def test_weights_are_trained_only_if_asked_to(tmp_path: Path) -> None:
         before = model.model.lm_head.weight.clone()
         model.model.requires_grad_(bool(rate))
         how = recipe("prulong", steps=2, weights_rate=rate)
-        objective = PruLong(SHAPE, how, "cpu")
+        objective = PruLong(SHAPE, how, CPU)
         learn(model.model, objective, RandomRows(24), how, tmp_path / str(rate), OneProcess, quiet)
         changed[rate] = not torch.equal(model.model.lm_head.weight, before)
     assert changed == {0.0: False, 1e-3: True}
@@ -419,14 +431,15 @@ def test_a_dataset_of_a_local_folder(tmp_path: Path) -> None:
 
 def test_packed_rows_are_the_documents_one_after_another(tiny: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three four five six seven")
-    rows = PackedRows(Corpus(str(tmp_path)), tiny.tokenizer, 4, 10, 2, 0)
+    corpus = Corpus(str(tmp_path))
+    rows = PackedRows(read_tokens(corpus, tiny.tokenizer, 80, 0, least=4), 4, 2)
     ids = [*tiny.tokenizer.encode("one two three four five six seven"), tiny.tokenizer.eos_token_id]
     assert rows.row(0, 0).ids == ids[:4]
     assert rows.row(0, 1).ids == ids[4:8]
-    assert rows.row(0, 0).counts == [False, True, True, True]
+    assert rows.row(0, 0).answers == [0, 1, 1, 1]
     assert rows.row(rows.count, 0) == rows.row(0, 0)
     with pytest.raises(InputError, match="less than one sequence"):
-        PackedRows(Corpus(str(tmp_path)), tiny.tokenizer, 4000, 10, 2, 0)
+        read_tokens(corpus, tiny.tokenizer, 80_000, 0, least=4000)
 
 
 def test_task_rows_are_episodes_that_no_evaluation_sees(tiny: LoadedModel) -> None:
@@ -436,7 +449,7 @@ def test_task_rows_are_episodes_that_no_evaluation_sees(tiny: LoadedModel) -> No
     assert rows[0] == TaskRows(tiny.tokenizer, 512, 0).row(0, 0)
     texts = [tiny.tokenizer.decode(row.ids) for row in rows]
     assert len(set(texts)) == len(texts)
-    assert all(any(row.counts) and not row.counts[0] for row in rows)
+    assert all(any(row.answers) and not row.answers[0] for row in rows)
     for name in ("recall", "rag", "rerank", "html_to_tsv"):
         for sample in tasks.get(name)().samples(8, seed=0, context=512, tokenizer=tiny.tokenizer):
             middle = len(sample.prompt) // 2
@@ -445,9 +458,11 @@ def test_task_rows_are_episodes_that_no_evaluation_sees(tiny: LoadedModel) -> No
 
 @settings(max_examples=15, deadline=None)
 @given(
-    step=st.integers(0, 1000), index=st.integers(0, 7), words=st.integers(1, 8),
+    step=st.integers(0, 1000),
+    index=st.integers(0, 7),
+    words=st.integers(1, 8),
     length=st.integers(300, 1500),
-)  # fmt: skip
+)
 def test_passkeys_are_hidden_and_asked_for(
     tiny: LoadedModel, step: int, index: int, words: int, length: int
 ) -> None:
@@ -457,9 +472,9 @@ def test_passkeys_are_hidden_and_asked_for(
     row = rows.row(step, index)
     assert row == rows.row(step, index)
     assert row.ids != rows.row(step, index + 1).ids
-    assert len(row.ids) == len(row.counts) <= max(length, 400)
+    assert len(row.ids) == len(row.answers) <= max(length, 400)
     answer = tiny.tokenizer.decode(
-        [i for i, counted in zip(row.ids, row.counts, strict=True) if counted]
+        [i for i, counted in zip(row.ids, row.answers, strict=True) if counted]
     )
     decoded = tiny.tokenizer.decode(row.ids)
     keys = [key for key in answer.split(".") if key]
