@@ -1,8 +1,10 @@
 """The results store: one JSON line per measured cell, one file per writing process.
 
-A run directory holds `run.json` (what every record in it has in common, and each invocation that
-wrote to it) and `samples-<host>-<pid>-<random>.jsonl`. No two processes share a file, so the store
-is safe on network file systems and after a kill at any moment. This module needs no torch.
+The sweep writes records here; the report reads them. A run folder holds `run.json` (the settings
+that all its records share, and one entry for each process that wrote to it) and
+`samples-<host>-<pid>-<random>.jsonl`. No two processes share a file, so the store is safe on
+network file systems and after a kill at any moment. This module needs no torch. See
+`docs/records.md`.
 """
 
 import json
@@ -26,19 +28,20 @@ RUN_FORMAT = 1
 
 @dataclass(frozen=True)
 class Record:
-    """One sample under one method and budget: a line of a results file.
+    """One cell (a sample under one method and budget): a line of a results file.
 
     Footprints, peaks and reads are fractions of full attention's; bytes are bytes; times are
-    seconds, of what cells share an equal part each, so that they add up to the time that passed.
+    seconds. The time of work that several cells share is split equally between them, so that the
+    times of all cells add up to the time that passed.
 
-    `timeline` is the course of what is resident as the rows go by (prompt tokens, then decoded
-    ones), entries summed over layers and KV heads, patched ones left out. It goes in straight lines
-    between its corners, and straight up or down where two have the same number of rows. The area
-    under it is `resident_rows`, less half an entry for every row and KV head (a row's own entry is
-    counted whole), and less one half more for every row that a full window decodes (its line is
-    flat, the row's entry having replaced another).
+    `timeline` says how many entries are resident after each row (prompt tokens, then decoded
+    ones), summed over layers and KV heads, without patched entries. It is linear between points;
+    two points with the same number of rows are a jump. The area under it is `resident_rows`, less
+    half an entry for every row and KV head (a row's own entry counts as a whole one), and less
+    another half for every row that is decoded while a window is full (the line is flat there,
+    because the row's entry replaced another).
 
-    A cell that failed has `error` set and None for everything that was not measured.
+    A cell that failed has `error` set, and None in every field that was not measured.
     """
 
     fingerprint: str  # hash of everything that could change the result; one per cell
@@ -70,27 +73,32 @@ class Record:
     decode_seconds: float | None = None
     prompt_tokens: int | None = None
     new_tokens: int | None = None
-    timeline: list[list[int]] | None = None  # corners [rows, entries] of what is resident
+    timeline: list[list[int]] | None = None  # points [rows, entries resident]
     shared_rows: int | None = None  # cells that shared the prefill, this one included
-    group_bytes_peak: int | None = None  # keys and values of all that ran with it
+    group_bytes_peak: int | None = None  # keys and values of the whole batch
     method_code: str = ""  # a hash of the method's source, "" in records from before it was kept
     task_code: str = ""  # the same of the task's
     error: str | None = None
 
 
-_NAMES = tuple(f.name for f in fields(Record))
+_DEFAULTS = {f.name: None if f.default is MISSING else f.default for f in fields(Record)}
 _REQUIRED = tuple(f.name for f in fields(Record) if f.default is MISSING)
 _MEASURED = ("prediction", "score", "kv_footprint", "kv_peak")
 
 
 def to_line(record: Record) -> bytes:
     """The record as one line of ASCII JSON, newline included."""
-    values = {name: getattr(record, name) for name in _NAMES}
+    values = {name: getattr(record, name) for name in _DEFAULTS}
     return json.dumps(values, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
 
 
 def from_line(line: bytes) -> Record:
-    """The record of one line; ValueError, with the reason, if it is none. Extra keys are let be."""
+    """Return the record of one line. Unknown keys are ignored; ValueError says what is wrong."""
+    return Record(**_values(line))
+
+
+def _values(line: bytes) -> dict[str, Any]:
+    """Return the fields of a line's record, all of them; ValueError says what is wrong."""
     values = json.loads(line)
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
@@ -99,17 +107,22 @@ def from_line(line: bytes) -> Record:
         missing = [name for name in _MEASURED if values.get(name) is None]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    return Record(**{name: values[name] for name in _NAMES if name in values})
+    return {name: values.get(name, default) for name, default in _DEFAULTS.items()}
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All records of a run directory, in order of file name, one per fingerprint.
+    """Return all records of a run folder, one per fingerprint, in order of file name.
 
-    A last line without its newline was torn by a kill and is dropped. Where a fingerprint occurs
-    more than once, a measured record is preferred to a failed one, else the first is taken. Raises
-    InputError on an unreadable file or a damaged line, naming it.
+    A last line without a newline was cut by a kill and is dropped. Where a fingerprint occurs more
+    than once, a measured record is preferred to a failed one, otherwise the first is taken. Raises
+    InputError if a file cannot be read or a line is damaged, and names it.
     """
-    by_cell: dict[str, Record] = {}
+    return [Record(**values) for values in read_values(folder)]
+
+
+def read_values(folder: Path) -> list[dict[str, Any]]:
+    """Return the fields of what `read_records` returns, as one dict per record (this is faster)."""
+    by_cell: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob(SAMPLE_FILES)):
         try:
             lines = path.read_bytes().split(b"\n")
@@ -117,20 +130,20 @@ def read_records(folder: Path) -> list[Record]:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
         for number, line in enumerate(lines[:-1], start=1):
             try:
-                record = from_line(line)
+                values = _values(line)
             except ValueError as error:
                 raise InputError(
                     f"{path}, line {number}: not a record of kvbench ({error}); "
                     "delete the line to measure that sample again"
                 ) from error
-            known = by_cell.get(record.fingerprint)
-            if known is None or (known.error is not None and record.error is None):
-                by_cell[record.fingerprint] = record
+            known = by_cell.get(values["fingerprint"])
+            if known is None or (known["error"] is not None and values["error"] is None):
+                by_cell[values["fingerprint"]] = values
     return list(by_cell.values())
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """The contents of `run.json`, None if there is none; InputError if it is damaged."""
+    """Return the contents of `run.json`, None if there is none; InputError if it is damaged."""
     path = folder / RUN_FILE
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
@@ -150,12 +163,12 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder is a run directory."""
+    """Whether the folder is a run folder."""
     return (folder / RUN_FILE).is_file() or any(folder.glob(SAMPLE_FILES))
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run directories directly inside `folder`, the one written to last at the end."""
+    """Return the run folders directly inside `folder`; the one written to last is at the end."""
     if not folder.is_dir():
         return []
     return sorted((f for f in folder.iterdir() if f.is_dir() and is_run(f)), key=_last_written)
@@ -166,13 +179,42 @@ def _last_written(folder: Path) -> int:
     return max(file.stat().st_mtime_ns for file in files if file.exists())
 
 
-class RunWriter:
-    """Opens a run directory for this process; `append` makes records durable before it returns.
+def find_run_folders(names: Iterable[str | Path], home: Path) -> list[Path]:
+    """Return the run folders that a user names; without names, the one in `home` written to last.
 
-    `common` is what all records of a run must agree in (model, context, seed, ...); a directory
-    whose `run.json` says otherwise is refused. `invocation` describes this process (settings,
-    versions, hardware) and is added to `run.json`. A context manager: if nothing was appended to a
-    directory that was new, nothing is left of it.
+    A name is a run folder, a folder of run folders, or the name of either inside `home`. Raises
+    InputError if there is no run.
+    """
+    names = list(names)
+    if not names:
+        runs = find_runs(home)
+        if not runs:
+            raise InputError(f"no run in {home}; make one with 'kvbench run', or name one")
+        return runs[-1:]
+    folders: list[Path] = []
+    for name in names:
+        folder = Path(name)
+        if not folder.exists() and (home / name).is_dir():
+            folder = home / name
+        if not folder.is_dir():
+            known = ", ".join(run.name for run in find_runs(home)[-3:])
+            raise InputError(
+                f"no run directory '{name}'" + (f"; in {home} are: {known}" if known else "")
+            )
+        inside = [folder] if is_run(folder) else find_runs(folder)
+        if not inside:
+            raise InputError(f"{folder} holds no results of kvbench run")
+        folders += inside
+    return list(dict.fromkeys(folders))
+
+
+class RunWriter:
+    """Opens a run folder for this process; `append` makes records durable before it returns.
+
+    `common` holds the settings that all records of a run share (model, context, seed, ...); a
+    folder whose `run.json` has other values is refused with InputError. `invocation` describes this
+    process (settings, versions, hardware) and is added to `run.json`. It is a context manager: a
+    new folder to which nothing was appended is removed at the end.
     """
 
     def __init__(self, folder: Path, common: dict[str, Any], invocation: dict[str, Any]) -> None:
@@ -200,7 +242,7 @@ class RunWriter:
         self._length = 0
 
     def append(self, records: Iterable[Record]) -> None:
-        """Write records and wait until they are on disk; InputError if the disk takes no more."""
+        """Write records and wait until they are on disk; InputError if the disk is full."""
         data = b"".join(to_line(record) for record in records)
         try:
             written = 0
@@ -211,7 +253,7 @@ class RunWriter:
             os.ftruncate(self._file, self._length)
             raise InputError(
                 f"cannot write to {self.path}: {error.strerror}; what was finished before is kept, "
-                "make room and give the same command again"
+                "free some space and give the same command again"
             ) from error
         self._length += len(data)
 
@@ -224,7 +266,7 @@ class RunWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # By the file itself: an interrupt may come after a write and before it is counted.
+        # Ask the file itself: an interrupt may come between a write and the count of it.
         empty = os.fstat(self._file).st_size == 0
         os.close(self._file)
         if empty:
@@ -232,7 +274,7 @@ class RunWriter:
             self._remove_what_is_new()
 
     def _remove_what_is_new(self) -> None:
-        """Take back `run.json` and the folders made for it, unless somebody uses them."""
+        """Remove `run.json` and the folders made for it, unless another process uses them."""
         if self._created and not any(self.folder.glob(SAMPLE_FILES)):
             (self.folder / RUN_FILE).unlink(missing_ok=True)
             for folder in self._new_folders:
@@ -256,11 +298,11 @@ def check_common(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return contents
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or nothing of it; OSError as it comes."""
+def write_atomically(path: Path, contents: str | bytes) -> None:
+    """Write a file so that a reader sees all of it or nothing; raises OSError."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_bytes(contents if isinstance(contents, bytes) else contents.encode("utf-8"))
         os.replace(draft, path)
     except OSError:
         draft.unlink(missing_ok=True)

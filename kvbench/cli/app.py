@@ -134,7 +134,8 @@ def run(**choices: Any) -> int:
               help="Folder for what is written [default: the run's own].")  # fmt: skip
 def report(runs: tuple[str, ...], threshold: float, form: str, out: Path | None) -> int:
     """Critical footprints, pictures and a page of RUNs [default: the latest]."""
-    from kvbench.report.build import find_run_folders, make_report
+    from kvbench.records import find_run_folders
+    from kvbench.report.build import make_report
     from kvbench.report.tables import print_report
 
     folders = find_run_folders(runs, RUNS)
@@ -144,11 +145,11 @@ def report(runs: tuple[str, ...], threshold: float, form: str, out: Path | None)
         raise InputError(f"--out {folder} is a file; name a folder")
     from kvbench.report.publish import publish
 
-    written = publish(found, folder)
+    published = publish(found, folder)
     print_report(found, form)
     for note in found.notes:
         click.echo(f"note: {note}", err=True)
-    click.echo(f"wrote {', '.join(path.name for path in written)} to {folder}", err=True)
+    click.echo(published.message, err=True)
     return 0
 
 

@@ -1,21 +1,32 @@
-"""From records to curves, critical footprints and what tells methods apart. Needs no torch.
+"""From records to curves, critical footprints and the differences between methods.
 
-What a run directory holds becomes curves here; the statistics are in `curves.py`. Tables, pictures
-and the page are made from a `Report` by `tables.py`, `figures.py` and `html.py`.
+`frames.py` reads the records and selects those that count; here they become a `Report`, with the
+statistics of `statistics.py`. `tables.py`, `figures/` and `page.py` present it. Needs no torch.
 """
 
+import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pandas import DataFrame, Series, concat, isna
 
 from kvbench.errors import InputError
-from kvbench.records import BASELINE, Record, find_runs, is_run, read_records, read_settings
+from kvbench.records import (
+    BASELINE,
+    RUN_FILE,
+    SAMPLE_FILES,
+    Record,
+    find_run_folders,
+    read_settings,
+)
+from kvbench.report.frames import SETTING, as_text, code_name, frame_of, load_records, select
 from kvbench.report.statistics import (
     Floats,
     Interval,
@@ -24,23 +35,20 @@ from kvbench.report.statistics import (
     critical_rows,
     fit,
     interval,
-    intervals,
     resampled_means,
 )
 
-FEWEST_SHARE = 0.5  # of a curve's samples that a budget needs to count as a point of it
-FEW_SAMPLES = 10  # an interval from fewer is rough
-FILE_HASH = " sha256:"  # before the hash, in an option of a record that is a file
+FEWEST_SHARE = 0.5  # a budget with a smaller share of its curve's samples is no point of it
+FEW_SAMPLES = 10  # an interval from fewer samples is rough
+FILE_HASH = " sha256:"  # stands before the hash, where an option of a record is a file
+Number = TypeVar("Number", int, float)
 
-SeriesKey = tuple[
-    "Setting", str, str, int | None
-]  # setting, method, options as JSON, prefill chunk
-Series = dict[float, dict[int, Record]]  # budget -> sample index -> record
+MEASURES = ("score", "kv_footprint", "kv_peak")  # what is resampled, per budget
 
 
 @dataclass(frozen=True)
 class Point:
-    """One budget of a curve: means over its samples, costs as fractions of full attention's."""
+    """One budget of a curve: means over its samples; costs are fractions of full attention's."""
 
     budget: float
     kv_footprint: float
@@ -50,6 +58,12 @@ class Point:
     kv_reads: float | None
     kv_bytes_peak: float | None  # bytes
     samples: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields, with the interval as `score_low` and `score_high`."""
+        values = dict(vars(self))
+        ends = values.pop("score_interval")
+        return {**values, **_ends(ends, "score_low", "score_high")}
 
 
 @dataclass(frozen=True)
@@ -74,10 +88,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Curve:
-    """A method on a task, from its smallest footprint to its largest, and what follows from it.
+    """A method on a task, from its smallest footprint to its largest, and its critical values.
 
-    Both critical values are None where the baseline is 0 (there is nothing to lose); the peak's
-    also where no peak was measured.
+    Both critical values are None if the baseline is 0 (there is nothing to lose); the peak's is
+    also None if no peak was measured.
     """
 
     setting: Setting
@@ -85,7 +99,10 @@ class Curve:
     family: str
     options: dict[str, Any]
     prefill_chunk: int | None
-    label: str  # the method, with whatever tells it from another curve of the same method
+    method_code: str  # short hash of the method's source, "" if none was recorded
+    older: bool  # newer code of the method was measured in this setting
+    label: str  # the method, and what distinguishes this curve from others of the method
+    name: str  # the label without the prefill chunk, for pictures that show one chunk
     baseline: float
     threshold: float
     samples: int
@@ -93,36 +110,39 @@ class Curve:
     fitted: tuple[tuple[float, float], ...]  # (footprint, score), the last at full attention
     footprint: Critical | None
     peak: Critical | None
-    cells: Series = field(repr=False, compare=False)
+    cells: DataFrame = field(repr=False, compare=False)  # the records that the points are made of
     best: bool = False  # of its setting, by critical footprint
     tied: bool = False  # not distinguishable from the best
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-serialisable; footprints and scores in 0..1."""
+    def key(self) -> dict[str, Any]:
+        """Return the columns that identify a curve."""
         return {
-            "model": self.setting.model,
-            "task": self.setting.task,
-            "context": self.setting.context,
-            "seed": self.setting.seed,
+            **vars(self.setting),
             "method": self.method,
+            "label": self.label,
             "family": self.family,
             "options": self.options,
             "prefill_chunk": self.prefill_chunk,
-            "label": self.label,
+            "method_code": self.method_code,
+        }
+
+    def row(self) -> dict[str, Any]:
+        """Return the row of `Report.critical`; footprints and scores are in 0..1."""
+        return {
+            **self.key(),
             "baseline": self.baseline,
             "threshold": self.threshold,
-            **_critical_dict(self.footprint, "critical_footprint", ""),
-            **_critical_dict(self.peak, "critical_peak", "peak_"),
+            **_critical_columns(self.footprint, "critical_footprint", ""),
+            **_critical_columns(self.peak, "critical_peak", "peak_"),
             "best": self.best,
             "tied_with_best": self.tied,
             "samples": self.samples,
-            "points": [_point_dict(point) for point in self.points],
         }
 
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much the critical footprint of `left` is larger than that of `right`, of a setting."""
+    """By how much the critical footprint of `left` exceeds that of `right`, in one setting."""
 
     left: Curve
     right: Curve
@@ -131,119 +151,172 @@ class Difference:
 
     @property
     def distinct(self) -> bool:
-        """Whether the interval lies on one side of 0."""
+        """Whether the interval excludes 0."""
         return self.interval is not None and 0 not in self.interval
+
+    def row(self) -> dict[str, Any]:
+        """Return the row of `Report.differences`."""
+        return {
+            **vars(self.left.setting),
+            "left": self.left.label,
+            "right": self.right.label,
+            "difference": self.value,
+            **_ends(self.interval, "ci_low", "ci_high"),
+            "distinct": self.distinct,
+        }
 
 
 @dataclass(frozen=True)
 class Report:
-    """All curves of some runs, by setting, and what a reader should know beside them."""
+    """The curves of some runs, by setting, and notes that a reader should know.
+
+    Four frames hold its numbers. Footprints, peaks, reads and scores are fractions (0..1), and
+    intervals are 95 % intervals from a paired bootstrap over samples.
+
+    - `records`: one row per cell; `kvbench.report.frames` lists its columns.
+    - `points`: one row per budget of a curve.
+    - `critical`: one row per curve.
+    - `differences`: one row per pair of methods of a setting, full attention excepted.
+
+    `points` and `critical` start with the columns that identify a curve: `model`, `task`, `context`
+    (tokens), `seed`, `method`, `label` (unique in a setting: the method, and what distinguishes the
+    curve from others of the method), `family`, `options` (a dict), `prefill_chunk` (tokens; missing
+    if the result does not depend on it), `method_code` (short hash of the method's source; "" if
+    none was recorded).
+
+    `points` goes on with `budget` (as asked for); `kv_footprint`, `score`, `kv_peak`, `kv_reads`
+    and `kv_bytes_peak` (means over the samples, missing if not measured); `samples` (how many);
+    `score_low` and `score_high` (the score's interval).
+
+    `critical` goes on with `baseline` (full attention's score on the curve's samples); `threshold`
+    (share of it to keep); `critical_footprint` (the smallest footprint that keeps it; missing if
+    the baseline is 0), `ci_low` and `ci_high` (its interval), `status` (reached; at_most: every
+    budget keeps it; extrapolated: none does); `critical_peak`, `peak_ci_low`, `peak_ci_high`,
+    `peak_status` (the same for the peak); `best` (the smallest critical footprint of the setting),
+    `tied_with_best` (not distinguishable from it), `samples` (how many).
+
+    `differences` has `model`, `task`, `context`, `seed`; `left` and `right` (labels); `difference`
+    (critical footprint of `left` minus that of `right`, never negative), `ci_low` and `ci_high`
+    (its interval), `distinct` (whether the interval excludes 0).
+    """
 
     curves: tuple[Curve, ...]
     threshold: float
     notes: tuple[str, ...]
-    runs: tuple[dict[str, Any], ...] = ()  # the contents of each run.json, with its folder's name
+    runs: tuple[dict[str, Any], ...] = ()  # each run.json, with the name of its folder
+    records: DataFrame = field(default_factory=DataFrame, repr=False, compare=False)
+    source: str = field(default="", repr=False, compare=False)  # hash of the files it was made from
 
     def settings(self) -> list[Setting]:
-        """The settings in order of first appearance: one table and one picture each."""
+        """Return the settings in order of first appearance: each has one table and one picture."""
         return list(dict.fromkeys(curve.setting for curve in self.curves))
 
     def of(self, setting: Setting) -> list[Curve]:
-        """The curves of a setting."""
+        """Return the curves of a setting."""
         return [curve for curve in self.curves if curve.setting == setting]
 
+    @cached_property
+    def points(self) -> DataFrame:
+        """One row per budget of a curve; the class documents the columns."""
+        return _frame({**c.key(), **point.as_dict()} for c in self.curves for point in c.points)
 
-def _critical_dict(found: Critical | None, name: str, prefix: str) -> dict[str, Any]:
-    ends = found.interval if found else None
+    @cached_property
+    def critical(self) -> DataFrame:
+        """One row per curve; the class documents the columns."""
+        return _frame(curve.row() for curve in self.curves)
+
+    @cached_property
+    def differences(self) -> DataFrame:
+        """One row per pair of methods of a setting; the class documents the columns."""
+        columns = [*SETTING, "left", "right", "difference", "ci_low", "ci_high", "distinct"]
+        pairs = (d for setting in self.settings() for d in differences(self.of(setting)))
+        return DataFrame([found.row() for found in pairs], columns=columns)
+
+    def _repr_html_(self) -> str:
+        """Return the table and pictures that a notebook shows."""
+        from kvbench.report.page import render_notebook
+
+        return render_notebook(self)
+
+
+def _frame(rows: Iterable[dict[str, Any]]) -> DataFrame:
+    return DataFrame(list(rows)).astype({"prefill_chunk": "Int64"})
+
+
+def _ends(found: Interval | None, low: str, high: str) -> dict[str, float | None]:
+    return {low: found.low if found else None, high: found.high if found else None}
+
+
+def _critical_columns(found: Critical | None, name: str, prefix: str) -> dict[str, Any]:
     return {
         name: found.value if found else None,
-        f"{prefix}ci_low": ends.low if ends else None,
-        f"{prefix}ci_high": ends.high if ends else None,
-        f"{prefix}status": found.status if found else None,
+        **_ends(found.interval if found else None, f"{prefix}ci_low", f"{prefix}ci_high"),
+        f"{prefix}status": found.status.value if found else None,
     }
 
 
-def _point_dict(point: Point) -> dict[str, Any]:
-    values = dict(vars(point))
-    ends = values.pop("score_interval")
-    return {
-        **values,
-        "score_low": ends.low if ends else None,
-        "score_high": ends.high if ends else None,
-    }
+def make_report(folders: Sequence[Path], threshold: float = 0.9, *, latest: bool = False) -> Report:
+    """Read runs and compute their curves.
 
-
-def find_run_folders(names: Sequence[str], home: Path) -> list[Path]:
-    """The run directories a user names; without names, the one in `home` written to last.
-
-    A name is a run directory, a folder of run directories, or a name inside `home`. Raises
-    InputError where there is no run.
+    `threshold` is the share of the baseline's score to keep. `latest` leaves out cells of older
+    code of a method, which are curves of their own otherwise. Raises InputError if there is nothing
+    to report: no record, or no baseline for any.
     """
-    if not names:
-        runs = find_runs(home)
-        if not runs:
-            raise InputError(f"no run in {home}; make one with 'kvbench run', or name one")
-        return runs[-1:]
-    folders: list[Path] = []
-    for name in names:
-        folder = Path(name)
-        if not folder.exists() and (home / name).is_dir():
-            folder = home / name
-        if not folder.is_dir():
-            known = ", ".join(run.name for run in find_runs(home)[-3:])
-            raise InputError(
-                f"no run directory '{name}'" + (f"; in {home} are: {known}" if known else "")
-            )
-        inside = [folder] if is_run(folder) else find_runs(folder)
-        if not inside:
-            raise InputError(f"{folder} holds no results of kvbench run")
-        folders += inside
-    return list(dict.fromkeys(folders))
-
-
-def make_report(folders: Sequence[Path], threshold: float) -> Report:
-    """Read runs and compute their curves; `threshold` is the share of the baseline to be kept.
-
-    Raises InputError if there is nothing to report: no record, or no baseline for any.
-    """
-    records = [record for folder in folders for record in read_records(folder)]
+    folders = find_run_folders(folders, Path())
     names = ", ".join(str(folder) for folder in folders)
-    if not records:
+    # Hash before reading: if a file grows in between, the next report is made anew.
+    source = _hash_of_files(folders, f"{threshold} {latest}")
+    records = load_records(*folders)
+    if records.empty:
         raise InputError(f"{names}: no sample is finished yet; continue it with 'kvbench run'")
     runs = tuple(
         {"folder": folder.name, **settings}
         for folder in folders
         if (settings := read_settings(folder)) is not None
     )
-    report = report_records(records, threshold, runs)
+    report = replace(report_records(records, threshold, runs, latest=latest), source=source)
     if not report.curves:
         raise InputError(f"{names}: nothing to report; " + "; ".join(report.notes))
     return report
 
 
+def _hash_of_files(folders: Sequence[Path], more: str) -> str:
+    """Return a hash of run folders: their names, settings and records."""
+    total = hashlib.sha256(more.encode())
+    for folder in folders:
+        for path in sorted([*folder.glob(RUN_FILE), *folder.glob(SAMPLE_FILES)]):
+            total.update(f"\n{folder.name}/{path.name} ".encode())
+            try:
+                with path.open("rb") as file:
+                    total.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise InputError(f"cannot read {path}: {error.strerror}") from error
+    return total.hexdigest()
+
+
 def report_records(
-    records: Sequence[Record], threshold: float, runs: tuple[dict[str, Any], ...] = ()
+    records: DataFrame | Iterable[Record],
+    threshold: float = 0.9,
+    runs: tuple[dict[str, Any], ...] = (),
+    *,
+    latest: bool = False,
 ) -> Report:
-    """The curves of records, and notes on what was left out; no curve where no baseline is."""
-    notes = _notes_on_runs(runs)
-    measured = [record for record in records if record.error is None]
-    if len(measured) < len(records):
-        notes.append(
-            f"{len(records) - len(measured)} of {len(records)} cells failed and are left out; "
-            "'kvbench run' with the same settings measures them again"
-        )
-    series, repeated = _group(measured)
-    if repeated:
-        notes.append(f"{repeated} cells were measured more than once; the latest counts")
+    """Return the curves of records, and notes on what was left out; see `make_report`.
+
+    A setting without a baseline has no curves.
+    """
+    frame = records if isinstance(records, DataFrame) else frame_of(records)
+    cells, notes = select(frame, latest)
+    notes = [*_notes_on_runs(runs), *notes]
     curves: list[Curve] = []
-    for setting in sorted({key[0] for key in series}, key=lambda s: (s.task, s.model, s.context)):
-        keys = [key for key in series if key[0] == setting]
-        curves += _curves_of(setting, {key: series[key] for key in keys}, threshold, notes)
-    return Report(tuple(curves), threshold, tuple(notes), runs)
+    for setting, of_setting in cells.groupby(["task", "model", "context", "seed"]):
+        task, model, context, seed = setting
+        curves += _curves_of(Setting(model, task, context, seed), of_setting, threshold, notes)
+    return Report(tuple(curves), threshold, tuple(notes), runs, frame)
 
 
 def difference(left: Curve, right: Curve) -> Difference | None:
-    """Of two critical footprints of one setting, paired over samples; None if either is unknown."""
+    """Return the difference of two critical footprints, paired over samples; None if unknown."""
     if left.footprint is None or right.footprint is None:
         return None
     if left.setting != right.setting:
@@ -252,34 +325,20 @@ def difference(left: Curve, right: Curve) -> Difference | None:
     return Difference(left, right, left.footprint.value - right.footprint.value, found)
 
 
-def differences(curves: Sequence[Curve]) -> list[Difference]:
-    """Between every two of a setting's curves but full attention's, the smaller one at the right.
+def differences(curves: Iterable[Curve]) -> list[Difference]:
+    """Return the difference of every two methods of a setting, the smaller one at the right."""
+    methods = [curve for curve in by_critical(curves) if curve.method != BASELINE]
+    pairs = (difference(left, right) for right, left in combinations(methods, 2))
+    return [found for found in pairs if found is not None]
 
-    The same numbers as `difference` pair by pair, faster.
-    """
-    known = [c for c in by_critical(curves) if c.footprint is not None and c.method != BASELINE]
-    found = []
-    for index, right in enumerate(known):
-        lefts = known[index + 1 :]
-        by_count: dict[int, list[Curve]] = defaultdict(list)
-        for left in lefts:
-            by_count[min(left.samples, right.samples)].append(left)
-        ends: dict[int, Interval] = {}
-        for count, group in by_count.items():
-            draws = np.stack([_draws(left) - _draws(right) for left in group], axis=1)
-            both = intervals(draws, count)
-            if both is not None:
-                for left, low, high in zip(group, *both.tolist(), strict=True):
-                    ends[id(left)] = Interval(low, high)
-        found += [
-            Difference(left, right, _value(left) - _value(right), ends.get(id(left)))
-            for left in lefts
-        ]
-    return found
+
+def by_critical(curves: Iterable[Curve]) -> list[Curve]:
+    """Return curves from the smallest critical footprint to the largest, unknown ones last."""
+    return sorted(curves, key=lambda c: (c.footprint.value if c.footprint else np.inf, c.label))
 
 
 def _notes_on_runs(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """What runs that are reported together differ in, beyond what the report keeps apart."""
+    """Return a note on how runs differ, beyond what the report keeps apart."""
     kept_apart = {"model", "context", "seed"}
     commons = [run["common"] for run in runs]
     keys = dict.fromkeys(key for common in commons for key in common if key not in kept_apart)
@@ -291,257 +350,251 @@ def _notes_on_runs(runs: Sequence[dict[str, Any]]) -> list[str]:
     return [f"the runs differ in {', '.join(different)}; cells that both have: the latest counts"]
 
 
-def _group(records: Iterable[Record]) -> tuple[dict[SeriesKey, Series], int]:
-    series: dict[SeriesKey, Series] = defaultdict(lambda: defaultdict(dict))
-    repeated = 0
-    for r in records:
-        setting = Setting(r.model, r.task, r.context, r.sample_seed)
-        options = json.dumps(r.options, sort_keys=True)
-        cells = series[setting, r.method, options, r.prefill_chunk][r.budget]
-        known = cells.get(r.sample)
-        repeated += known is not None
-        if known is None or known.finished < r.finished:
-            cells[r.sample] = r
-    return series, repeated
+@dataclass(frozen=True)
+class _Group:
+    """The cells of one curve, and what they share."""
+
+    method: str
+    family: str
+    options: dict[str, Any]
+    prefill_chunk: int | None
+    method_code: str
+    older: bool
+    cells: DataFrame = field(compare=False)
 
 
-def _labels(keys: Iterable[SeriesKey]) -> dict[SeriesKey, str]:
-    """Names for curves: the method's, and where needed the options or prefill chunk that differ."""
-    by_method: dict[str, list[SeriesKey]] = defaultdict(list)
-    for key in keys:
-        by_method[key[1]].append(key)
-    labels = {}
-    for method, same in by_method.items():
-        options: dict[SeriesKey, dict[str, Any]] = {key: json.loads(key[2]) for key in same}
-        names = dict.fromkeys(name for values in options.values() for name in values)
-        differing = [n for n in names if len({json.dumps(v.get(n)) for v in options.values()}) > 1]
-        for key in same:
-            parts = [f"{name}={_short(options[key].get(name))}" for name in differing]
-            if len({k[3] for k in same}) > 1:
-                parts.append(f"chunk {key[3]}")
-            labels[key] = f"{method} ({', '.join(parts)})" if parts else method
-    return labels
+def _groups(cells: DataFrame) -> list[_Group]:
+    """Return the cells of a setting by curve, the baseline first."""
+    keys = [
+        (cells["method"] != BASELINE).rename("is_method"),
+        cells["method"],
+        cells["options"].map(as_text),
+        cells["prefill_chunk"].fillna(0),
+        cells["older"],
+        cells["method_code"],
+    ]
+    groups = []
+    for _, part in cells.groupby(keys):
+        first = part.iloc[0]
+        groups.append(
+            _Group(
+                first["method"],
+                first["family"],
+                first["options"],
+                known(first["prefill_chunk"], int),
+                first["method_code"],
+                bool(first["older"]),
+                part,
+            )
+        )
+    return groups
+
+
+def _label(group: _Group, groups: Sequence[_Group], with_chunk: bool) -> str:
+    """Return the method of a group, and what distinguishes it from others of the method."""
+    same = [other for other in groups if other.method == group.method]
+    names = dict.fromkeys(name for other in same for name in other.options)
+    parts = [
+        f"{name}={_short(group.options.get(name))}"
+        for name in names
+        if len({str(other.options.get(name)) for other in same}) > 1
+    ]
+    if with_chunk and len({other.prefill_chunk for other in same}) > 1:
+        parts.append(f"chunk {group.prefill_chunk}")
+    if group.older:
+        parts.append(code_name(group.method_code))
+    return f"{group.method} ({', '.join(parts)})" if parts else group.method
 
 
 def _short(value: Any) -> str:
-    """An option's value in a label; of a file the beginning of its hash, which tells it apart."""
+    """Return an option's value as a label shows it; of a file, the first digits of its hash."""
     text = str(value)
     return text.rpartition(FILE_HASH)[2][:6] if FILE_HASH in text else text
 
 
 def _curves_of(
-    setting: Setting, series: dict[SeriesKey, Series], threshold: float, notes: list[str]
+    setting: Setting, cells: DataFrame, threshold: float, notes: list[str]
 ) -> list[Curve]:
-    """The curves of one setting, from one bootstrap of its samples."""
+    """Return the curves of one setting, from one bootstrap of its samples."""
     where = f"{setting.model}/{setting.task}"
-    baseline_key = next((key for key in series if key[1] == BASELINE), None)
-    if baseline_key is None:
+    groups = _groups(cells)
+    if groups[0].method != BASELINE:
         notes.append(
             f"{where}: full attention has not been measured, so there is no baseline; continue "
             "the run with 'kvbench run'"
         )
         return []
-    full = series[baseline_key][1.0]
-    if not any(record.score for record in full.values()):
+    full = groups[0].cells.set_index("sample")["score"].sort_index()
+    if not full.any():
         notes.append(f"{where}: full attention scores 0, so there is nothing to lose")
     if len(full) < FEW_SAMPLES:
-        notes.append(f"{where}: {_few(len(full))}")
-    labels = _labels(series)
-    kept: dict[SeriesKey, dict[float, list[int]]] = {}
-    for key in sorted(series, key=lambda k: (k[1] != BASELINE, k[1], k[2], k[3] or 0)):
-        samples = _usable(series[key], full, f"{where}/{labels[key]}", notes)
-        if samples:
-            kept[key] = samples
-    rows = {sample: row for row, sample in enumerate(sorted(full))}
-    tables = {key: _table(series[key], samples, full, rows) for key, samples in kept.items()}
-    scores = [
-        np.arange(table.shape[1]) < len(kept[key]) for key, table in tables.items()
-    ]  # a table's first columns
-    means, counts = resampled_means(
-        np.concatenate(list(tables.values()), axis=1), np.concatenate(scores)
-    )
-    curves, start = [], 0
-    for key, table in tables.items():
-        part = slice(start, start + table.shape[1])
-        start = part.stop
-        curves.append(
-            _curve(
-                key,
-                labels[key],
-                {budget: series[key][budget] for budget in kept[key]},
-                _Resampled(table, means[:, part], counts[:, part]),
-                threshold,
-            )
+        notes.append(
+            f"{where}: intervals of {len(full)} samples are rough"
+            if len(full) > 1
+            else f"{where}: one sample only, so there are no intervals"
         )
+    kept = []
+    for group in groups:
+        label = _label(group, groups, with_chunk=True)
+        usable = _usable(group.cells, set(full.index), f"{where}/{label}", notes)
+        if not usable.empty:
+            kept.append((replace(group, cells=usable), label))
+    tables = [_by_sample(group.cells, full) for group, _ in kept]
+    together = concat(tables, axis=1)
+    means, counts = resampled_means(
+        np.ascontiguousarray(together.to_numpy()),
+        np.asarray(together.columns.get_level_values(0) == "score"),
+    )
+    ends = np.cumsum([table.shape[1] for table in tables])[:-1]
+    curves = []
+    for (group, label), table, mean, count in zip(
+        kept, tables, np.split(means, ends, axis=1), np.split(counts, ends, axis=1), strict=True
+    ):
+        name = _label(group, groups, with_chunk=False)
+        curves.append(_curve(setting, group, label, name, _measures(table, mean, count), threshold))
     return _mark_best(curves)
 
 
-def _few(samples: int) -> str:
-    if samples == 1:
-        return "one sample only, so there are no intervals"
-    return f"intervals of {samples} samples are rough"
-
-
-def _usable(
-    series: Series, full: dict[int, Record], where: str, notes: list[str]
-) -> dict[float, list[int]]:
-    """The samples of each budget that the baseline has too; budgets that have too few are out."""
-    shared = {b: sorted(cells.keys() & full.keys()) for b, cells in sorted(series.items())}
-    most = max(len(samples) for samples in shared.values())
+def _usable(cells: DataFrame, full: set[int], where: str, notes: list[str]) -> DataFrame:
+    """Return the cells of samples that the baseline has too, of budgets with enough of them."""
+    shared = cells[cells["sample"].isin(full)]
+    counts = shared["budget"].value_counts().reindex(sorted(cells["budget"].unique()), fill_value=0)
+    most = counts.max()
     if most == 0:
         notes.append(f"{where}: no sample that the baseline has too, left out")
-        return {}
-    kept = {b: s for b, s in shared.items() if s and len(s) >= FEWEST_SHARE * most}
-    left_out = ", ".join(f"{b:g}" for b in shared if b not in kept)
-    if left_out:
+        return shared
+    kept = counts[(counts > 0) & (counts >= FEWEST_SHARE * most)]
+    if len(kept) < len(counts):
+        left_out = ", ".join(f"{budget:g}" for budget in counts.index.difference(kept.index))
         notes.append(f"{where}: too few samples at budget {left_out}, left out")
-    fewest = min(len(s) for s in kept.values())
-    if fewest < most:
-        notes.append(f"{where}: unfinished, {fewest} to {most} samples a budget")
+    if kept.min() < most:
+        notes.append(f"{where}: unfinished, {kept.min()} to {most} samples a budget")
     elif most < len(full):
         notes.append(f"{where}: unfinished, {most} of {len(full)} samples")
-    alone = sum(len(series[b]) - len(s) for b, s in kept.items())
+    alone = cells["budget"].isin(kept.index).sum() - kept.sum()
     if alone:
         notes.append(f"{where}: {alone} cells of samples that the baseline lacks are left out")
-    return kept
+    return shared[shared["budget"].isin(kept.index)]
 
 
-def _table(
-    series: Series, kept: dict[float, list[int]], full: dict[int, Record], rows: dict[int, int]
-) -> Floats:
-    """A curve's samples as a table [S, 3 P + 1]: scores, footprints, peaks, then the baseline's.
+def _by_sample(cells: DataFrame, full: "Series[float]") -> DataFrame:
+    """Return a curve's measures [S, 3 P + 1], columns (measure, budget); the baseline's is last.
 
-    The baseline is taken over the samples that any point of the curve has. NaN where a point lacks
-    a sample.
+    The baseline covers the samples that any point of the curve has. NaN marks a missing sample.
     """
-
-    def column(records: dict[int, Record], samples: Iterable[int], name: str) -> Floats:
-        values = np.full(len(rows), np.nan)
-        for sample in samples:
-            value = getattr(records[sample], name)
-            values[rows[sample]] = np.nan if value is None else value
-        return values
-
-    columns = [
-        column(series[budget], samples, name)
-        for name in ("score", "kv_footprint", "kv_peak")
-        for budget, samples in kept.items()
-    ]
-    everywhere = set().union(*kept.values())
-    return np.stack([*columns, column(full, everywhere, "score")], axis=1)
+    wide = cells.pivot(index="sample", columns="budget", values=list(MEASURES))
+    wide[BASELINE, 1.0] = full.reindex(wide.index)
+    return wide.reindex(full.index)
 
 
-@dataclass(frozen=True)
-class _Resampled:
-    """A curve's table [S, 3 P + 1] with the means and counts [R, 3 P + 1] of its resamples."""
+class _Measure(NamedTuple):
+    """One measure of a curve at its P budgets, over all samples and in R resamples."""
 
-    table: Floats
-    means: Floats
-    counts: Floats
+    mean: Floats  # [P]
+    samples: NDArray[np.int64]  # [P]
+    means: Floats  # [R, P]
+    counts: Floats  # [R, P], samples in each resample
+
+
+def _measures(table: DataFrame, means: Floats, counts: Floats) -> dict[str, _Measure]:
+    """Return the measures of a table of `_by_sample`, and of its resamples, by name."""
+    values = np.ascontiguousarray(table.to_numpy())
+    samples = (~np.isnan(values)).sum(axis=0)
+    mean = np.nansum(values, axis=0) / np.maximum(samples, 1)
+    names = table.columns.get_level_values(0)
+    return {
+        name: _Measure(mean[at], samples[at], means[:, at], counts[:, at])
+        for name in (*MEASURES, BASELINE)
+        for at in [np.asarray(names == name)]
+    }
 
 
 def _curve(
-    key: SeriesKey, label: str, cells: Series, resampled: _Resampled, threshold: float
+    setting: Setting,
+    group: _Group,
+    label: str,
+    name: str,
+    measures: dict[str, _Measure],
+    threshold: float,
 ) -> Curve:
-    """The curve of one series; of what `resampled` holds, see `_table`."""
-    setting, method, options, chunk = key
-    table, means, counts = resampled.table, resampled.means, resampled.counts
-    there = (~np.isnan(table)).sum(axis=0)
-    mean = np.nansum(table, axis=0) / np.maximum(there, 1)
-    count = len(cells)
-    samples = int(there[-1])
-    baseline = float(mean[-1])
+    """Return the curve of a group of cells from its measures."""
+    score, footprint, peak, full = (measures[name] for name in (*MEASURES, BASELINE))
+    baseline, samples = float(full.mean[0]), int(full.samples[0])
 
-    def points_by(first: int) -> NDArray[np.intp]:
-        """Columns of the scores, in order of the cost whose columns start at `first`."""
-        return np.argsort(mean[first : first + count], kind="stable")
-
-    def find(first: int) -> Critical | None:
-        cost = first + points_by(first)
-        score = cost - first
-        if baseline <= 0 or not there[cost].all():
+    def find(cost: _Measure) -> Critical | None:
+        if baseline <= 0 or not cost.samples.all():
             return None
-        if method == BASELINE:
-            return Critical(1.0, Status.REACHED, Interval(1.0, 1.0), np.ones(len(means)))
+        if group.method == BASELINE:
+            return Critical(1.0, Status.REACHED, Interval(1.0, 1.0), np.ones(len(cost.means)))
+        at = cost.mean.argsort(kind="stable")
+        weights = score.samples[at].astype(float)
         value, status = critical(
-            mean[cost], mean[score], there[score].astype(float), baseline, samples, threshold
+            cost.mean[at], score.mean[at], weights, baseline, samples, threshold
         )
         draws = critical_rows(
-            means[:, cost],
-            means[:, score],
-            counts[:, score],
-            means[:, -1],
-            counts[:, -1],
+            cost.means[:, at],
+            score.means[:, at],
+            score.counts[:, at],
+            full.means[:, 0],
+            full.counts[:, 0],
             threshold,
         )
         return Critical(value, status, interval(draws, samples), draws)
 
-    order = points_by(count)
-    budgets = list(cells)
+    budgets = group.cells["budget"]
+    others = group.cells[["kv_reads", "kv_bytes_peak"]].astype(float).groupby(budgets).mean()
+    order = footprint.mean.argsort(kind="stable")
     points = tuple(
         Point(
-            budget=budgets[i],
-            kv_footprint=float(mean[count + i]),
-            score=float(mean[i]),
-            score_interval=interval(means[:, i], int(there[i])),
-            kv_peak=float(mean[2 * count + i]) if there[2 * count + i] else None,
-            kv_reads=_mean(r.kv_reads for r in cells[budgets[i]].values()),
-            kv_bytes_peak=_mean(r.kv_bytes_peak for r in cells[budgets[i]].values()),
-            samples=int(there[i]),
+            budget=float(others.index[i]),
+            kv_footprint=float(footprint.mean[i]),
+            score=float(score.mean[i]),
+            score_interval=interval(score.means[:, i], int(score.samples[i])),
+            kv_peak=float(peak.mean[i]) if peak.samples[i] else None,
+            kv_reads=known(others["kv_reads"].iloc[i], float),
+            kv_bytes_peak=known(others["kv_bytes_peak"].iloc[i], float),
+            samples=int(score.samples[i]),
         )
         for i in order.tolist()
     )
-    scores = fit(mean[order], there[order].astype(float), baseline, samples)
-    footprints = [*np.minimum(mean[count + order], 1.0).tolist(), 1.0]
+    scores = fit(score.mean[order], score.samples[order].astype(float), baseline, samples)
+    footprints = [*np.minimum(footprint.mean[order], 1.0).tolist(), 1.0]
     return Curve(
-        setting=setting,
-        method=method,
-        family=next(iter(next(iter(cells.values())).values())).family,
-        options=json.loads(options),
-        prefill_chunk=chunk,
-        label=label,
+        **{**vars(group), "setting": setting, "label": label, "name": name},
         baseline=baseline,
         threshold=threshold,
         samples=samples,
         points=points,
         fitted=tuple(zip(footprints, scores.tolist(), strict=True)),
-        footprint=find(count),
-        peak=find(2 * count),
-        cells=cells,
+        footprint=find(footprint),
+        peak=find(peak),
     )
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _value(curve: Curve) -> float:
-    return curve.footprint.value if curve.footprint else float("nan")
-
-
-def _draws(curve: Curve) -> Floats:
-    return curve.footprint.draws if curve.footprint else np.empty(0)
-
-
-def by_critical(curves: Iterable[Curve]) -> list[Curve]:
-    """Curves from the smallest critical footprint to the largest, unknown ones last."""
-    return sorted(curves, key=lambda c: (c.footprint is None, _value(c), c.label))
+def known(value: Any, kind: Callable[[Any], Number]) -> Number | None:
+    """Return a value of a frame as a Python number, None if it is missing."""
+    return None if isna(value) else kind(value)
 
 
 def _mark_best(curves: list[Curve]) -> list[Curve]:
     """Mark the smallest critical footprint of a setting, and those not distinguishable from it.
 
-    That is where the interval of the difference includes 0; where there is no interval; and where
-    a footprint is only known to be at most something, which may hide a smaller one. Full attention
-    takes no part.
+    A curve is not distinguishable if the interval of the difference includes 0, if there is no
+    interval, or if its footprint is only known to be at most some value, which may hide a smaller
+    one. Full attention and older code of a method take no part.
     """
-    known = [c for c in by_critical(curves) if c.footprint is not None and c.method != BASELINE]
+    known = [c for c in by_critical(curves) if _competes(c)]
     if not known:
         return curves
     best = known[0]
-    tied = {id(curve) for curve in known[1:] if _may_equal(curve, best)}
-    return [replace(c, best=c is best, tied=id(c) in tied) for c in curves]
+    return [
+        replace(c, best=c is best, tied=c is not best and _competes(c) and _may_equal(c, best))
+        for c in curves
+    ]
+
+
+def _competes(curve: Curve) -> bool:
+    return curve.footprint is not None and curve.method != BASELINE and not curve.older
 
 
 def _may_equal(curve: Curve, best: Curve) -> bool:

@@ -1,8 +1,8 @@
 """`report.html`: one file with a report's tables, pictures, settings and samples; no network.
 
-Whatever a model wrote is data: the template escapes it, the drill-down's JSON cannot end its script
-block, the page's script writes text and never markup, and a content security policy lets no other
-script run and nothing be fetched.
+Text that a model wrote is data. The templates escape it, the JSON of the samples cannot end its
+script block, the page's script writes text and never markup, and a content security policy allows
+no other script and no request. A notebook shows the overview of the same page.
 """
 
 import base64
@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pandas import concat
 
 from kvbench.records import BASELINE
 from kvbench.report.build import Curve, Report, Setting, by_critical, difference
-from kvbench.report.tables import critical_text, interval_text, legend, mark, percent, title
+from kvbench.report.tables import (
+    critical_text,
+    interval_text,
+    legend,
+    mark,
+    overview,
+    percent,
+    title,
+)
 
-TEMPLATE = "report.html.jinja"
-SCRIPT = "report.js"
+HOME = Path(__file__).parent
 MOST_TEXT = 4_000_000  # characters of samples in a page; a browser opens that at once
 MOST_OF_A_TEXT = 2_000  # characters of one prediction or reference
 
@@ -40,23 +48,15 @@ class Image:
 
 
 def render(report: Report, images: Sequence[Image]) -> str:
-    """The page as text."""
-    home = Path(__file__).parent
-    environment = Environment(
-        autoescape=True,
-        loader=FileSystemLoader(home),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = (home / SCRIPT).read_text(encoding="utf-8")
+    """Return the page."""
+    script = (HOME / "report.js").read_text(encoding="utf-8")
     samples, shown, cut = _samples(report)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    return environment.get_template(TEMPLATE).render(
+    return _fill(
+        "report.html.jinja",
+        report,
         script=script,
         script_hash=f"sha256-{digest}",
-        legend=legend(report),
-        notes=report.notes,
         sections=[
             {
                 "title": title(report, setting),
@@ -75,12 +75,45 @@ def render(report: Report, images: Sequence[Image]) -> str:
     )
 
 
+def render_notebook(report: Report) -> str:
+    """Return HTML for a notebook: the overview, and the curves of all tasks."""
+    from kvbench.report.figures import draw_pictures
+
+    pictures = draw_pictures(report)
+    if len(report.settings()) > 1:
+        pictures = [p for p in pictures if p.setting is None and p.stem.startswith("all-tasks")]
+    else:
+        pictures = [p for p in pictures if p.setting is not None]
+    images = [Image(p.files()[f"{p.stem}.png"], p.caption, None) for p in pictures]
+    return _fill("notebook.html.jinja", report, images=images)
+
+
+def _fill(template: str, report: Report, **values: Any) -> str:
+    """Return a template with the overview of a report and further values."""
+    environment = Environment(
+        autoescape=True,
+        loader=FileSystemLoader(HOME),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(
+        BASELINE=BASELINE, critical_text=critical_text, interval_text=interval_text
+    )
+    grid = overview(report, lambda curve: curve)
+    order = report.critical.groupby("label")["critical_footprint"].mean().sort_values().index
+    rows = [(label, list(grid.loc[label])) for label in order]
+    return environment.get_template(template).render(
+        tasks=list(grid.columns), rows=rows, legend=legend(report), notes=report.notes, **values
+    )
+
+
 def _budgets(curves: Sequence[Curve]) -> list[float]:
     return sorted({p.budget for c in curves if c.method != BASELINE for p in c.points})
 
 
 def _rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """A setting's table: texts, and the numbers that its columns are sorted by."""
+    """Return a setting's table: texts, and the numbers that its columns are sorted by."""
     best = next((c for c in curves if c.best), None)
     rows = []
     for curve in by_critical(curves):
@@ -108,7 +141,7 @@ def _rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
 
 
 def _run(run: dict[str, Any]) -> dict[str, Any]:
-    """What run.json says, as (name, text) pairs for each block."""
+    """Return the contents of run.json as (name, text) pairs for each block."""
     return {
         "folder": run["folder"],
         "common": _pairs(run["common"]),
@@ -128,34 +161,30 @@ def _pairs(values: dict[str, Any], under: str = "") -> list[tuple[str, str]]:
 
 
 def _samples(report: Report) -> tuple[dict[str, Any], str, bool]:
-    """The drill-down's data, how much of the samples it holds, and whether texts were cut.
+    """Return the samples of the page, how many that are in words, and whether texts were cut.
 
-    Samples are taken in order of index, from every setting in turn and with all their cells, until
+    Samples are taken in order of index, one of each setting in turn and with all their cells, until
     the page has as much text as a browser opens at once.
     """
     settings = report.settings()
-    order = {setting: _indices(report.of(setting)) for setting in settings}
-    taken: dict[Setting, list[int]] = {setting: [] for setting in settings}
-    room = MOST_TEXT
-    for turn in range(max((len(indices) for indices in order.values()), default=0)):
-        for setting, indices in order.items():
-            if turn < len(indices) and room > 0:
-                taken[setting].append(indices[turn])
-                room -= _text_size(report.of(setting), indices[turn])
-    count, total = sum(map(len, taken.values())), sum(map(len, order.values()))
-    shown = f"all {total} samples" if count == total else f"the first {count} of {total} samples"
+    sizes = []
+    for number, setting in enumerate(settings):
+        cells = concat([curve.cells[["sample", "prediction"]] for curve in report.of(setting)])
+        length = cells["prediction"].fillna("").str.len().clip(upper=MOST_OF_A_TEXT) + 60
+        size = (length.groupby(cells["sample"]).sum() + 600).reset_index(name="size")
+        sizes.append(size.assign(setting=number, turn=range(len(size))))
+    order = concat(sizes).sort_values(["turn", "setting"])
+    taken = order[order["size"].cumsum() - order["size"] < MOST_TEXT]
+    total = len(order)
+    shown = f"all {total} samples"
+    if len(taken) < total:
+        shown = f"the first {len(taken)} of {total} samples"
     cutter = _Cutter()
-    data = {"settings": [_setting_data(report, s, taken[s], cutter) for s in settings]}
-    return data, shown, cutter.used
-
-
-def _indices(curves: Sequence[Curve]) -> list[int]:
-    return sorted({index for c in curves for cells in c.cells.values() for index in cells})
-
-
-def _text_size(curves: Sequence[Curve], index: int) -> int:
-    cells = [cells[index] for c in curves for cells in c.cells.values() if index in cells]
-    return sum(60 + min(len(r.prediction or ""), MOST_OF_A_TEXT) for r in cells) + 600
+    data = [
+        _setting_data(report, setting, set(taken.loc[taken["setting"] == number, "sample"]), cutter)
+        for number, setting in enumerate(settings)
+    ]
+    return {"settings": data}, shown, cutter.used
 
 
 class _Cutter:
@@ -171,30 +200,25 @@ class _Cutter:
 
 
 def _setting_data(
-    report: Report, setting: Setting, indices: Sequence[int], cut: _Cutter
+    report: Report, setting: Setting, wanted: set[int], cut: _Cutter
 ) -> dict[str, Any]:
-    curves = report.of(setting)
-    wanted = set(indices)
     samples: dict[int, dict[str, Any]] = {}
     data = []
-    for curve in curves:
+    for curve in report.of(setting):
         budgets = []
-        for budget, cells in sorted(curve.cells.items()):
+        for budget, cells in curve.cells.groupby("budget"):
             rows = []
-            for index in sorted(wanted & cells.keys()):
-                record = cells[index]
-                rows.append([index, record.score, cut(record.prediction or "")])
-                reference = record.reference
-                if not isinstance(reference, str):
-                    reference = json.dumps(reference, ensure_ascii=False)
-                samples.setdefault(
-                    index,
-                    {
-                        "subtask": record.subtask,
-                        "tail": record.prompt_tail,
+            for cell in cells[cells["sample"].isin(wanted)].sort_values("sample").itertuples():
+                rows.append([cell.sample, cell.score, cut(cell.prediction or "")])
+                if cell.sample not in samples:
+                    reference = cell.reference
+                    if not isinstance(reference, str):
+                        reference = json.dumps(reference, ensure_ascii=False)
+                    samples[cell.sample] = {
+                        "subtask": cell.subtask,
+                        "tail": cell.prompt_tail,
                         "reference": cut(reference),
-                    },
-                )
+                    }
             budgets.append({"budget": budget, "cells": rows})
         data.append({"label": curve.label, "budgets": budgets})
     return {"title": title(report, setting), "curves": data, "samples": samples}

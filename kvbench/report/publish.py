@@ -1,33 +1,103 @@
-"""Writes all of a report to a folder: tables for programs, pictures, and the page."""
+"""Writes a report to a folder: tables for programs, pictures, and the page.
 
+Nothing is drawn if the folder holds the same report already: `.report.json` says what its files
+were made from (records, settings, threshold, code) and their hashes.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
+import kvbench.records
 from kvbench.errors import InputError
 from kvbench.records import write_atomically
 from kvbench.report.build import Report
-from kvbench.report.figures import draw_pictures, save_pictures
-from kvbench.report.page import Image, render
-from kvbench.report.tables import differences_csv, to_csv
+
+STAMP = ".report.json"
+LIBRARIES = ("numpy", "scipy", "pandas", "matplotlib", "jinja2")  # whose versions change the files
 
 
-def publish(report: Report, folder: Path) -> list[Path]:
-    """Write critical.csv, differences.csv, the pictures and report.html; return their paths.
+@dataclass(frozen=True)
+class Published:
+    """The files of a report, and whether they were written now or were there already."""
 
-    Raises InputError where the folder cannot be written to.
+    folder: Path
+    files: list[Path]
+    written: bool
+
+    @property
+    def message(self) -> str:
+        """One line for the user."""
+        if not self.written:
+            return f"{self.folder} is up to date: {len(self.files)} files, nothing was drawn again"
+        return f"wrote {', '.join(path.name for path in self.files)} to {self.folder}"
+
+
+def publish(report: Report, folder: Path) -> Published:
+    """Write critical.csv, differences.csv, the pictures and report.html, unless they are there.
+
+    Raises InputError if the folder cannot be written to.
     """
-    pictures = draw_pictures(report)
-    tables = {"critical.csv": to_csv(report), "differences.csv": differences_csv(report)}
+    made_from = _made_from(report)
+    there = _up_to_date(folder, made_from)
+    if there is not None:
+        return Published(folder, there, written=False)
+    files = _files(report)
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    stamp = json.dumps({"made_from": made_from, "files": hashes}, indent=1) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in tables.items():
-            write_atomically(folder / name, text)
-        drawn = save_pictures(pictures, folder)
-        images = [
-            Image((folder / f"{p.stem}.png").read_bytes(), p.caption, p.setting) for p in pictures
-        ]
-        write_atomically(folder / "report.html", render(report, images))
+        for name, data in {**files, STAMP: stamp.encode()}.items():
+            write_atomically(folder / name, data)
     except OSError as error:
         raise InputError(
             f"cannot write to {folder}: {error.strerror}; choose another --out"
         ) from error
-    return [*(folder / name for name in tables), *drawn, folder / "report.html"]
+    return Published(folder, [folder / name for name in files], written=True)
+
+
+def _files(report: Report) -> dict[str, bytes]:
+    """Return the contents of every file of a report."""
+    from kvbench.report.figures import draw_pictures
+    from kvbench.report.page import Image, render
+    from kvbench.report.tables import csv_text, to_csv
+
+    tables = {"critical.csv": to_csv(report), "differences.csv": csv_text(report.differences)}
+    files = {name: text.encode() for name, text in tables.items()}
+    images = []
+    for picture in draw_pictures(report):
+        drawn = picture.files()
+        images.append(Image(drawn[f"{picture.stem}.png"], picture.caption, picture.setting))
+        files |= drawn
+    return {**files, "report.html": render(report, images).encode()}
+
+
+def _made_from(report: Report) -> str | None:
+    """Return a hash of everything that could change a report's files, None if that is unknown."""
+    if not report.source:
+        return None
+    total = hashlib.sha256(report.source.encode())
+    code = [Path(kvbench.records.__file__), *Path(__file__).parent.rglob("*.*")]
+    for path in sorted(path for path in code if path.suffix in (".py", ".jinja", ".js")):
+        total.update(path.name.encode() + path.read_bytes())
+    for library in LIBRARIES:
+        total.update(f"{library} {version(library)}".encode())
+    return total.hexdigest()
+
+
+def _up_to_date(folder: Path, made_from: str | None) -> list[Path] | None:
+    """Return the files of a folder if they are a report made from the same, else None."""
+    try:
+        stamp = json.loads((folder / STAMP).read_bytes())
+        if made_from is None or stamp["made_from"] != made_from:
+            return None
+        files = {folder / str(name): digest for name, digest in stamp["files"].items()}
+        unchanged = all(
+            hashlib.sha256(path.read_bytes()).hexdigest() == digest
+            for path, digest in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return list(files) if unchanged else None

@@ -1,26 +1,26 @@
-"""The statistics of a report: fitted curves, critical points, and their uncertainty.
+"""The statistics of a report: fitted curves, critical points and their uncertainty.
 
-Definitions are those of ALGORITHMS, section 2. P counts the points of a curve (one a budget, in
-order of cost: KV footprint, or peak), R the resamples of a bootstrap, S the samples of a task. All
-costs and scores are fractions. Arrays in, arrays out: this module knows no record and no file.
+`build.py` calls these functions with arrays; nothing here knows a record or a file.
+`docs/statistics.md` defines the quantities. P is the number of points of a curve (one per budget,
+in order of cost: KV footprint or peak), R the number of bootstrap resamples, S the number of
+samples of a task. Costs and scores are fractions.
 
-**Intervals** are those of a paired bootstrap over samples, with two corrections for few samples:
+**Intervals** come from a paired bootstrap over samples, with two corrections for few samples:
 
-- They are expanded percentile intervals (Hesterberg 2015, arXiv 1411.5279): further out than 2.5
-  and 97.5 per cent by what a t interval of as many samples is wider than a bootstrap takes it for,
-  which draws its spread from the samples' own variance and takes that for known.
-- Every resample holds imagined samples besides: a passed and a failed one, of random weights that
-  are half a trial each on average (Jeffreys' prior for a share). A trial is a score of 0 or 1; of
-  graded scores a fraction of a sample tells as much. Otherwise 32 passes of 32 would leave no
-  doubt, though the true share may well be 0.92. The baseline gets none: pulled along, the ratio of
-  the two would hardly move.
+- They are expanded percentile intervals (Hesterberg 2015, arXiv 1411.5279). A bootstrap estimates
+  the spread from the samples' own variance as if that were known exactly, so its percentiles are
+  moved outwards by the ratio of a t interval to a normal one.
+- Every resample also contains imagined samples: a passed and a failed one, with random weights of
+  half a trial each on average (Jeffreys' prior for a share). A trial is a score of 0 or 1; a graded
+  score counts as a fraction of a trial. Without them, 32 passes out of 32 would leave no doubt,
+  although the true share may well be 0.92. The baseline gets none, because the ratio of a method to
+  its baseline would then hardly change.
 
-The plain percentile interval was tried first. On simulated curves of 32 samples it covers the
-truth about 92 % of the time; expansion alone brings 91 to 94 %, both together 94 to 97 %. (Of 16
-samples: 88 to 93 % with expansion alone, 96 to 99 % with both.) BCa and bias-corrected intervals
-cover no more than plain ones, as a critical footprint's distribution is lumpy where the crossing
-changes from one pair of budgets to the next, and the basic interval mirrors its skew the wrong way
-round (60 to 80 %).
+On simulated curves of 32 samples the plain percentile interval covers the truth about 92 % of the
+time, with expansion 91 to 94 %, with both corrections 94 to 97 %. (With 16 samples: 88 to 93 % with
+expansion alone, 96 to 99 % with both.) BCa and bias-corrected intervals cover no more than plain
+ones, because the distribution of a critical footprint is lumpy where the crossing moves from one
+pair of budgets to the next. The basic interval mirrors the skew the wrong way (60 to 80 %).
 """
 
 from collections.abc import Iterator
@@ -36,10 +36,10 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 1000
 BOOTSTRAP_SEED = 0
-IMAGINED = 1.0  # trials, half of them passed
+IMAGINED = 1.0  # trials added to a resample, half of them passed
 OUTSIDE = 0.05  # share of the probability that an interval leaves outside
-BLOCK = 4_000_000  # resampled samples held at once, 8 bytes each and a few times over
-ROUNDING = 1e-9  # what rounding may take away from a mean that reaches its target exactly
+BLOCK = 4_000_000  # resampled samples in memory at once, a few arrays of 8 bytes each
+ROUNDING = 1e-9  # tolerance for a mean that equals its target but for rounding
 
 
 class Status(StrEnum):
@@ -62,22 +62,22 @@ class Interval:
 
 
 def fit(score: Floats, weight: Floats, baseline: float, at: float) -> Floats:
-    """Scores of the fitted curve [P + 1]: at the points, then at full attention.
+    """Return the scores of the fitted curve [P + 1]: at the points, then at full attention.
 
-    Isotonic regression with `weight` [P] samples at each point and `at` at the baseline. Where
-    points score above the baseline, the baseline's end of the curve is pooled with them: it ends
-    higher than the baseline, never lower, so the threshold is always reached.
+    This is isotonic regression with weights: `weight` [P] samples at each point, `at` samples at
+    the baseline. Points that score above the baseline are pooled with it, so the curve ends at or
+    above the baseline, and the threshold is always reached.
     """
     y, w = np.append(score, baseline), np.append(weight, at)
     return np.asarray(isotonic_regression(y, weights=w).x, dtype=float)
 
 
 def fit_rows(scores: Floats, weights: Floats) -> Floats:
-    """Isotonic regression of each row of scores and weights [R, P], all rows at once; [R, P].
+    """Return the isotonic regression of each row of scores and weights [R, P], as [R, P].
 
-    Row by row equal to scipy's; it takes 1,000 rows in the time that needs for a few dozen. The
-    value at i is the highest, over starts j <= i, of the lowest mean, over ends k >= i, of the
-    points j..k (Barlow et al. 1972, the max-min formula). Weights are positive.
+    Each row equals scipy's result; all rows together are much faster. The value at i is the maximum
+    over starts j <= i of the minimum over ends k >= i of the mean of the points j..k (the max-min
+    formula, Barlow et al. 1972). Weights are positive.
     """
     rows, count = scores.shape
     zero = np.zeros((rows, 1))
@@ -92,9 +92,9 @@ def fit_rows(scores: Floats, weights: Floats) -> Floats:
 
 
 def cross(cost: Floats, fitted: Floats, target: Floats) -> Floats:
-    """Where each of R curves first reaches its target [R], linear between knots; [R].
+    """Return the cost [R] at which each curve first reaches its target [R], linear between points.
 
-    Costs [R, P] do not fall, and the curves end at a cost of 1: `fitted` is [R, P + 1].
+    Costs [R, P] must not fall. A curve ends at a cost of 1, so `fitted` is [R, P + 1].
     """
     x = np.concatenate([cost, np.ones((len(cost), 1))], axis=1)
     first = (fitted >= (target - ROUNDING)[:, None]).argmax(axis=1)
@@ -109,10 +109,10 @@ def cross(cost: Floats, fitted: Floats, target: Floats) -> Floats:
 def critical(
     cost: Floats, score: Floats, weight: Floats, baseline: float, at: float, threshold: float
 ) -> tuple[float, Status]:
-    """The smallest cost at which the fitted curve keeps `threshold` of a positive baseline.
+    """Return the smallest cost at which the fitted curve keeps `threshold` of the baseline.
 
-    Points [P] are in order of cost. A cost above 1 (patched tokens can lift a peak there) counts
-    as 1: whoever has that much room runs full attention.
+    Points [P] are in order of cost; the baseline is positive. A cost above 1 counts as 1 (patched
+    tokens can raise a peak that far): with that much memory one would run full attention.
     """
     fitted = fit(score, weight, baseline, at)
     target = np.array([threshold * baseline])
@@ -126,10 +126,10 @@ def critical(
 def critical_rows(
     cost: Floats, score: Floats, weight: Floats, baseline: Floats, at: Floats, threshold: float
 ) -> Floats:
-    """`critical` for R resamples at once, [R, P] and [R]; NaN where the baseline is 0.
+    """Return `critical` of R resamples, from [R, P] and [R]; NaN where the baseline is 0.
 
-    Points keep the order they have in the whole sample, so that two budgets of equal cost do not
-    change places by rounding.
+    Points stay in the order of the whole sample, so that rounding does not swap two budgets of
+    equal cost.
     """
     scores = np.concatenate([score, baseline[:, None]], axis=1)
     weights = np.concatenate([weight, at[:, None]], axis=1)
@@ -142,9 +142,9 @@ def _in_order(cost: Floats) -> Floats:
 
 
 def resamples(samples: int, count: int = RESAMPLES, seed: int = BOOTSTRAP_SEED) -> Iterator[Floats]:
-    """How often each of `samples` samples is drawn in each resample, in blocks [rows, S].
+    """Yield how often each resample draws each of `samples` samples, in blocks [rows, S].
 
-    Equal arguments give equal resamples. Blocks keep memory small where samples are many.
+    Equal arguments give equal resamples. Blocks keep memory small if there are many samples.
     """
     rng = np.random.default_rng(seed)
     rows = max(1, min(count, BLOCK // samples))
@@ -156,11 +156,11 @@ def resamples(samples: int, count: int = RESAMPLES, seed: int = BOOTSTRAP_SEED) 
 
 
 def resampled_means(values: Floats, scores: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-    """Means of columns [S, C] in every resample, and how many samples each has; both [R, C].
+    """Return the means of columns [S, C] in every resample, and their sample counts; both [R, C].
 
-    NaN marks a sample that a column lacks. Columns that are `scores` [C] get, in every resample,
-    the imagined samples described above. A resample that draws none of a column's samples takes
-    the column's mean over all, at next to no weight.
+    NaN marks a sample that a column lacks. Columns that are `scores` [C] get the imagined samples
+    that the module describes. A resample that draws none of a column's samples takes the column's
+    overall mean, with a weight near zero.
     """
     there = ~np.isnan(values)
     known = np.where(there, values, 0.0)
@@ -177,10 +177,10 @@ def resampled_means(values: Floats, scores: NDArray[np.bool_]) -> tuple[Floats, 
 
 
 def trials_in_a_sample(known: Floats, mask: Floats, scores: NDArray[np.bool_]) -> float:
-    """Samples that tell as much as one score of 0 or 1 does, from the scores' spread: 0 to 1.
+    """Return how many samples carry as much information as one score of 0 or 1: from 0 to 1.
 
-    A mean m of scores that are 0 or 1 has the variance m (1 - m) a sample; graded scores have
-    less. 1 where all scores are 0, or all 1: nothing is known of their spread.
+    Scores of 0 or 1 with mean m have the variance m (1 - m); graded scores have less. The result
+    is 1 if all scores are 0 or all are 1, because nothing is known about their spread.
     """
     count = np.maximum(mask[:, scores].sum(axis=0), 1.0)
     mean = known[:, scores].sum(axis=0) / count
@@ -190,21 +190,13 @@ def trials_in_a_sample(known: Floats, mask: Floats, scores: NDArray[np.bool_]) -
 
 
 def interval(draws: Floats, samples: int) -> Interval | None:
-    """The expanded 95 % percentile interval of bootstrap draws [R] over so many samples.
+    """Return the expanded 95 % percentile interval of bootstrap draws [R] over `samples` samples.
 
-    Draws that are NaN are left out. None where there are no two samples, or no draw.
+    Draws that are NaN are left out. None if there are fewer than two samples, or no draw.
     """
-    found = intervals(draws[:, None], samples)
-    return None if found is None or np.isnan(found).any() else Interval(*found[:, 0].tolist())
-
-
-def intervals(draws: Floats, samples: int) -> Floats | None:
-    """Lower and upper ends [2, C] of the intervals of columns of draws [R, C]."""
-    if samples < 2:
-        return None
-    known = draws[~np.isnan(draws).any(axis=1)]
-    if not len(known):
+    known = draws[~np.isnan(draws)]
+    if samples < 2 or not len(known):
         return None
     further = np.sqrt(samples / (samples - 1)) * stdtrit(samples - 1, OUTSIDE / 2)
     outside = float(ndtr(further))
-    return np.asarray(np.quantile(known, [outside, 1 - outside], axis=0))
+    return Interval(*np.quantile(known, [outside, 1 - outside]).tolist())

@@ -1,44 +1,41 @@
-"""A report as text: for the terminal, as JSON, CSV, Markdown and LaTeX."""
+"""A report as text: for the terminal, as JSON, CSV, Markdown and LaTeX.
 
-import csv
-import io
+Text from outside is escaped by one function per medium: rich's `escape` for the terminal,
+`escape_markdown`, `escape_latex`. The page escapes by its template (`page.py`).
+"""
+
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from statistics import fmean
-from typing import Any
 
+from pandas import DataFrame
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from kvbench.records import BASELINE, Record
-from kvbench.report.build import Critical, Curve, Report, Setting, by_critical, differences
+from kvbench.report.build import Critical, Curve, Report, Setting, by_critical
+from kvbench.report.frames import as_text, frame_of, select
 from kvbench.report.statistics import Status
 
-WIDTH_OF_A_FILE = 120  # columns, where stdout is no terminal
+WIDTH_OF_A_FILE = 120  # columns, if stdout is no terminal
 
-CSV_FIELDS = (
+CSV_COLUMNS = [
     *("model", "task", "context", "seed", "method", "family", "options", "prefill_chunk"),
     *("baseline", "threshold", "critical_footprint", "ci_low", "ci_high", "status"),
     *("critical_peak", "peak_ci_low", "peak_ci_high", "peak_status"),
     *("best", "tied_with_best", "samples"),
-)
-DIFFERENCE_FIELDS = (
-    *("model", "task", "context", "seed", "left", "right"),
-    *("difference", "ci_low", "ci_high", "distinct"),
-)
+]
 
 
 def percent(value: float | None) -> str:
-    """A fraction as per cent with one decimal, a dash for None."""
+    """Return a fraction as per cent with one decimal, a dash for None."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
 def critical_text(found: Critical | None) -> str:
-    """A critical value in per cent: `<=` for at most, `~` for extrapolated."""
+    """Return a critical value in per cent: `<=` for at most, `~` for extrapolated."""
     if found is None:
         return "-"
     sign = {Status.AT_MOST: "<=", Status.EXTRAPOLATED: "~"}
@@ -46,18 +43,18 @@ def critical_text(found: Critical | None) -> str:
 
 
 def interval_text(found: Critical | None) -> str:
-    """The 95 % interval in per cent."""
+    """Return the 95 % interval in per cent."""
     ends = found.interval if found else None
     return "-" if ends is None else f"{percent(ends.low)}-{percent(ends.high)}"
 
 
 def mark(curve: Curve) -> str:
-    """`*` for the best of its setting, `=` for what cannot be told from it."""
+    """Return `*` for the best of a setting, `=` for one not distinguishable from it."""
     return "*" if curve.best else "=" if curve.tied else ""
 
 
 def title(report: Report, setting: Setting) -> str:
-    """One line over a table or picture: task, model, context, samples, baseline."""
+    """Return one line for a table or picture: task, model, context, seed, baseline."""
     curve = report.of(setting)[0]
     return (
         f"{setting.task}: {setting.model}, {setting.context:,} tokens, seed {setting.seed}, "
@@ -66,7 +63,7 @@ def title(report: Report, setting: Setting) -> str:
 
 
 def legend(report: Report) -> str:
-    """What the signs of a table mean."""
+    """Return what the signs of a table mean."""
     return (
         f"Critical: the smallest KV footprint (or peak) that keeps {100 * report.threshold:g} % of "
         "full attention's score, with its 95 % interval. <= every budget measured keeps it; ~ none "
@@ -75,8 +72,27 @@ def legend(report: Report) -> str:
     )
 
 
+def overview(report: Report, cell: Callable[[Curve], str]) -> DataFrame:
+    """Return what `cell` says of each curve: a row for each label, a column for each setting."""
+    settings = report.settings()
+    several = len({(s.model, s.context, s.seed) for s in settings}) > 1
+    columns = {
+        f"{s.task} ({s.model}, {s.context}, {s.seed})" if several else s.task: {
+            curve.label: cell(curve) for curve in report.of(s)
+        }
+        for s in settings
+    }
+    labels = list(dict.fromkeys(curve.label for curve in report.curves))
+    return DataFrame(columns, index=labels).fillna("")
+
+
+def console_of_stdout() -> Console:
+    """Return rich's console on stdout, as wide as the terminal."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+
+
 def print_tables(report: Report, console: Console) -> None:
-    """One table per setting on the console: critical values, then score and footprint."""
+    """Print one table per setting: critical values, then score and footprint."""
     for setting in report.settings():
         table = Table(box=SIMPLE_HEAD, title=title(report, setting), title_justify="left")
         table.add_column("")
@@ -103,95 +119,65 @@ def print_tables(report: Report, console: Console) -> None:
 
 
 def to_json(report: Report) -> str:
-    """A list with one object per curve (DESIGN, commands)."""
-    return json.dumps([curve.as_dict() for curve in report.curves], indent=2, allow_nan=False)
+    """Return a list with one object per curve: a row of `Report.critical`, with its points."""
+    rows = [{**c.row(), "points": [point.as_dict() for point in c.points]} for c in report.curves]
+    return json.dumps(rows, indent=2, allow_nan=False)
 
 
 def to_csv(report: Report) -> str:
-    """One line per curve, without its points."""
-    rows = []
-    for curve in report.curves:
-        row = curve.as_dict()
-        row["options"] = json.dumps(row["options"], sort_keys=True)
-        rows.append(row)
-    return _csv(CSV_FIELDS, rows)
+    """Return one line per curve, without its points.
+
+    Label and hash of the code are added if there are curves of older code, to tell them apart.
+    """
+    more = ["label", "method_code"] if any(curve.older for curve in report.curves) else []
+    frame = report.critical.assign(options=report.critical["options"].map(as_text))
+    return csv_text(frame[[*CSV_COLUMNS, *more]])
 
 
-def differences_csv(report: Report) -> str:
-    """One line per pair of methods: by how much the left critical footprint is larger."""
-    rows = []
-    for setting in report.settings():
-        for found in differences(report.of(setting)):
-            ends = found.interval
-            rows.append(
-                {
-                    **vars(setting),
-                    "left": found.left.label,
-                    "right": found.right.label,
-                    "difference": found.value,
-                    "ci_low": ends.low if ends else None,
-                    "ci_high": ends.high if ends else None,
-                    "distinct": found.distinct,
-                }
-            )
-    return _csv(DIFFERENCE_FIELDS, rows)
-
-
-def _csv(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Methods by settings: critical footprints with their intervals, as texts."""
-
-    header: list[str]
-    rows: list[list[str]]
-
-
-def _grid(report: Report, cell: Callable[[Curve], str]) -> Grid:
-    settings = report.settings()
-    labels = list(dict.fromkeys(curve.label for curve in report.curves))
-    several = len({(s.model, s.context, s.seed) for s in settings}) > 1
-    header = [f"{s.task} ({s.model}, {s.context}, {s.seed})" if several else s.task
-              for s in settings]  # fmt: skip
-    found = {(c.setting, c.label): cell(c) for c in report.curves}
-    rows = [[label, *(found.get((s, label), "") for s in settings)] for label in labels]
-    return Grid(["method", *header], rows)
+def csv_text(frame: DataFrame) -> str:
+    """Return a frame as CSV, the same on every system."""
+    return frame.to_csv(index=False, lineterminator="\n")
 
 
 def to_markdown(report: Report) -> str:
-    """Critical footprints in per cent with their intervals, methods by tasks; the best in bold."""
+    """Return critical footprints in per cent with intervals, methods by tasks; the best in bold."""
 
     def cell(curve: Curve) -> str:
-        text = critical_text(curve.footprint)
+        text = escape_markdown(critical_text(curve.footprint))
         ends = interval_text(curve.footprint)
         text = f"**{text}**" if curve.best else text + (" =" if curve.tied else "")
         return text if curve.method == BASELINE or ends == "-" else f"{text} ({ends})"
 
-    grid = _grid(report, cell)
-    lines = [grid.header, ["---", *["---:"] * (len(grid.header) - 1)], *grid.rows]
-    body = "\n".join("| " + " | ".join(_markdown(c) for c in cells) + " |" for cells in lines)
-    return f"{body}\n\n{legend(report).replace('* the best', 'Bold: the best')}"
+    grid = overview(report, cell)
+    header = ["method", *map(escape_markdown, grid.columns)]
+    rows = [[escape_markdown(label), *cells] for label, *cells in grid.itertuples()]
+    text = escape_markdown(legend(report)).replace("\\* the best", "Bold: the best")
+    return f"{markdown_table(header, rows)}\n\n{text}"
 
 
-def _markdown(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("~", "\\~")
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of texts that are Markdown already, the first column left-aligned."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def escape_markdown(text: str) -> str:
+    """Return Markdown that shows the text as it is, in a table too."""
+    signs = {"<=": "≤", ">=": "≥", "<": "&lt;", ">": "&gt;", "~": "\\~", "*": "\\*", "|": "\\|"}
+    for sign, shown in signs.items():
+        text = text.replace(sign, shown)
+    return text
 
 
 def to_latex(report: Report) -> str:
-    """Critical footprints in per cent, methods by tasks, for the booktabs package.
+    """Return critical footprints in per cent, methods by tasks, for the booktabs package.
 
-    Each method has a second line with the intervals, small; the best of a task is bold, and what
-    cannot be told from it underlined.
+    Each method has a second line with the intervals, small. The best of a task is bold; those not
+    distinguishable from it are underlined.
     """
 
     def value(curve: Curve) -> str:
-        text = _latex(critical_text(curve.footprint))
+        text = escape_latex(critical_text(curve.footprint))
         if curve.best:
             return rf"\textbf{{{text}}}"
         return rf"\underline{{{text}}}" if curve.tied else text
@@ -202,18 +188,21 @@ def to_latex(report: Report) -> str:
             return ""
         return r"{\scriptsize " + text.replace("-", "--") + "}"
 
-    grid, spread = _grid(report, value), _grid(report, ends)
-    columns = "l" + "r" * (len(grid.header) - 1)
-    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _row(map(_latex, grid.header))]
-    lines.append(r"\midrule")
-    for cells, below in zip(grid.rows, spread.rows, strict=True):
-        lines.append(_row([_latex(cells[0]), *cells[1:]]))
-        if any(below[1:]):
-            lines.append(_row(["", *below[1:]]))
+    values, spread = overview(report, value), overview(report, ends)
+    lines = [
+        rf"\begin{{tabular}}{{l{'r' * len(values.columns)}}}",
+        r"\toprule",
+        _latex_row(["method", *map(escape_latex, values.columns)]),
+        r"\midrule",
+    ]
+    for (label, *cells), (_, *below) in zip(values.itertuples(), spread.itertuples(), strict=True):
+        lines.append(_latex_row([escape_latex(label), *cells]))
+        if any(below):
+            lines.append(_latex_row(["", *below]))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
-def _row(cells: Iterable[str]) -> str:
+def _latex_row(cells: Iterable[str]) -> str:
     return " & ".join(cells) + r" \\"
 
 
@@ -227,51 +216,45 @@ _LATEX = {
 }
 
 
-def _latex(text: str) -> str:
+def escape_latex(text: str) -> str:
+    """Return LaTeX that shows the text, with a leading `<=` as one sign."""
     at_most = text.startswith("<=")
     rest = "".join(_LATEX.get(character, character) for character in text[2 * at_most :])
     return r"$\leq$" + rest if at_most else rest
 
 
 def print_report(report: Report, form: str) -> None:
-    """Write a report to stdout as `form`: table, json, csv, markdown or latex."""
+    """Print a report on stdout as `form`: table, json, csv, markdown or latex."""
     if form == "table":
-        width = None if sys.stdout.isatty() else WIDTH_OF_A_FILE
-        print_tables(report, Console(width=width))
+        print_tables(report, console_of_stdout())
         return
     text = {"json": to_json, "csv": to_csv, "markdown": to_markdown, "latex": to_latex}[form]
     print(text(report).rstrip("\n"))
 
 
 def print_summary(records: Sequence[Record]) -> None:
-    """Score and footprint of every method and budget, a table a task, on stdout."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
-    for task in dict.fromkeys(r.task for r in records):
-        of_task = [r for r in records if r.task == task]
-        budgets = sorted({r.budget for r in of_task})
+    """Print score and footprint of every method and budget, one table per task, on stdout.
+
+    Only the newest code of each method counts.
+    """
+    console = console_of_stdout()
+    cells, _ = select(frame_of(records), latest=True)
+    cells["chunk"] = cells["prefill_chunk"].astype("Int64").astype(str)
+    rows = ["method", "chunk"]
+    for task, of_task in cells.groupby("task", sort=False):
+        means = of_task.groupby([*rows, "budget"])[["score", "kv_footprint"]].mean()
+        texts = means["score"].map("{:.2f}@".format) + (100 * means["kv_footprint"]).map(
+            "{:.0f}".format
+        )
+        grid = texts.unstack("budget", fill_value="")
         table = Table(
             box=SIMPLE_HEAD, title=f"{task}: score @ KV footprint %", title_justify="left"
         )
         table.add_column("method", no_wrap=True)
-        for budget in budgets:
+        for budget in grid.columns:
             table.add_column(f"{budget:g}", justify="right", no_wrap=True)
-        for method, chunk in dict.fromkeys((r.method, r.prefill_chunk) for r in of_task):
-            several = len({r.prefill_chunk for r in of_task if r.method == method}) > 1
-            row = []
-            for budget in budgets:
-                cells = [
-                    r
-                    for r in of_task
-                    if (r.method, r.prefill_chunk, r.budget) == (method, chunk, budget)
-                ]
-                row.append(_mean_text(cells))
-            table.add_row(f"{method} (chunk {chunk})" if several else method, *row)
+        chunks = of_task.groupby("method")["chunk"].nunique()
+        for method, chunk in of_task[rows].drop_duplicates().itertuples(index=False):
+            label = f"{method} (chunk {chunk})" if chunks[method] > 1 else method
+            table.add_row(escape(label), *grid.loc[(method, chunk)])
         console.print(table)
-
-
-def _mean_text(records: Sequence[Record]) -> str:
-    if not records:
-        return ""
-    score = fmean(r.score or 0.0 for r in records)
-    footprint = fmean(r.kv_footprint or 0.0 for r in records)
-    return f"{score:.2f}@{100 * footprint:.0f}"

@@ -8,8 +8,8 @@ import pytest
 from helpers.records import record, store
 
 from kvbench.errors import InputError
-from kvbench.records import Record, RunWriter, from_line, read_records, to_line
-from kvbench.report.build import find_run_folders, make_report
+from kvbench.records import Record, RunWriter, find_run_folders, from_line, read_records, to_line
+from kvbench.report.build import make_report
 from kvbench.report.statistics import Status
 from kvbench.report.tables import to_csv, to_json, to_latex, to_markdown
 

@@ -1,0 +1,133 @@
+"""Pictures of a report, as PNG and PDF: curves, prefill chunks, timelines and bytes.
+
+`draw_pictures` decides which pictures there are; the other modules draw one kind each, in the style
+of `style.py`. Sizes and fonts are for print: a grid is as wide as a paper's page (7 inches, no
+letter below 6.5 points), legends are outside the axes, and colours can be told apart with any
+colour vision.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.figure import Figure
+
+from kvbench.records import write_atomically
+from kvbench.report.build import Report, Setting
+from kvbench.report.figures.bytes import draw_bytes
+from kvbench.report.figures.chunks import draw_chunks
+from kvbench.report.figures.curves import draw_grid, draw_task
+from kvbench.report.figures.style import CurvesBySetting, chunk_sizes, with_chunk
+from kvbench.report.figures.timeline import draw_timeline, find_timelines
+
+DOTS = 160  # per inch
+RC = {"pdf.fonttype": 42, "svg.fonttype": "none"}  # fonts that publishers accept
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, the name of its file, and a caption that says what it shows."""
+
+    stem: str
+    caption: str
+    figure: Figure
+    setting: Setting | None = None  # None if it shows several tasks
+
+    def files(self) -> dict[str, bytes]:
+        """Return the figure as STEM.png and STEM.pdf.
+
+        `Figure.savefig` would lay out and draw everything twice for each format. Here the layout is
+        computed once, and each format draws once.
+        """
+        png, pdf = BytesIO(), BytesIO()
+        with matplotlib.rc_context(RC):
+            self.figure.set_dpi(DOTS)
+            canvas = FigureCanvasAgg(self.figure)
+            self.figure.draw_without_rendering()
+            self.figure.set_layout_engine("none")
+            canvas.print_png(png, metadata={"Software": None})
+            FigureCanvasPdf(self.figure).print_pdf(pdf, metadata={"CreationDate": None})
+        return {f"{self.stem}.png": png.getvalue(), f"{self.stem}.pdf": pdf.getvalue()}
+
+
+def draw_pictures(report: Report) -> list[Picture]:
+    """Return every picture that the records allow: one per task, then those over all tasks."""
+    settings = report.settings()
+    pictures = []
+    for setting in settings:
+        alone = sum(other.task == setting.task for other in settings) == 1
+        pictures.append(
+            Picture(
+                _file_name(setting.task + ("" if alone else _tail(setting))),
+                f"{setting.task}: score against KV footprint. Lines are the fitted curves, marks "
+                "are the measured means, bands their 95 % intervals. A stroke on the dashed line "
+                "is a critical footprint.",
+                draw_task(report.of(setting), setting),
+                setting,
+            )
+        )
+    groups = list(dict.fromkeys((s.model, s.context, s.seed) for s in settings))
+    for group in groups:
+        tasks = [s for s in settings if (s.model, s.context, s.seed) == group]
+        tail = "" if len(groups) == 1 else _tail(tasks[0])
+        pictures += [
+            Picture(_file_name(stem + tail), caption, figure)
+            for stem, caption, figure in _over_tasks({s: report.of(s) for s in tasks})
+        ]
+    return pictures
+
+
+def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
+    """Write every picture as STEM.png and STEM.pdf and return the paths; raises OSError."""
+    files = {name: data for picture in pictures for name, data in picture.files().items()}
+    for name, data in files.items():
+        write_atomically(folder / name, data)
+    return [folder / name for name in files]
+
+
+def _tail(setting: Setting) -> str:
+    return f"-{setting.model}-{setting.context}-s{setting.seed}"
+
+
+def _file_name(stem: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "picture"
+
+
+def _over_tasks(curves: CurvesBySetting) -> Iterator[tuple[str, str, Figure]]:
+    """Yield stem, caption and figure of each picture over the tasks of one model."""
+    sizes = chunk_sizes(c for of_task in curves.values() for c in of_task)
+    shown = {
+        size: {s: with_chunk(of_task, size) for s, of_task in curves.items()}
+        for size in sizes or [None]
+    }
+    tails = {size: f"-chunk-{size}" if len(sizes) > 1 else "" for size in shown}
+    for size, of_size in shown.items():
+        words = f" with prefill chunks of {size:,} tokens" if size else ""
+        caption = f"All tasks{words}, for a paper's full width."
+        yield f"all-tasks{tails[size]}", caption, draw_grid(of_size)
+    if len(sizes) > 1:
+        yield (
+            "prefill-chunks",
+            "Critical footprint against the size of the prefill chunk, with 95 % intervals.",
+            draw_chunks(curves),
+        )
+    for size, of_size in shown.items():
+        lines = find_timelines(of_size)
+        if lines is not None:
+            yield (
+                f"timeline{tails[size]}",
+                "Resident entries while the rows of one sample are processed; the area is the KV "
+                "footprint. The grey triangle is full attention.",
+                draw_timeline(lines),
+            )
+    if any(p.kv_bytes_peak for of_task in curves.values() for c in of_task for p in c.points):
+        yield (
+            "bytes",
+            "KV footprint against the peak bytes of the KV cache, as measured.",
+            draw_bytes(curves),
+        )

@@ -1,0 +1,113 @@
+"""Records as a pandas frame, and the rules for which of them count.
+
+The report starts here: run folders become one frame of records, and `select` takes from it the
+cells that curves are made of. The other frames (points, critical footprints, differences) are
+properties of `kvbench.report.build.Report`, which documents their columns.
+
+**Columns of the frame of records**, one row per cell: the fields of `kvbench.records.Record` under
+their own names (see `docs/records.md`), except that `sample_seed` is called `seed` as in every
+other frame, and `run`, the name of the run folder. Whole numbers that may be missing are `Int64`,
+other numbers `float64`, and `options`, `reference` and `timeline` are Python objects.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pandas import DataFrame, Series
+
+from kvbench.errors import InputError
+from kvbench.records import BASELINE, Record, find_run_folders, read_values
+
+SETTING = ["model", "task", "context", "seed"]  # what the curves of one picture share
+CURVE = [*SETTING, "method", "options", "prefill_chunk", "method_code"]  # what a curve shares
+CODE_DIGITS = 4  # of a hash of a method's source, where a label names it
+
+_TYPES: dict[Any, Any] = {
+    int: "int64",
+    float: "float64",
+    int | None: "Int64",
+    float | None: "float64",
+    str: None,  # whatever pandas takes for text
+    str | None: None,
+}
+
+
+def load_records(*folders: str | Path) -> DataFrame:
+    """Return the records of run folders, or of folders of run folders, as one frame.
+
+    The module's docstring describes the columns. Failed cells are included; `error` is missing
+    where a cell was measured. Raises InputError if a folder holds no run or a record is damaged.
+    """
+    if not folders:
+        raise InputError("load_records: name at least one run folder")
+    rows: list[dict[str, Any]] = []
+    runs: list[str] = []
+    for folder in find_run_folders(folders, Path()):
+        rows += read_values(folder)
+        runs += [folder.name] * (len(rows) - len(runs))
+    return _frame(rows, runs)
+
+
+def frame_of(records: Iterable[Record]) -> DataFrame:
+    """Return records that are in memory as such a frame; `run` is empty."""
+    rows = [vars(record) for record in records]
+    return _frame(rows, [""] * len(rows))
+
+
+def _frame(rows: list[dict[str, Any]], runs: list[str]) -> DataFrame:
+    columns = {
+        field.name: Series([row[field.name] for row in rows], dtype=_TYPES.get(field.type, object))
+        for field in fields(Record)
+    }
+    return DataFrame({**columns, "run": runs}, copy=False).rename(columns={"sample_seed": "seed"})
+
+
+def as_text(options: Mapping[str, Any]) -> str:
+    """Return options as JSON with sorted keys: equal options give equal texts."""
+    return json.dumps(options, sort_keys=True)
+
+
+def select(records: DataFrame, latest: bool) -> tuple[DataFrame, list[str]]:
+    """Return the cells that curves are made of, and notes on what was left out.
+
+    Failed cells are left out. Of a cell that was measured more than once with the same code of its
+    method, the latest counts. The column `older` is added: whether a newer code of the same method
+    was measured in the same setting. Such cells are curves of their own, or are left out if
+    `latest`; those of the baseline are always left out, because a setting has one baseline.
+    """
+    notes = []
+    cells = records[records["error"].isna()]
+    failed = len(records) - len(cells)
+    if failed:
+        notes.append(
+            f"{failed} of {len(records)} cells failed and are left out; "
+            "'kvbench run' with the same settings measures them again"
+        )
+    # The latest first: a cell that comes again has been measured before.
+    cells = cells.sort_values("finished", ascending=False, kind="stable")
+    newest = cells.groupby([*SETTING, "method"])["method_code"].transform("first")
+    cells = cells.assign(older=cells["method_code"] != newest)
+    left_out = cells["older"] & (latest | (cells["method"] == BASELINE))
+    older = cells.loc[cells["older"], "method"].unique()
+    for method in sorted(older):
+        count = int((left_out & (cells["method"] == method)).sum())
+        notes.append(
+            f"{method}: {count} cells of older code of this method are left out"
+            if count
+            else f"{method}: measured with several versions of its code; each is a curve, the "
+            "newest has the plain label (--latest shows it alone)"
+        )
+    cells = cells[~left_out]
+    texts = cells["options"].map(as_text)
+    again = cells.assign(options=texts).duplicated([*CURVE, "budget", "sample"])
+    if again.any():
+        notes.append(f"{again.sum()} cells were measured more than once; the latest counts")
+    return cells[~again].sort_index(), notes
+
+
+def code_name(method_code: str) -> str:
+    """Return how a label names an older code of a method."""
+    return f"older code {method_code[:CODE_DIGITS]}" if method_code else "no code recorded"
