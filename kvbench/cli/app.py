@@ -5,7 +5,7 @@ stderr; KVBENCH_DEBUG=1 shows the traceback.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -74,18 +74,17 @@ def cli(
 
 
 app = new_group(callback=cli, epilog=run.EXAMPLES)
-training = new_group(callback=train.train, epilog=train.EXAMPLES["train"])
-commands: dict[str, tuple[Callable[..., int], str]] = {
-    "run": (run.run, run.EXAMPLES),
-    "report": (report.report, report.EXAMPLES),
-    "list": (listing.list_command, listing.EXAMPLES),
-    "reproduce": (reproduce.reproduce, reproduce.EXAMPLES),
-}
-for name, (command, examples) in commands.items():
-    app.command(name, epilog=examples)(command)
+app.command("run", epilog=run.EXAMPLES)(run.run)
+app.command("report", epilog=report.EXAMPLES)(report.report)
+app.command("list", epilog=listing.EXAMPLES)(listing.list_command)
+app.command("reproduce", epilog=reproduce.EXAMPLES)(reproduce.reproduce)
+training = new_group(callback=train.train, epilog=train.EXAMPLES)
+prulong = "Learn masks by next-token loss, to a target sparsity (arXiv 2506.17121)."
+duoattention = "Learn gates by distillation on passkeys (arXiv 2410.10819)."
+training.command("prulong", help=prulong, epilog=train.EXAMPLES)(train.heads)
+training.command("duoattention", help=duoattention, epilog=train.EXAMPLES)(train.heads)
+training.command("tiny", epilog=train.EXAMPLES)(train.tiny)
 app.add_typer(training, name="train")
-for command in (train.prulong, train.duoattention, train.tiny):
-    training.command(epilog=train.EXAMPLES[command.__name__])(command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

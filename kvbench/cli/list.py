@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from kvbench.cli import complete, options
-from kvbench.cli.options import OUTPUT, comma_list
+from kvbench.cli.options import OUTPUT, comma_list, opt
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import Family, Method, option_name
 from kvbench.models.card import EMBEDDED, read_card
@@ -32,8 +32,7 @@ def list_command(
         ),
     ] = None,
     form: Annotated[
-        Literal["table", "json"],
-        typer.Option("--format", help="What goes to stdout.", rich_help_panel=OUTPUT),
+        Literal["table", "json"], opt(OUTPUT, "What goes to stdout.", names=["--format"])
     ] = "table",
 ) -> int:
     """Show methods with their options, tasks and models."""

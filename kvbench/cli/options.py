@@ -1,7 +1,7 @@
 """What the commands share: options, the panels of their help, and texts turned into values."""
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -12,11 +12,32 @@ T = TypeVar("T")
 
 WHAT, HOW_MUCH, MODEL = "What to measure", "How much", "Model"
 MEMORY, OUTPUT, TRAINING = "Memory", "Output", "Training"
+LIST, FOLDER = "A,B,...", "FOLDER"  # placeholders of values
+
+
+def opt(panel: str, help: str, default: str | bool = True, **how: Any) -> Any:
+    """An option in a panel of the help; `default` says what happens without it."""
+    names = how.pop("names", ())
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=default, **how)
 
 
 def examples(*lines: str) -> str:
     """The end of a command's help; rich markup, so no square brackets in the lines."""
     return "\n".join(["[bold]Examples[/]", *(f"$ {line}" for line in lines)])
+
+
+Model = Annotated[
+    str,
+    opt(MODEL, "A name ('list models'), folder or hub id.", autocompletion=complete.models),
+]
+Device = Annotated[str, opt(MODEL, "auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, opt(MODEL, "auto, float32, bfloat16 or float16.")]
+Samples = Annotated[int, opt(HOW_MUCH, "Samples of each task.", min=1)]
+Seed = Annotated[int, opt(HOW_MUCH, "Seed of the samples.", min=0)]
+Threshold = Annotated[float, opt(OUTPUT, "Share of the baseline's score.", min=0.001, max=1)]
+DryRun = Annotated[
+    bool, opt(OUTPUT, "Show the plan and its cost only.", names=["--dry-run"], metavar="")
+]
 
 
 def comma_list(text: str, name: str, item: Callable[[str], T]) -> tuple[T, ...]:
@@ -36,13 +57,6 @@ def key_value(texts: Sequence[str] | None) -> dict[str, str]:
             raise InputError(f"--option '{text}' is not key=value, like window=32")
         values[name.strip()] = value.strip()
     return values
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return -1.0
 
 
 def budget(text: str) -> float:
@@ -74,79 +88,14 @@ def memory(text: str) -> int:
     for power, letter in enumerate("kmgt", start=1):
         units |= {letter: 1024**power, f"{letter}ib": 1024**power, f"{letter}b": 1000**power}
     number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    unit = text.strip()[len(number) :].lower()
-    size = _number(number) * units.get(unit, -1)
+    size = _number(number) * units.get(text.strip()[len(number) :].lower(), -1)
     if not 1 <= size < 2**63:
         raise InputError(f"'{text}' is not an amount of memory, like 8GiB or 500MB")
     return int(size)
 
 
-def fraction(text: str | float) -> float:
-    """For typer: a number more than 0 and at most 1."""
-    if not 0 < _number(str(text)) <= 1:
-        raise typer.BadParameter(f"'{text}' is not a number more than 0 and at most 1, like 0.9")
-    return float(text)
-
-
-def positive(text: str | float) -> float:
-    """For typer: a number more than 0."""
-    if not 0 < _number(str(text)) < float("inf"):
-        raise typer.BadParameter(f"'{text}' is not a number more than 0")
-    return float(text)
-
-
-Model = Annotated[
-    str,
-    typer.Option(
-        help="A model's name ('kvbench list models'), a folder, or a name on the Hugging Face hub.",
-        rich_help_panel=MODEL,
-        autocompletion=complete.models,
-    ),
-]
-Device = Annotated[
-    str,
-    typer.Option(
-        help="auto, cpu, cuda, cuda:1, ...",
-        rich_help_panel=MODEL,
-        autocompletion=lambda: ["auto", "cpu", "cuda"],
-    ),
-]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="auto, float32, bfloat16 or float16.",
-        rich_help_panel=MODEL,
-        autocompletion=lambda: ["auto", "float32", "bfloat16", "float16"],
-    ),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="KEY=VALUE",
-        help="An option of a method, like window=32, or snapkv.window=32 for one method; "
-        "repeatable. 'kvbench list methods' shows them.",
-        rich_help_panel=WHAT,
-    ),
-]
-Samples = Annotated[
-    int, typer.Option(min=1, help="Samples of each task.", rich_help_panel=HOW_MUCH)
-]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the samples.", rich_help_panel=HOW_MUCH)]
-Threshold = Annotated[
-    float,
-    typer.Option(
-        parser=fraction,
-        metavar="SHARE",
-        help="Share of full attention's score to keep.",
-        rich_help_panel=OUTPUT,
-    ),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run",
-        metavar="",
-        help="Show what would be measured and what it would cost; measure nothing.",
-        rich_help_panel=OUTPUT,
-    ),
-]
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")

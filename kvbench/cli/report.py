@@ -8,7 +8,7 @@ import typer
 
 from kvbench.cli import complete, options
 from kvbench.cli.messages import say
-from kvbench.cli.options import OUTPUT
+from kvbench.cli.options import FOLDER, OUTPUT, opt
 from kvbench.errors import InputError
 from kvbench.sweep.command import RUNS
 
@@ -33,24 +33,12 @@ def report(
     threshold: options.Threshold = 0.9,
     latest: Annotated[
         bool,
-        typer.Option(
-            "--latest",
-            metavar="",
-            help="Of a method measured with older and newer code, show the newest alone.",
-            rich_help_panel=OUTPUT,
-        ),
+        opt(OUTPUT, "Of methods with changed code, the newest.", names=["--latest"], metavar=""),
     ] = False,
-    form: Annotated[
-        Form, typer.Option("--format", help="What goes to stdout.", rich_help_panel=OUTPUT)
-    ] = "table",
+    form: Annotated[Form, opt(OUTPUT, "What goes to stdout.", names=["--format"])] = "table",
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            show_default="the run's own",
-            help="Folder for tables, figures and report.html.",
-            rich_help_panel=OUTPUT,
-        ),
+        opt(OUTPUT, "Folder for tables, figures, page.", "the run's own", metavar=FOLDER),
     ] = None,
 ) -> int:
     """Show critical footprints; write tables, figures and a page."""

@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
 from kvbench.cli import options
 from kvbench.cli.messages import Terminal, say
-from kvbench.cli.options import OUTPUT, WHAT
+from kvbench.cli.options import FOLDER, OUTPUT, WHAT, opt
 from kvbench.cli.report import write_report
 from kvbench.cli.run import measure, print_plan
 
@@ -21,21 +19,13 @@ EXAMPLES = options.examples(
 def reproduce(
     scale: Annotated[
         Literal["small", "full"],
-        typer.Option(
-            help="The embedded model, or the paper's model with its context and data.",
-            rich_help_panel=WHAT,
-        ),
+        opt(WHAT, "The embedded model, or the paper's model, context and data."),
     ] = "small",
     samples: options.Samples = 24,
     seed: options.Seed = 0,
     threshold: options.Threshold = 0.9,
     out: Annotated[
-        Path,
-        typer.Option(
-            metavar="FOLDER",
-            help="Folder for records, tables, figures and report.html.",
-            rich_help_panel=OUTPUT,
-        ),
+        Path, opt(OUTPUT, "Folder for records, tables, figures, page.", metavar=FOLDER)
     ] = Path("results/reproduce"),
     dry_run: options.DryRun = False,
 ) -> int:

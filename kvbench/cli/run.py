@@ -8,7 +8,7 @@ import typer
 
 from kvbench.cli import complete, options
 from kvbench.cli.messages import Terminal, say
-from kvbench.cli.options import HOW_MUCH, MEMORY, MODEL, OUTPUT, WHAT, comma_list
+from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, MEMORY, MODEL, OUTPUT, WHAT, comma_list, opt
 from kvbench.errors import InputError, did_you_mean
 from kvbench.records import read_records
 from kvbench.sweep.command import Choices, plan_sweep, run_sweep
@@ -55,111 +55,57 @@ def _config_value(file: Path, name: str, value: Any) -> Any:
         return ",".join(str(item) for item in value)
     if isinstance(value, list | dict) or value is None:
         raise InputError(f"{file}: {name} has no usable value")
-    return value
+
+
+CONFIG = "YAML file with any of these options; the command line wins."
 
 
 def run(
     method: Annotated[
         str | None,
-        typer.Option(
-            metavar="A,B,...",
-            show_default="all that have what they need",
-            help="Methods, separated by commas.",
-            rich_help_panel=WHAT,
-            autocompletion=complete.methods,
-        ),
+        opt(WHAT, "Methods.", "all that can run", metavar=LIST, autocompletion=complete.methods),
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(
-            metavar="A,B,...",
-            show_default="those that 'list tasks' marks",
-            help="Tasks, separated by commas.",
-            rich_help_panel=WHAT,
-            autocompletion=complete.tasks,
-        ),
+        opt(WHAT, "Tasks.", "see 'list tasks'", metavar=LIST, autocompletion=complete.tasks),
     ] = None,
-    option: options.Settings = None,
+    option: Annotated[
+        list[str] | None,
+        opt(WHAT, "Of methods: window=32, snapkv.window=32; repeatable.", metavar="KEY=VALUE"),
+    ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            is_eager=True,
-            expose_value=False,
-            callback=read_config,
-            help="YAML file with any of these options; the command line wins.",
-            rich_help_panel=WHAT,
-        ),
+        opt(WHAT, CONFIG, metavar="FILE", is_eager=True, callback=read_config),
     ] = None,
     budgets: Annotated[
-        str,
-        typer.Option(
-            metavar="A,B,...",
-            help="Shares of the cache to keep, more than 0 and at most 1.",
-            rich_help_panel=HOW_MUCH,
-        ),
+        str, opt(HOW_MUCH, "Shares of the cache to keep, more than 0, at most 1.", metavar=LIST)
     ] = "0.1,0.2,0.3,0.5,0.7,0.9",
     samples: options.Samples = 32,
     context: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            show_default="the model's own",
-            help="Tokens of a sample, prompt and answer.",
-            rich_help_panel=HOW_MUCH,
-        ),
+        int | None, opt(HOW_MUCH, "Tokens of prompt and answer.", "the model's own", min=1)
     ] = None,
     prefill_chunk: Annotated[
         str | None,
-        typer.Option(
-            metavar="A,B,...",
-            show_default="the model's own, or context / 4",
-            help="Tokens of a prefill chunk; several sizes are compared.",
-            rich_help_panel=HOW_MUCH,
-        ),
+        opt(HOW_MUCH, "Tokens of a prefill chunk.", "the model's own or context/4", metavar=LIST),
     ] = None,
     seed: options.Seed = 0,
     model: options.Model = "tiny",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    attention: Annotated[
-        str,
-        typer.Option(
-            help="auto, sdpa or flash.",
-            rich_help_panel=MODEL,
-            autocompletion=lambda: ["auto", "sdpa", "flash"],
-        ),
-    ] = "auto",
+    attention: Annotated[str, opt(MODEL, "auto, sdpa or flash.")] = "auto",
     chat_template: Annotated[
-        Literal["auto", "on", "off"],
-        typer.Option(help="Put prompts into the model's chat template.", rich_help_panel=MODEL),
+        Literal["auto", "on", "off"], opt(MODEL, "Put prompts into the model's chat template.")
     ] = "auto",
     batch_rows: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            show_default="as many as memory allows",
-            help="Cells measured together, at most.",
-            rich_help_panel=MEMORY,
-        ),
+        int | None, opt(MEMORY, "Most cells measured together.", "as memory allows", min=1)
     ] = None,
     memory_limit: Annotated[
         str | None,
-        typer.Option(
-            metavar="SIZE",
-            show_default="most of what is free",
-            help="Memory to use beside the model, like 8GiB.",
-            rich_help_panel=MEMORY,
-        ),
+        opt(MEMORY, "Memory beside the model, like 8GiB.", "most of what is free", metavar="SIZE"),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            show_default="results/runs/MODEL-TASKS-DATE",
-            help="Run folder; a run that is there is continued.",
-            rich_help_panel=OUTPUT,
-        ),
+        opt(OUTPUT, "Run folder.", "results/runs/MODEL-TASKS-DATE", metavar=FOLDER),
     ] = None,
     dry_run: options.DryRun = False,
 ) -> int:
@@ -169,6 +115,7 @@ def run(
     continues an interrupted run. With more samples, budgets or prefill
     chunks it measures what is missing.
     """
+    chunks = None if prefill_chunk is None else comma_list(prefill_chunk, "sizes", options.tokens)
     choices = Choices(
         model=model,
         method=None if method is None else comma_list(method, "methods", str),
@@ -176,9 +123,7 @@ def run(
         budgets=comma_list(budgets, "budgets", options.budget),
         samples=samples,
         context=context,
-        prefill_chunk=None
-        if prefill_chunk is None
-        else comma_list(prefill_chunk, "chunk sizes", options.tokens),
+        prefill_chunk=chunks,
         seed=seed,
         out=out,
         device=device,
