@@ -1,114 +1,101 @@
-"""What the options of the command line are made of: lists, budgets, key=value, near names."""
+"""What the commands share: options, the panels of their help, and texts turned into values."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-import click
+import typer
 
-from kvbench.errors import did_you_mean
+from kvbench.cli import complete
+from kvbench.errors import InputError
+
+T = TypeVar("T")
+
+WHAT, HOW_MUCH, MODEL = "What to measure", "How much", "Model"
+MEMORY, OUTPUT, TRAINING = "Memory", "Output", "Training"
+LIST, FOLDER = "A,B,...", "FOLDER"  # placeholders of values
 
 
-class CommaList(click.ParamType[Any]):
-    """`a,b,c` as a tuple of `item`s, repeated ones once; empty lists are refused."""
+def opt(panel: str, help: str, default: str | bool = True, **how: Any) -> Any:
+    """An option in a panel of the help; `default` says what happens without it."""
+    names = how.pop("names", ())
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=default, **how)
 
-    def __init__(self, name: str, item: Callable[[str], Any] = str) -> None:
-        self.name = name
-        self.item = item
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Any, ...]:
-        """The tuple of a string; a tuple is returned as it is."""
-        if isinstance(value, tuple):
-            return value
-        texts = [text.strip() for text in str(value).split(",")]
-        if not all(texts):
-            self.fail(f"'{value}' has an empty entry; write {self.name} with commas between")
-        try:
-            return tuple(dict.fromkeys(self.item(text) for text in texts))
-        except ValueError as error:
-            self.fail(str(error))
+def examples(*lines: str) -> str:
+    """The end of a command's help; rich markup, so no square brackets in the lines."""
+    return "\n".join(["[bold]Examples[/]", *(f"$ {line}" for line in lines)])
+
+
+Model = Annotated[
+    str,
+    opt(MODEL, "A name ('list models'), folder or hub id.", autocompletion=complete.models),
+]
+Device = Annotated[str, opt(MODEL, "auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, opt(MODEL, "auto, float32, bfloat16 or float16.")]
+Samples = Annotated[int, opt(HOW_MUCH, "Samples of each task.", min=1)]
+Seed = Annotated[int, opt(HOW_MUCH, "Seed of the samples.", min=0)]
+Threshold = Annotated[float, opt(OUTPUT, "Share of the baseline's score.", min=0.001, max=1)]
+DryRun = Annotated[
+    bool, opt(OUTPUT, "Show the plan and its cost only.", names=["--dry-run"], metavar="")
+]
+
+
+def comma_list(text: str, name: str, item: Callable[[str], T]) -> tuple[T, ...]:
+    """`a,b,c` as a tuple of items, repeated ones once; InputError for an empty or wrong entry."""
+    texts = [part.strip() for part in text.split(",")]
+    if not all(texts):
+        raise InputError(f"'{text}' has an empty entry; write {name} with commas between")
+    return tuple(dict.fromkeys(item(part) for part in texts))
+
+
+def key_value(texts: Sequence[str] | None) -> dict[str, str]:
+    """`key=value` texts as a dictionary; the last of equal keys wins."""
+    values = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not name.strip() or not equals:
+            raise InputError(f"--option '{text}' is not key=value, like window=32")
+        values[name.strip()] = value.strip()
+    return values
 
 
 def budget(text: str) -> float:
-    """A budget, greater than 0 and at most 1; ValueError says so."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 1:
-        raise ValueError(
+    """A budget, more than 0 and at most 1; InputError otherwise."""
+    if not 0 < _number(text) <= 1:
+        raise InputError(
             f"'{text}' is not a budget: a share of the cache, more than 0 and at most 1, like 0.3"
         )
-    return value
+    return float(text)
+
+
+def sparsity(text: str) -> float:
+    """A sparsity, between 0 and 1; InputError otherwise."""
+    if not 0 < _number(text) < 1:
+        raise InputError(f"'{text}' is not a sparsity: a share of the heads between 0 and 1")
+    return float(text)
 
 
 def tokens(text: str) -> int:
-    """A number of tokens, at least 1; ValueError says so."""
+    """A number of tokens, at least 1; InputError otherwise."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise ValueError(f"'{text}' is not a number of tokens of at least 1, like 4096")
+        raise InputError(f"'{text}' is not a number of tokens of at least 1, like 4096")
     return int(text)
 
 
 def memory(text: str) -> int:
-    """Bytes, from `8GiB`, `500MB` or a plain number; ValueError says what is expected."""
+    """Bytes, from `8GiB`, `500MB` or a plain number; InputError for anything else."""
     units = {"": 1, "b": 1}
     for power, letter in enumerate("kmgt", start=1):
         units |= {letter: 1024**power, f"{letter}ib": 1024**power, f"{letter}b": 1000**power}
     number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    unit = text.strip()[len(number) :].lower()
-    try:
-        size = float(number) * units[unit]
-        if not 1 <= size < 2**63:
-            raise ValueError
-    except (ValueError, KeyError):
-        raise ValueError(f"'{text}' is not an amount of memory, like 8GiB or 500MB") from None
+    size = _number(number) * units.get(text.strip()[len(number) :].lower(), -1)
+    if not 1 <= size < 2**63:
+        raise InputError(f"'{text}' is not an amount of memory, like 8GiB or 500MB")
     return int(size)
 
 
-def share(text: str) -> float:
-    """A sparsity, between 0 and 1; ValueError says so."""
+def _number(text: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise ValueError(f"'{text}' is not a sparsity: a share of the heads between 0 and 1")
-    return value
-
-
-def key_value(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> dict[str, str]:
-    """`key=value` texts as a dictionary; the last of equal keys wins."""
-    for text in value:
-        name, equals, _ = text.partition("=")
-        if not name.strip() or not equals:
-            raise click.BadParameter(f"'{text}' is not key=value, like window=32")
-    return {text.partition("=")[0].strip(): text.partition("=")[2].strip() for text in value}
-
-
-class Amount(click.ParamType[Any]):
-    """One value, converted by `item`, whose ValueError is the message."""
-
-    def __init__(self, name: str, item: Callable[[str], Any]) -> None:
-        self.name = name
-        self.item = item
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The value of a string; what is converted is returned as it is."""
-        try:
-            return self.item(value) if isinstance(value, str) else value
-        except ValueError as error:
-            self.fail(str(error))
-
-
-class Commands(click.Group):
-    """A group that names the nearest command for a misspelt one."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, with a suggestion in the error."""
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
-            hint = did_you_mean(args[0], self.commands)
-            raise click.UsageError(f"no command '{args[0]}': {hint}")
-        return super().resolve_command(ctx, args)
+        return float("nan")

@@ -1,84 +1,78 @@
-"""The command line of training: `kvbench train prulong|duoattention|tiny`."""
+"""`kvbench train`: head scores by PruLong or DuoAttention, and the embedded model."""
 
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import click
+import typer
 
-from kvbench.cli.options import CommaList, Commands, key_value, share
+from kvbench.cli import options
+from kvbench.cli.messages import say
+from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, OUTPUT, TRAINING, WHAT, opt
+from kvbench.errors import InputError
 
 TRAININGS = Path("results/training")
+EXAMPLES = options.examples(
+    "kvbench train prulong --model tiny --target 0.5,0.7",
+    "kvbench train duoattention --steps 200 --option sinks=16",
+    "accelerate launch -m kvbench train prulong --model FOLDER",
+    "kvbench train tiny --out results/training/tiny --minutes 30",
+)
+DATA = (
+    "'stdlib' (the sources of Python's standard library), 'tasks' (the embedded model's language), "
+    "a folder of text or code, or datasets:NAME@CONFIG#SPLIT."
+)
+TARGET = "Sparsity to reach; of several, each is used at the budgets nearest to it. PruLong only."
 
 
-@click.group(cls=Commands)
-def train() -> None:
+def train(ctx: typer.Context) -> int:
     """Learn head scores, or the embedded model."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help(), nl=False)
+    return 0
 
 
-def of_heads(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that PruLong and DuoAttention share."""
-    options = [
-        click.option("--model", default="tiny", show_default=True,
-                     help="'tiny' (embedded), a folder, or a name on the hub."),
-        click.option("--data", help="'stdlib' (the Python standard library's sources), 'tasks' "
-                     "(the embedded model's language), a folder of text or code, or "
-                     "datasets:NAME[@CONFIG][#SPLIT] [default: the model's own, or stdlib]."),
-        click.option("--steps", type=click.IntRange(min=1)),
-        click.option("--batch", type=click.IntRange(min=1), help="Rows a step, in all."),
-        click.option("--length", type=click.IntRange(min=8), help="Tokens a row."),
-        click.option("--rate", type=click.FloatRange(min=0, min_open=True),
-                     help="Adam's learning rate."),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
-        click.option("--out", type=click.Path(path_type=Path, file_okay=False),
-                     help="Folder to write to [default: results/training/NAME]."),
-        click.option("--device", default="auto", show_default=True,
-                     help="auto, cpu, cuda, cuda:1, ..."),
-        click.option("--dtype", default="auto", show_default=True,
-                     help="auto, float32, bfloat16, ..."),
-        click.option("--option", multiple=True, callback=key_value, metavar="KEY=VALUE",
-                     help="Any other setting: sinks, window, warm_up, gradient_checkpointing, ...; "
-                     "repeatable."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-@train.command()
-@of_heads
-@click.option("--target", type=CommaList("sparsities", share),
-              help="Sparsity to reach; several are learnt one after another, each used at the "
-              "budgets nearest to it.")  # fmt: skip
-def prulong(target: Sequence[float] | None, **choices: Any) -> int:
-    """Learn masks by next-token loss under a sparsity target (2506.17121)."""
-    return heads("prulong", target, choices)
-
-
-@train.command()
-@of_heads
-def duoattention(**choices: Any) -> int:
-    """Learn gates by distillation on passkeys (2410.10819)."""
-    return heads("duoattention", None, choices)
-
-
-def heads(method: str, targets: Sequence[float] | None, choices: dict[str, Any]) -> int:
-    """Train with the choices of the command line; the exit code."""
+def heads(
+    ctx: typer.Context,
+    model: options.Model = "tiny",
+    data: Annotated[str | None, opt(WHAT, DATA, "the model's own, or stdlib")] = None,
+    steps: Annotated[int | None, opt(HOW_MUCH, "Steps of the optimizer.", min=1)] = None,
+    batch: Annotated[int | None, opt(HOW_MUCH, "Rows of a step, in all.", min=1)] = None,
+    length: Annotated[int | None, opt(HOW_MUCH, "Tokens of a row.", min=8)] = None,
+    rate: Annotated[float | None, opt(TRAINING, "Adam's learning rate.", min=1e-12)] = None,
+    seed: options.Seed = 0,
+    target: Annotated[str | None, opt(TRAINING, TARGET, metavar=LIST)] = None,
+    option: Annotated[
+        list[str] | None,
+        opt(TRAINING, "Other settings: sinks, window, ...; repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    out: Annotated[
+        Path | None,
+        opt(OUTPUT, "Folder to write to.", "results/training/NAME", metavar=FOLDER),
+    ] = None,
+) -> int:
+    """Train head scores; the command's name is the method's."""
     from kvbench.learning.command import HeadChoices, train_heads
 
-    named = {name: choices[name] for name in ("data", "steps", "batch", "length", "rate", "seed")}
-    settings = {name: value for name, value in named.items() if value is not None}
-    name = f"{method}-{Path(choices['model']).name}-s{choices['seed']}"
+    method = str(ctx.info_name)
+    if target is not None and method != "prulong":
+        raise InputError(f"{method} has no --target; use 'kvbench train prulong'")
+    targets = None if target is None else options.comma_list(target, "--target", options.sparsity)
+    named = {"data": data, "steps": steps, "batch": batch, "length": length, "rate": rate}
     result = train_heads(
         HeadChoices(
             method=method,
-            model=choices["model"],
-            targets=tuple(targets) if targets else None,
-            settings={**settings, **choices["option"]},
-            out=choices["out"] or TRAININGS / name,
-            device=choices["device"],
-            dtype=choices["dtype"],
+            model=model,
+            targets=targets,
+            settings={
+                **{name: value for name, value in named.items() if value is not None},
+                "seed": seed,
+                **options.key_value(option),
+            },
+            out=out or TRAININGS / f"{method}-{Path(model).name}-s{seed}",
+            device=device,
+            dtype=dtype,
         ),
         say,
     )
@@ -90,21 +84,16 @@ def heads(method: str, targets: Sequence[float] | None, choices: dict[str, Any])
     return 0
 
 
-def say(text: str) -> None:
-    """Print a line of progress on stderr."""
-    print(f"kvbench: {text}", file=sys.stderr, flush=True)
-
-
-@train.command()
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True,
-              help="Folder to write to.")  # fmt: skip
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=60.0,
-              show_default=True, help="How long to train.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--start", type=click.Path(path_type=Path, exists=True, file_okay=False),
-              help="Folder of an earlier training to go on from.")  # fmt: skip
-def tiny(out: Path, minutes: float, seed: int, start: Path | None) -> int:
-    """Learn the embedded model anew."""
+def tiny(
+    out: Annotated[Path, opt(OUTPUT, "Folder to write to.", metavar=FOLDER, file_okay=False)],
+    minutes: Annotated[float, opt(HOW_MUCH, "How long to train.", min=0.001)] = 60.0,
+    seed: options.Seed = 0,
+    start: Annotated[
+        Path | None,
+        opt(TRAINING, "An earlier training to continue.", metavar=FOLDER, exists=True),
+    ] = None,
+) -> int:
+    """Train the embedded model from scratch."""
     from kvbench.learning.recipe import TinyRecipe
     from kvbench.learning.tiny import train_tiny
 

@@ -4,7 +4,6 @@ At small scale the embedded model measures all methods on the generated tasks. T
 configuration `full-scale.yaml`; what a machine lacks for it is listed before anything is loaded.
 """
 
-import contextlib
 import csv
 import io
 import os
@@ -28,7 +27,8 @@ from kvbench.report.publish import publish
 from kvbench.report.tables import WIDTH_OF_A_FILE, critical_text, interval_text, legend, mark
 from kvbench.reproduce.claims import Claim, Verdict, judge
 from kvbench.reproduce.paper import is_lower_bound, paper_report
-from kvbench.sweep.command import Choices, run_sweep, say
+from kvbench.sweep.command import Choices, run_sweep
+from kvbench.sweep.progress import Listener
 
 FULL_SCALE = Path(__file__).parent / "full-scale.yaml"
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
@@ -74,21 +74,16 @@ class Line:
 
 
 def reproduce_small(
-    out: Path, *, samples: int, seed: int, threshold: float, dry_run: bool = False
+    out: Path, *, samples: int, seed: int, threshold: float, listener: Listener
 ) -> int:
     """Sweep the embedded model, or go on with it, and write tables, claims, pictures and page.
 
     Records lie in `out`/run, so that the same command continues an unfinished sweep. Returns the
     exit code; InputError as `kvbench run` and `kvbench report` raise it.
     """
-    choices = small_choices(out / RUN, samples=samples, seed=seed, dry_run=dry_run)
-    if dry_run:
-        return run_sweep(choices, out)
-    # The sweep ends with a summary on stdout; here the tables below stand for it.
-    with contextlib.redirect_stdout(io.StringIO()):
-        code = run_sweep(choices, out)
-    if code == 130:
-        return code
+    result = run_sweep(small_choices(out / RUN, samples=samples, seed=seed), listener)
+    if result.interrupted:
+        return result.exit_code
     report = make_report([out / RUN], threshold)
     lines = compare(report, paper_report(threshold))
     claims = judge(report)
@@ -107,32 +102,21 @@ def reproduce_small(
         ) from error
     print_lines(lines, claims)
     for note in report.notes:
-        say(f"note: {note}")
-    say(f"wrote {', '.join(texts)}, pictures and report.html to {out}")
-    return code
+        listener.note(f"note: {note}")
+    listener.note(f"wrote {', '.join(texts)}, pictures and report.html to {out}")
+    return result.exit_code
 
 
-def small_choices(run: Path, *, samples: int, seed: int, dry_run: bool = False) -> Choices:
+def small_choices(run: Path, *, samples: int, seed: int) -> Choices:
     """What `kvbench run` is to measure: all that the embedded model has what it needs for."""
     context = read_card(EMBEDDED["tiny"]).context
     return Choices(
-        model="tiny",
-        method=None,
-        task=None,
         budgets=BUDGETS,
         samples=samples,
-        context=None,
         prefill_chunk=tuple(context // part for part in CHUNKS),
         seed=seed,
         out=run,
         device="cpu",
-        dtype="auto",
-        attention="auto",
-        option={},
-        chat_template="auto",
-        batch_rows=None,
-        memory_limit=None,
-        dry_run=dry_run,
     )
 
 
@@ -271,6 +255,24 @@ def full_scale_choices() -> dict[str, Any]:
     """The configuration of the full scale, as `kvbench run --config` takes it."""
     settings = yaml.safe_load(FULL_SCALE.read_text(encoding="utf-8"))
     return dict(settings)
+
+
+def full_choices(out: Path) -> Choices:
+    """The full scale as a sweep into the folder `out`."""
+    settings = full_scale_choices()
+    return Choices(
+        model=str(settings["model"]),
+        method=tuple(settings["method"]),
+        task=tuple(settings["task"]),
+        budgets=tuple(settings["budgets"]),
+        samples=int(settings["samples"]),
+        context=int(settings["context"]),
+        prefill_chunk=(int(settings["prefill-chunk"]),),
+        out=out,
+        device=str(settings["device"]),
+        dtype=str(settings["dtype"]),
+        option={key: str(value) for key, value in settings["option"].items()},
+    )
 
 
 def missing_for_full_scale(settings: dict[str, Any]) -> list[str]:

@@ -1,68 +1,166 @@
-"""`kvbench run`: from the command line's choices to a finished sweep."""
+"""From the choices of a user to a finished sweep: `run_sweep`, and `plan_sweep` for its cost.
 
+`kvbench run`, `kvbench reproduce` and `kvbench.run` call these. Nothing is printed here: what a
+user should hear while it runs goes to a `Listener`.
+"""
+
+import math
 import os
 import platform
 import subprocess
-import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import InputError
 from kvbench.models.card import ModelCard, model_folder, read_card
-from kvbench.records import BASELINE, Record, RunWriter, check_common, read_records
+from kvbench.records import BASELINE, Record, RunWriter, check_common, is_run, read_records
 from kvbench.registry import tasks as task_registry
 from kvbench.spec import MethodSpec, check_option_names, method_names, parse_method
-from kvbench.sweep.plan import Cell, Settings, common_settings, digest, get_tasks, make_plan
-from kvbench.sweep.progress import duration, show_progress
-from kvbench.task import Task
+from kvbench.sweep.folder import experiment, find_folder
+from kvbench.sweep.plan import Cell, Settings, common_settings, get_tasks, make_plan
+from kvbench.sweep.progress import Listener, Progress
 
 if TYPE_CHECKING:
     from kvbench.models.load import LoadedModel
+    from kvbench.sweep.cost import Cost
     from kvbench.sweep.runner import Sweep
 
+RUNS = Path("results/runs")
 CONTEXT = 8192  # tokens, for a model whose card says nothing
+TRIAL_SHARE = 0.01  # of a sweep's tokens, at most, are spent on predicting its time
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What the command line gave, checked for form alone."""
+    """What a sweep measures; None where the model, the machine or the plug-ins decide."""
 
-    model: str
-    method: tuple[str, ...] | None
-    task: tuple[str, ...] | None
-    budgets: tuple[float, ...]
-    samples: int
-    context: int | None
-    prefill_chunk: tuple[int, ...] | None
-    seed: int
-    out: Path | None
-    device: str
-    dtype: str
-    attention: str
-    option: dict[str, str]
-    chat_template: str
-    batch_rows: int | None
-    memory_limit: int | None
-    dry_run: bool
+    model: str = "tiny"
+    method: tuple[str, ...] | None = None  # None: all that have what they need
+    task: tuple[str, ...] | None = None  # None: those that are measured by default
+    budgets: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+    samples: int = 32  # of each task
+    context: int | None = None  # tokens of a prompt and its answer
+    prefill_chunk: tuple[int, ...] | None = None  # tokens
+    seed: int = 0
+    out: Path | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: str = "auto"
+    option: dict[str, str] = field(default_factory=dict)  # of methods, by name or METHOD.name
+    chat_template: str = "auto"
+    batch_rows: int | None = None
+    memory_limit: int | None = None  # bytes beside the model
 
 
-def run_sweep(choices: Choices, home: Path) -> int:
-    """Measure what is not measured yet; the exit code. InputError before anything is written.
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep did. The records are in `folder`."""
 
-    The run directory is `choices.out`, or one in `home` named by the model and the settings that
-    all records of a run share, so that the same command continues the same run.
+    folder: Path
+    planned: int  # cells
+    reused: int  # cells that were measured before
+    measured: int = 0  # cells that were measured now, without the failed ones
+    failed: list[Record] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # methods, each with the reason
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0: done; 1: some cells failed; 130: interrupted."""
+        return 130 if self.interrupted else 1 if self.failed else 0
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep that can start: all is loaded and checked, nothing is written."""
+
+    sweep: "Sweep"
+    folder: Path
+    common: dict[str, Any]  # what all records of the folder share
+    experiment: dict[str, Any]  # see sweep/folder.py
+    planned: int  # cells
+    cells: list[Cell]  # those that are not measured yet
+    left_out: list[str]  # methods, each with the reason
+
+    @cached_property
+    def batches(self) -> "list[tuple[list[Cell], Cost]]":
+        """The cells in the groups in which they are measured, with the cost of each."""
+        from kvbench.sweep.cost import cost_of
+        from kvbench.sweep.runner import rows_of
+
+        sweep = self.sweep
+        return [
+            (batch, cost_of(sweep.model, rows_of(batch), sweep.chunk(batch)))
+            for batch in sweep.batches(self.cells)
+        ]
+
+    def seconds(self, share: float = math.inf) -> float | None:
+        """About how long it takes, by a short trial now.
+
+        None if the trial would take more than `share` of the sweep's tokens.
+        """
+        from kvbench.sweep.cost import seconds_of, trial_tokens
+
+        costs = [cost for _, cost in self.batches]
+        model, chunk = self.sweep.model, self.sweep.prefill_chunk
+        if trial_tokens(model, chunk) > share * sum(cost.tokens for cost in costs):
+            return None
+        return seconds_of(model, costs, chunk)
+
+
+def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult:
+    """Measure what is not measured yet; an interrupt (Ctrl-C) ends it and is reported.
+
+    The records go to `choices.out`, or to a folder in `results/runs` (see `sweep/folder.py`).
+    Raises InputError, before anything is written, for choices that cannot be measured.
     """
+    listener = listener or Listener()
+    plan = plan_sweep(choices)
+    out, planned, cells = plan.folder, plan.planned, plan.cells
+    reused = planned - len(cells)
+    if plan.left_out:
+        listener.note(f"left out: {'; '.join(plan.left_out)}")
+    if not cells:
+        listener.note(f"all {planned} cells are measured already in {out}")
+        return SweepResult(out, planned, reused, left_out=plan.left_out)
+
+    from kvbench.sweep.runner import warm_up
+
+    where = f"continuing {out}: {reused} of {planned} cells are there"
+    if not is_run(out):
+        where = f"new run in {out}"
+    progress = Progress(listener, len(cells), sum(cell.tokens for cell in cells))
+    interrupted = False
+    with RunWriter(out, plan.common, invocation(choices, plan.experiment)) as writer:
+        listener.note(where)
+        try:
+            warm_up(plan.sweep.model)
+            progress.start(plan.seconds(TRIAL_SHARE))
+            plan.sweep.run(cells, writer, progress.finished, progress.starting)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            listener.stopped()
+    if interrupted:
+        listener.note(f"interrupted; what is finished is in {out}, the same command continues it")
+    failed = plan.sweep.failed
+    measured = progress.done - len(failed)
+    return SweepResult(out, planned, reused, measured, failed, plan.left_out, interrupted)
+
+
+def plan_sweep(choices: Choices) -> SweepPlan:
+    """What `run_sweep` would measure. Raises InputError for choices that cannot be measured."""
     tasks = get_tasks(choices.task or default_tasks())
     folder = model_folder(choices.model)
     specs, left_out = choose_methods(choices, read_card(folder) if folder else ModelCard())
 
     from kvbench.engine.attention import resolve_attention
     from kvbench.models.load import load_model, resolve_device
-    from kvbench.sweep.runner import warm_up
+    from kvbench.sweep.runner import Sweep, free_bytes
 
     attention = resolve_attention(choices.attention, resolve_device(choices.device))
     model = load_model(
@@ -71,34 +169,14 @@ def run_sweep(choices: Choices, home: Path) -> int:
     settings = choose_settings(choices, model)
     check_shapes(specs, model, settings)
     common = common_settings(model, settings)
-    out = choices.out or home / run_name(model, common)
+    wanted = experiment([task.name for task in tasks], choices.method, choices.option)
+    out = choices.out or find_folder(RUNS, common, wanted)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a folder")
     check_common(out, common)
     cells = make_plan(model, tasks, specs, settings)
     known = {r.fingerprint: r for r in read_records(out)} if out.is_dir() else {}
-    if left_out:
-        say(f"left out: {'; '.join(left_out)}")
-    open_cells = [c for c in cells if c.fingerprint not in known or known[c.fingerprint].error]
-    if choices.dry_run:
-        sweep = make_sweep(choices, model, settings, tasks)
-        print_plan(sweep, open_cells, len(cells), out)
-        return 0
-    if not open_cells:
-        say(f"all {len(cells)} cells are measured already")
-        return finish(out, [])
-    warm_up(model)
-    sweep = make_sweep(choices, model, settings, tasks)
-    return measure(choices, sweep, common, open_cells, out, len(cells))
-
-
-def make_sweep(
-    choices: Choices, model: "LoadedModel", settings: Settings, tasks: Sequence[Task]
-) -> "Sweep":
-    """What the sweep needs beside its cells."""
-    from kvbench.sweep.runner import Sweep, free_bytes
-
-    return Sweep(
+    sweep = Sweep(
         model=model,
         tasks={task.name: task for task in tasks},
         seed=settings.seed,
@@ -107,39 +185,8 @@ def make_sweep(
         memory_limit=choices.memory_limit or free_bytes(model),
         batch_rows=choices.batch_rows,
     )
-
-
-def measure(
-    choices: Choices,
-    sweep: "Sweep",
-    common: dict[str, Any],
-    open_cells: Sequence[Cell],
-    out: Path,
-    planned: int,
-) -> int:
-    """Measure the open cells into the run directory `out`."""
-    if len(open_cells) < planned:
-        say(f"continuing {out}: {planned - len(open_cells)} of {planned} cells are there")
-    with RunWriter(out, common, invocation(choices)) as writer:
-        try:
-            with show_progress(open_cells) as progress:
-                failed = sweep.run(open_cells, writer, progress)
-        except KeyboardInterrupt:
-            say(f"interrupted; what is finished is in {out}, the same command continues it")
-            return 130
-    return finish(out, failed)
-
-
-def finish(out: Path, failed: Sequence[Record]) -> int:
-    """Show what the run directory holds, and name the cells that failed; the exit code."""
-    from kvbench.report.tables import print_summary
-
-    print_summary([record for record in read_records(out) if record.error is None])
-    say(f"records are in {out}; pictures: kvbench report {out}")
-    counts = Counter((r.method, r.budget, r.task, r.error) for r in failed)
-    for (method, budget, task, error), count in counts.items():
-        say(f"failed: {method} at budget {budget:g} on {task}, {count} samples: {error}")
-    return 1 if failed else 0
+    missing = [c for c in cells if c.fingerprint not in known or known[c.fingerprint].error]
+    return SweepPlan(sweep, out, common, wanted, len(cells), missing, left_out)
 
 
 def default_tasks() -> list[str]:
@@ -179,7 +226,7 @@ def choose_settings(choices: Choices, model: "LoadedModel") -> Settings:
             f"{model.max_context}"
         )
     default = model.card.prefill_chunk if not choices.context else 0
-    has_template = getattr(model.tokenizer, "chat_template", None) is not None
+    has_template = model.tokenizer.chat_template is not None
     if choices.chat_template == "on" and not has_template:
         raise InputError(f"model '{model.name}' has no chat template; use --chat-template off")
     return Settings(
@@ -198,19 +245,15 @@ def check_shapes(specs: Sequence[MethodSpec], model: "LoadedModel", settings: Se
         spec.method.windows(model.shape, min(settings.budgets), settings.context)
 
 
-def run_name(model: "LoadedModel", common: dict[str, Any]) -> str:
-    """A name for the run directory that equal settings share."""
-    return f"{Path(model.name).name}-{common['context']}-{digest(common)[:8]}"
-
-
-def invocation(choices: Choices) -> dict[str, Any]:
-    """This process, for `run.json`: settings, versions, hardware, commit."""
+def invocation(choices: Choices, experiment: dict[str, Any]) -> dict[str, Any]:
+    """This process, for `run.json`: experiment, settings, versions, hardware, commit."""
     import torch
 
     settings = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(choices).items()}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "experiment": experiment,
         "settings": settings,
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -237,60 +280,3 @@ def _git(folder: Path, *arguments: str) -> str:
         ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
     )
     return done.stdout.strip()
-
-
-def print_plan(sweep: "Sweep", open_cells: Sequence[Cell], planned: int, out: Path) -> None:
-    """Show what a run would measure, in which groups, and about what it would take."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from kvbench.sweep.cost import cost_of, seconds_of
-    from kvbench.sweep.runner import gib, rows_of
-
-    console = Console()
-    methods = Table("method", "budgets", "chunks", "tasks", "cells", box=None)
-    by_method: dict[str, list[Cell]] = {}
-    for cell in open_cells:
-        by_method.setdefault(cell.spec.name, []).append(cell)
-    for method, cells in by_method.items():
-        methods.add_row(
-            method,
-            ", ".join(f"{b:g}" for b in sorted({c.budget for c in cells})),
-            ", ".join(str(c) for c in sorted({c.prefill_chunk or 0 for c in cells}) if c) or "any",
-            ", ".join(dict.fromkeys(c.sample.task for c in cells)),
-            str(len(cells)),
-        )
-    console.print(methods)
-
-    groups = Table("task", "chunk", "groups", "cells each", "tokens", "alone", "memory", box=None)
-    by_kind: dict[tuple[str, int], list[list[Cell]]] = {}
-    for batch in sweep.batches(open_cells):
-        by_kind.setdefault((batch[0].sample.task, sweep.chunk(batch)), []).append(batch)
-    costs = []
-    for (task, chunk), batches in by_kind.items():
-        here = [cost_of(sweep.model, rows_of(batch), chunk) for batch in batches]
-        costs += here
-        sizes = sorted({len(batch) for batch in batches})
-        groups.add_row(
-            task,
-            str(chunk),
-            str(len(batches)),
-            f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}",
-            str(sum(cost.tokens for cost in here)),
-            str(sum(cell.tokens for batch in batches for cell in batch)),
-            gib(max(cost.bytes for cost in here)),
-        )
-    console.print()
-    console.print(groups)
-    line = f"\n{len(open_cells)} of {planned} cells to measure in {out}: "
-    if costs:
-        tokens = sum(cost.tokens for cost in costs)
-        seconds = duration(seconds_of(sweep.model, costs, sweep.prefill_chunk))
-        line += f"{tokens} tokens at most, about {seconds}, "
-        line += f"{gib(max(cost.bytes for cost in costs))} beside the model "
-    console.print(line + f"(memory limit {gib(sweep.memory_limit)})", soft_wrap=True)
-
-
-def say(text: str) -> None:
-    """A line for the user, on stderr."""
-    print(f"kvbench: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a batch of rows will cost before it is run: tokens through the model, and memory at most."""
+"""The cost of a batch before it runs: tokens through the model, peak memory, seconds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from kvbench.records import BASELINE
 from kvbench.spec import parse_method
 
 TRIAL_ROWS = 8
-TRIAL_TOKENS = 6
+TRIAL_TOKENS = 6  # of each row's answer
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,23 @@ def entry_bytes(model: LoadedModel) -> int:
     return 2 * model.shape.head_dim * model.dtype.itemsize
 
 
-def seconds_of(model: LoadedModel, costs: Sequence[Cost], prefill_chunk: int) -> float:
-    """About how long it takes, by a short trial on this machine.
+def trial_length(model: LoadedModel, prefill_chunk: int) -> int:
+    """Tokens of a trial's prompt."""
+    return max(1, min(256, prefill_chunk, model.max_context - TRIAL_TOKENS))
 
-    The trial's tokens a second, for the prefill less as attention's share grows with the context.
+
+def trial_tokens(model: LoadedModel, prefill_chunk: int) -> int:
+    """Tokens of the trial of `seconds_of`."""
+    return (TRIAL_ROWS + 1) * (trial_length(model, prefill_chunk) + TRIAL_TOKENS)
+
+
+def seconds_of(model: LoadedModel, costs: Sequence[Cost], prefill_chunk: int) -> float:
+    """About how many seconds batches take, by a short trial on this machine.
+
+    Decoding is predicted by the trial's tokens a second; the prefill by its multiplications a
+    second, since the share of attention grows with the context.
     """
-    length = max(1, min(256, prefill_chunk, model.max_context - TRIAL_TOKENS))
+    length = trial_length(model, prefill_chunk)
     spec = parse_method(BASELINE, {})
     prompts = [[(7 * i + r) % 50 for i in range(length)] for r in range(TRIAL_ROWS)]
     rows = [Row(prompt, TRIAL_TOKENS, spec, 1.0) for prompt in prompts]

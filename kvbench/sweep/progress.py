@@ -1,72 +1,70 @@
-"""How far a sweep is, on stderr: a bar on a terminal, a few lines elsewhere."""
+"""How far a sweep is: counted in tokens, and told to a listener that shows it."""
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvbench.sweep.plan import Cell
 
-SECONDS_BETWEEN_LINES = 20.0
+
+class Listener:
+    """Hears what a sweep does. This one ignores it; the command line's shows it."""
+
+    def note(self, text: str) -> None:
+        """One line for the user, such as which run is continued."""
+
+    def started(self, progress: "Progress") -> None:
+        """Measuring starts. `progress` is the same object in every call, and kept up to date."""
+
+    def advanced(self, progress: "Progress") -> None:
+        """A group of cells starts, or a cell is finished."""
+
+    def stopped(self) -> None:
+        """Measuring ended, or was interrupted."""
 
 
-@contextmanager
-def show_progress(cells: Sequence[Cell]) -> Iterator[Callable[[Cell], None]]:
-    """Yields what is to be called with every finished cell; time left goes by tokens."""
-    with (_bar if sys.stderr.isatty() else _lines)(cells) as advance:
-        yield advance
+@dataclass
+class Progress:
+    """How many cells of a sweep are done, and how long the rest will take; tells `listener`."""
 
+    listener: Listener
+    cells: int
+    tokens: int  # of all cells
+    task: str = ""  # of the group that is being measured
+    done: int = 0
+    done_tokens: int = 0
+    began: float = 0.0  # seconds of time.monotonic
+    expected: float | None = None  # seconds for all cells; None while nothing is known
 
-@contextmanager
-def _bar(cells: Sequence[Cell]) -> Iterator[Callable[[Cell], None]]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    def start(self, expected: float | None) -> None:
+        """Measuring starts; it will take about `expected` seconds."""
+        self.began, self.expected = time.monotonic(), expected
+        self.listener.started(self)
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[done]}/{task.fields[cells]} cells"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    done = 0
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(
-            "measuring", total=sum(cell.tokens for cell in cells), done=0, cells=len(cells)
-        )
+    def starting(self, batch: Sequence[Cell]) -> None:
+        """A group of cells starts."""
+        self.task = batch[0].sample.task
+        self.listener.advanced(self)
 
-        def advance(cell: Cell) -> None:
-            nonlocal done
-            done += 1
-            progress.update(bar, advance=cell.tokens, done=done)
+    def finished(self, cell: Cell) -> None:
+        """Count a cell; from the first one on, the time left is predicted by tokens a second."""
+        self.done += 1
+        self.done_tokens += cell.tokens
+        self.expected = (time.monotonic() - self.began) * self.tokens / self.done_tokens
+        self.listener.advanced(self)
 
-        yield advance
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until all cells are done; None while nothing is known about it."""
+        if self.expected is None:
+            return None
+        return max(0.0, self.began + self.expected - time.monotonic())
 
-
-@contextmanager
-def _lines(cells: Sequence[Cell]) -> Iterator[Callable[[Cell], None]]:
-    start = last = time.monotonic()
-    total, tokens, done = sum(cell.tokens for cell in cells), 0, 0
-    print(f"measuring {len(cells)} cells", file=sys.stderr, flush=True)
-
-    def advance(cell: Cell) -> None:
-        nonlocal last, tokens, done
-        done, tokens = done + 1, tokens + cell.tokens
-        now = time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LINES and done < len(cells):
-            last = now
-            left = (now - start) * (total - tokens) / tokens
-            line = f"{done}/{len(cells)} cells, about {duration(left)} left"
-            print(line, file=sys.stderr, flush=True)
-
-    yield advance
+    @property
+    def left(self) -> str:
+        """`seconds_left` as people say it; empty while nothing is known about it."""
+        left = self.seconds_left
+        return "" if left is None else f", about {duration(left)} left"
 
 
 def duration(seconds: float) -> str:

@@ -1,13 +1,12 @@
-"""Runs the cells of a plan in batches, scores them and stores a record as each batch finishes."""
+"""Measures the cells of a plan in batches, scores them, and stores records after each batch."""
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby
-from pathlib import Path
 
+import psutil
 import torch
 
 from kvbench.engine.row import Outcome, Row
@@ -28,7 +27,7 @@ Bytes = Callable[[Sequence[Cell]], int]
 
 @dataclass
 class Sweep:
-    """What a sweep needs beside its cells."""
+    """Everything that measuring a cell needs beside the cell."""
 
     model: LoadedModel
     tasks: Mapping[str, Task]
@@ -36,40 +35,46 @@ class Sweep:
     context: int
     prefill_chunk: int  # tokens; for methods that do not depend on it
     memory_limit: int  # bytes beside the weights
-    batch_rows: int | None = None  # at most; None as many as memory allows
+    batch_rows: int | None = None  # at most; None: as many as memory allows
     run_rows: RunRows = run_rows
-    too_much: float = field(default=math.inf, init=False)  # bytes that memory did not suffice for
+    failed: list[Record] = field(default_factory=list, init=False)
+    too_much: float = field(default=math.inf, init=False)  # bytes of the smallest batch that failed
 
     def run(
-        self, cells: Sequence[Cell], writer: RunWriter, progress: Callable[[Cell], None]
+        self,
+        cells: Sequence[Cell],
+        writer: RunWriter,
+        finished: Callable[[Cell], None],
+        starting: Callable[[Sequence[Cell]], None] = lambda batch: None,
     ) -> list[Record]:
-        """Measure all cells; return the records of those that failed.
+        """Measure all cells; return `failed`, the records of those that failed.
 
-        A batch that raises, of whatever, is halved and measured again, so that in the end a failure
-        costs only the cells that cause it, and too little memory only time. KeyboardInterrupt
-        passes through; what was finished is stored.
+        `starting` is called with every batch before it is measured, `finished` with every cell
+        once its record is stored. If a batch fails for any reason, it is split in two and retried:
+        a failure costs only the cells that cause it, and a lack of memory only time.
+        KeyboardInterrupt passes through; finished cells are stored.
         """
-        failed = []
         for batch in self.batches(cells):
+            starting(batch)
             for part, records in self._measured(batch):
                 writer.append(records)
-                failed += [record for record in records if record.error is not None]
+                self.failed += [record for record in records if record.error is not None]
                 for cell in part:
-                    progress(cell)
-        return failed
+                    finished(cell)
+        return self.failed
 
     def batches(self, cells: Sequence[Cell]) -> list[list[Cell]]:
-        """The cells as they are measured together."""
+        """The cells in the groups in which they are measured together."""
         return list(
             batches(cells, self.prefill_chunk, self.bytes, self.memory_limit, self.batch_rows)
         )
 
     def bytes(self, batch: Sequence[Cell]) -> int:
-        """The most bytes that a batch takes at one moment, beside the weights."""
+        """Peak bytes of a batch, beside the weights."""
         return cost_of(self.model, rows_of(batch), self.chunk(batch)).bytes
 
     def chunk(self, batch: Sequence[Cell]) -> int:
-        """The prefill chunk that a batch is read in."""
+        """The prefill chunk of a batch, in tokens."""
         return _chunk(batch[-1], self.prefill_chunk)
 
     def _measured(self, batch: Sequence[Cell]) -> Iterator[tuple[Sequence[Cell], list[Record]]]:
@@ -86,7 +91,7 @@ class Sweep:
                     self.model, rows_of(batch), prefill_chunk=self.chunk(batch)
                 )
             except Exception as error:
-                # Only words are kept: the error itself holds on to all the memory of its frames.
+                # Only the text is kept: the error itself keeps the memory of its frames alive.
                 failure = _one_line(error)
                 if len(batch) > 1 and is_out_of_memory(error):
                     self.too_much = min(self.too_much, needed)
@@ -143,7 +148,7 @@ def _chunk(cell: Cell, default: int) -> int:
 
 
 def warm_up(model: LoadedModel) -> None:
-    """Run a short row: no record's seconds pay for what is compiled or set up at the first use."""
+    """Run a short row, so that compilation and other set-up do not count in a record's seconds."""
     row = Row([0] * 8, 8, parse_method(BASELINE, {}), 1.0)
     run_rows(model, [row], prefill_chunk=4)
 
@@ -163,11 +168,11 @@ def batches(
     memory_limit: int,
     batch_rows: int | None,
 ) -> Iterator[list[Cell]]:
-    """Cut cells into batches, each of one task and one prefill chunk, that memory suffices for.
+    """Cut cells into batches that fit into memory, each of one task and one prefill chunk.
 
-    The cells of a sample stay together, since they share a prompt, unless they would not fit;
-    samples are added up to `batch_rows` cells (None: MOST_ROWS). Cells that do not depend on the
-    prefill chunk go with those of `prefill_chunk`. A cell that does not fit is a batch by itself.
+    The cells of a sample share a prompt, so they stay together if they fit. Samples are added up to
+    `batch_rows` cells (None: MOST_ROWS). Cells that do not depend on the prefill chunk join those
+    of `prefill_chunk`. A cell that does not fit is a batch by itself.
     """
     open_batches: dict[tuple[str, int], list[Cell]] = {}
     for _, same_sample in groupby(cells, key=lambda c: (c.sample.task, c.sample.index)):
@@ -176,7 +181,7 @@ def batches(
             kind = cell.sample.task, _chunk(cell, prefill_chunk)
             by_kind.setdefault(kind, []).append(cell)
         for kind, group in by_kind.items():
-            # Those that share the whole prefill first, so that a cut leaves them together.
+            # Cells that share the whole prefill come first, so that a cut leaves them together.
             group.sort(key=lambda cell: cell.spec.depends_on_chunk)
             waiting = open_batches.pop(kind, [])
             joined = waiting + group
@@ -194,7 +199,7 @@ def batches(
 def _fitting(
     cells: list[Cell], bytes_of: Bytes, memory_limit: int, most: int
 ) -> Iterator[list[Cell]]:
-    """Cells in pieces, in order, of at most `most` cells and `memory_limit` bytes."""
+    """Cells in order, in pieces of at most `most` cells and `memory_limit` bytes."""
     if len(cells) == 1 or (len(cells) <= most and bytes_of(cells) <= memory_limit):
         yield cells
         return
@@ -204,26 +209,12 @@ def _fitting(
 
 
 def free_bytes(model: LoadedModel) -> int:
-    """Memory that a sweep may take by default: most of what is free."""
+    """Bytes that a sweep may take by default: three quarters of the free memory."""
     if model.device.type == "cuda":
         free = int(torch.cuda.mem_get_info(model.device)[0])
     else:
-        free = available_memory()
+        free = psutil.virtual_memory().available
     return free * 3 // 4
-
-
-def available_memory() -> int:
-    """Bytes of the machine's memory that programs could take now."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 4 * 2**30
 
 
 def gib(size: float) -> str:

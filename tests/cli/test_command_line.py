@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from helpers.process import KVBENCH, interrupted, kvbench
 
+from kvbench.cli.app import main
+from kvbench.errors import InputError
 from kvbench.models.card import EMBEDDED
 
 SMALL = ["--task", "rag", "--context", "256", "--samples", "3", "--budgets", "0.3,0.6"]
@@ -64,6 +66,10 @@ def records(folder: Path) -> list[dict[str, Any]]:
         ("reproduce --samples 0", "--samples"),
         ("list methds", "did you mean 'methods'"),
         ("train tinny --out x", "did you mean 'tiny'"),
+        ("train duoattention --target 0.5", "has no --target"),
+        ("run --memory-limit lots", "not an amount of memory"),
+        ("run --chat-template of", "'off'"),
+        ("reproduce --threshold 0", "--threshold"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(arguments: str, message: str, tmp_path: Path) -> None:
@@ -170,6 +176,8 @@ def test_help_and_report_import_no_torch(tmp_path: Path) -> None:
         "import sys\n"
         "from kvbench.cli.app import main\n"
         "main(['--help'])\n"
+        "late = {'torch', 'transformers', 'numpy', 'pandas', 'matplotlib', 'pydantic', 'yaml'}\n"
+        "assert not late & set(sys.modules), late & set(sys.modules)\n"
         "import kvbench.report.publish\n"
         "assert 'kvbench.report.page' in sys.modules and 'kvbench.report.figures' in sys.modules\n"
         "assert not {'torch', 'transformers'} & set(sys.modules), 'imported'\n"
@@ -187,4 +195,64 @@ def test_lists_say_what_there_is(tmp_path: Path) -> None:
         "html_to_tsv",
         "needle",
     }
-    assert kvbench("list", "methods", folder=tmp_path).returncode == 0
+    variants = {m["method"]: m["variants"] for m in listing["methods"]}
+    assert variants["snapkv"] == ["snapkv-naive", "snapkv-patched"]
+    assert variants["random"] == ["random-naive"]  # not random-heads, which is a method
+    assert variants["random-heads"] == variants["prulong"] == []
+    snapkv = next(m for m in listing["methods"] if m["method"] == "snapkv")
+    assert snapkv["options"]["window"] == "64"
+    assert snapkv["option_types"]["window"] == "int"
+    assert set(snapkv["option_help"]) == set(snapkv["options"])
+
+
+def test_the_list_fits_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "pyramidkv  post-fill" in lines
+    assert "    chunked: pyramidkv-naive, pyramidkv-patched" in [line.rstrip() for line in lines]
+    assert any(line.startswith("    window=64 ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("command", "panels"),
+    [
+        ("run", ["What to measure", "How much", "Model", "Memory", "Output"]),
+        ("report", ["Arguments", "Output"]),
+        ("list", ["Arguments", "Output"]),
+        ("reproduce", ["What to measure", "How much", "Output"]),
+        ("train prulong", ["Model", "How much", "Training", "Output"]),
+        ("train duoattention", ["Model", "How much", "Training", "Output"]),
+        ("train tiny", ["How much", "Training", "Output"]),
+        ("train", ["Commands"]),
+        ("", ["Commands"]),
+    ],
+)
+def test_help_has_panels_and_examples(
+    command: str, panels: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    shown = capsys.readouterr().out
+    for panel in panels:
+        assert f"─ {panel} ─" in shown
+    assert "Examples" in shown
+    assert "$ kvbench" in shown
+
+
+def test_brackets_in_names_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["run", "--method", "recency", *SMALL, "--samples", "1", "--dry-run"]
+    assert main([*sweep, "--out", str(tmp_path / "[v2]")]) == 0
+    assert "[v2]" in capsys.readouterr().out
+    assert main(["report", "[bold]name"]) == 2
+    assert "[bold]name" in capsys.readouterr().err
+
+
+def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVBENCH_DEBUG", "1")
+    with pytest.raises(InputError, match="did you mean 'snapkv'"):
+        main(["run", "--method", "snapk"])

@@ -8,7 +8,7 @@ import torch
 
 import kvbench.models.wheel
 from kvbench.cli.app import main
-from kvbench.cli.listing import list_models
+from kvbench.cli.list import list_models
 from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
 from kvbench.models.load import LoadedModel, load_model, read_model

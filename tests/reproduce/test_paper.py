@@ -14,6 +14,8 @@ from kvbench.report.statistics import Status
 from kvbench.reproduce.claims import Verdict, judge
 from kvbench.reproduce.command import compare, table_csv, table_markdown
 from kvbench.reproduce.paper import is_lower_bound, paper_records, paper_report
+from kvbench.sweep.command import Choices, SweepResult
+from kvbench.sweep.progress import Listener
 
 
 def test_the_papers_figure_gives_the_papers_critical_footprints() -> None:
@@ -142,14 +144,17 @@ def test_reproduce_writes_tables_claims_and_page(
 
     seen = []
 
-    def sweep(choices: Any, home: Path) -> int:
+    def sweep(choices: Choices, listener: Listener) -> SweepResult:
         seen.append(choices)
-        store(choices.out, curves(prulong={256: [0.1, 0.9, 0.9], 128: [0.1, 0.5, 0.9]}))
-        print("the sweep's own summary")
-        return 1  # some cells failed: reported all the same
+        rows = curves(prulong={256: [0.1, 0.9, 0.9], 128: [0.1, 0.5, 0.9]})
+        assert choices.out is not None
+        store(choices.out, rows)
+        # some cells failed: reported all the same
+        return SweepResult(choices.out, len(rows), 0, failed=rows[:1])
 
     monkeypatch.setattr(reproduce, "run_sweep", sweep)
-    code = reproduce.reproduce_small(tmp_path / "out", samples=5, seed=3, threshold=0.9)
+    how: Any = {"samples": 5, "seed": 3, "threshold": 0.9, "listener": Listener()}
+    code = reproduce.reproduce_small(tmp_path / "out", **how)
     assert code == 1
     assert seen[0].prefill_chunk == (256, 128)
     assert seen[0].budgets == (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
@@ -160,20 +165,20 @@ def test_reproduce_writes_tables_claims_and_page(
     assert "- [x] **PruLong depends on the size of the prefill chunk: true**" in claims
     assert claims.count("dynamic sparsity: not in this run") == 1
     printed = capsys.readouterr().out
-    assert "summary" not in printed
     assert "not measured Recency eviction fails at recall" in printed
 
-    monkeypatch.setattr(reproduce, "run_sweep", lambda choices, home: 130)
-    code = reproduce.reproduce_small(tmp_path / "no", samples=5, seed=3, threshold=0.9)
+    stopped = SweepResult(tmp_path / "no", 5, 0, interrupted=True)
+    monkeypatch.setattr(reproduce, "run_sweep", lambda choices, listener: stopped)
+    code = reproduce.reproduce_small(tmp_path / "no", **how)
     assert code == 130
     assert not (tmp_path / "no").exists()
 
 
-def test_the_full_scale_says_what_is_missing(tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    from kvbench.cli.app import cli
-    from kvbench.reproduce.command import FULL_SCALE
+def test_the_full_scale_says_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kvbench.cli.app import main
+    from kvbench.reproduce.command import FULL_SCALE, full_choices
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
@@ -192,6 +197,10 @@ def test_the_full_scale_says_what_is_missing(tmp_path: Path) -> None:
     assert any("icl, longqa" in line for line in lines)
     assert list(tmp_path.rglob("*.jsonl")) == []
     # the configuration holds options of kvbench run, and nothing else
-    read = CliRunner().invoke(cli, ["run", "--config", str(FULL_SCALE), "--samples", "0"])
-    assert "--samples" in read.output
-    assert "unknown key" not in read.output
+    assert main(["run", "--config", str(FULL_SCALE), "--samples", "0"]) == 2
+    errors = capsys.readouterr().err
+    assert "--samples" in errors
+    assert "unknown key" not in errors
+    choices = full_choices(tmp_path)
+    assert (choices.samples, choices.prefill_chunk) == (100, (32768,))
+    assert choices.option["prulong.window"] == "1024"

@@ -1,0 +1,147 @@
+"""`kvbench list`: the methods, tasks and models that are installed."""
+
+import json
+import typing
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, Literal
+
+import typer
+
+from kvbench.cli import complete, options
+from kvbench.cli.options import OUTPUT, comma_list, opt
+from kvbench.errors import InputError, did_you_mean
+from kvbench.method import Family, Method, option_name
+from kvbench.models.card import EMBEDDED, read_card
+from kvbench.models.wheel import WHEELS
+from kvbench.registry import methods, tasks
+from kvbench.spec import Chunking, method_names
+
+EXAMPLES = options.examples(
+    "kvbench list", "kvbench list methods,models", "kvbench list tasks --format json"
+)
+
+
+def list_command(
+    kinds: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="KINDS",
+            show_default="all",
+            help="Any of methods, tasks and models, separated by commas.",
+            autocompletion=complete.kinds,
+        ),
+    ] = None,
+    form: Annotated[
+        Literal["table", "json"], opt(OUTPUT, "What goes to stdout.", names=["--format"])
+    ] = "table",
+) -> int:
+    """Show methods with their options, tasks and models."""
+    chosen = tuple(LISTS) if kinds is None else comma_list(kinds, "kinds", str)
+    for kind in chosen:
+        if kind not in LISTS:
+            raise InputError(f"nothing called '{kind}' to list: {did_you_mean(kind, LISTS)}")
+    listing = {kind: LISTS[kind]() for kind in chosen}
+    if form == "json":
+        print(json.dumps(listing, indent=2))
+    else:
+        print_listing(listing)
+    return 0
+
+
+def print_listing(listing: dict[str, list[dict[str, Any]]]) -> None:
+    """Print each thing as a paragraph: its name and facts, what it is, its options."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    indent = (0, 0, 0, 4)
+    for kind, rows in listing.items():
+        console.print(Text(kind.upper(), style="bold"))
+        for row in rows:
+            name, about, facts = row[kind[:-1]], row["about"], FACTS[kind].format(**row)
+            console.print(Text.assemble((name, "bold cyan"), "  ", (facts, "dim")))
+            console.print(Padding(Text(about), indent))
+            if row.get("variants"):
+                console.print(Padding(Text(f"chunked: {', '.join(row['variants'])}"), indent))
+            table = Table.grid(padding=(0, 2))
+            for option, default in row.get("options", {}).items():
+                help = f"{row['option_help'][option]} ({row['option_types'][option]})".strip()
+                value = f"{option}={'FILE' if default is None else default}"
+                table.add_row(Text(value, style="green"), Text(help))
+            if table.row_count:
+                console.print(Padding(table, indent))
+        console.print()
+
+
+def list_methods() -> list[dict[str, Any]]:
+    """Registered methods with their chunked forms, and their options as text."""
+    return [_method(name, methods.get(name)) for name in methods.names()]
+
+
+def _method(name: str, cls: type[Method]) -> dict[str, Any]:
+    named = method_names() if cls.family is Family.POST_FILL else []
+    variants = [f"{name}-{form}" for form in Chunking if f"{name}-{form}" in named]
+    hints = typing.get_type_hints(cls)
+    own = {option_name(field): field for field in fields(cls) if field.init}
+    return {
+        "method": name,
+        "variants": variants,
+        "family": str(cls.family),
+        "options": {
+            key: None if value in (None, MISSING) else str(value)
+            for key, value in cls.options().items()
+        },
+        "option_help": {key: field.metadata.get("help", "") for key, field in own.items()},
+        "option_types": {key: _type_name(hints[field.name]) for key, field in own.items()},
+        "about": first_line(cls),
+    }
+
+
+def list_tasks() -> list[dict[str, Any]]:
+    """Registered tasks, with subtasks and metric."""
+    return [
+        {
+            "task": name,
+            "subtasks": list(tasks.get(name).subtasks),
+            "metric": tasks.get(name).metric,
+            "default": "yes" if tasks.get(name).default else "no",
+            "about": first_line(tasks.get(name)),
+        }
+        for name in tasks.names()
+    ]
+
+
+def list_models() -> list[dict[str, Any]]:
+    """Models known by name, with what their cards say and what it takes to have them."""
+    embedded = "embedded; besides it, any folder or hub id of a decoder"
+    known = [(name, folder, embedded) for name, folder in EMBEDDED.items()]
+    for name, wheel in WHEELS.items():
+        known.append((name, wheel.folder, " && ".join(wheel.missing()) or "installed"))
+    return [
+        {
+            "model": name,
+            "context": read_card(folder).context,
+            "prefill chunk": read_card(folder).prefill_chunk,
+            "about": about,
+        }
+        for name, folder, about in known
+    ]
+
+
+LISTS = {"methods": list_methods, "tasks": list_tasks, "models": list_models}
+FACTS = {  # what stands beside a name
+    "methods": "{family}",
+    "tasks": "metric {metric}, by default: {default}",
+    "models": "context {context} tokens, prefill chunks of {prefill chunk}",
+}
+
+
+def first_line(cls: type) -> str:
+    """The first line of a docstring."""
+    return (cls.__doc__ or "").strip().split("\n")[0]
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("pathlib.", "")

@@ -1,0 +1,59 @@
+"""`kvbench reproduce`: the paper's table and claims on this machine."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from kvbench.cli import options
+from kvbench.cli.messages import Terminal, say
+from kvbench.cli.options import FOLDER, OUTPUT, WHAT, opt
+from kvbench.cli.report import write_report
+from kvbench.cli.run import measure, print_plan
+
+EXAMPLES = options.examples(
+    "kvbench reproduce",
+    "kvbench reproduce --samples 100 --out results/reproduce-100",
+    "kvbench reproduce --scale full --dry-run",
+)
+
+
+def reproduce(
+    scale: Annotated[
+        Literal["small", "full"],
+        opt(WHAT, "The embedded model, or the paper's model, context and data."),
+    ] = "small",
+    samples: options.Samples = 24,
+    seed: options.Seed = 0,
+    threshold: options.Threshold = 0.9,
+    out: Annotated[
+        Path, opt(OUTPUT, "Folder for records, tables, figures, page.", metavar=FOLDER)
+    ] = Path("results/reproduce"),
+    dry_run: options.DryRun = False,
+) -> int:
+    """Measure the paper's table and claims, beside its own numbers.
+
+    The same command continues an interrupted reproduction. The full scale
+    sets its own samples and seed.
+    """
+    from kvbench.reproduce import command
+
+    if scale == "small":
+        if dry_run:
+            print_plan(command.small_choices(out / command.RUN, samples=samples, seed=seed))
+            return 0
+        return command.reproduce_small(
+            out, samples=samples, seed=seed, threshold=threshold, listener=Terminal()
+        )
+    missing = command.missing_for_full_scale(command.full_scale_choices())
+    if missing:
+        lines = "".join(f"\n  - {text}" for text in missing)
+        say(f"the full scale ({command.FULL_SCALE}) cannot run here, for want of{lines}")
+        say("'kvbench reproduce' without --scale measures the embedded model", name="")
+        return 2
+    choices = command.full_choices(out / "full-scale")
+    if dry_run:
+        print_plan(choices)
+        return 0
+    code = measure(choices)
+    if code == 130:
+        return code
+    return write_report([out / "full-scale"], threshold=threshold) or code

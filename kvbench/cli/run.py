@@ -1,0 +1,203 @@
+"""`kvbench run`: the options of a sweep, and what it prints."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from kvbench.cli import complete, options
+from kvbench.cli.messages import Terminal, say
+from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, MEMORY, MODEL, OUTPUT, WHAT, comma_list, opt
+from kvbench.errors import InputError, did_you_mean
+from kvbench.records import read_records
+from kvbench.sweep.command import Choices, plan_sweep, run_sweep
+from kvbench.sweep.progress import duration
+
+EXAMPLES = options.examples(
+    "kvbench run --method snapkv,prulong --task recall,rag --budgets 0.1,0.3",
+    "kvbench run --method prulong+snapkv --option snapkv.window=32 --samples 64",
+    "kvbench run --model meta-llama/Llama-3.2-1B --context 32768 --dry-run",
+)
+
+
+def read_config(ctx: typer.Context, value: Path | None) -> None:
+    """Make a YAML file's values the defaults of the options that they name."""
+    if value is None or ctx.resilient_parsing:
+        return
+    import yaml
+
+    try:
+        config = yaml.safe_load(value.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the configuration {value}: {error}") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"the configuration {value} is not YAML: {reason}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"the configuration {value} is not a list of 'option: value' lines")
+    known = [p.name.replace("_", "-") for p in ctx.command.params if p.name not in ("config", None)]
+    defaults = {}
+    for key, setting in config.items():
+        name = str(key).replace("_", "-")
+        if name not in known:
+            raise InputError(f"{value}: unknown key '{key}': {did_you_mean(name, known)}")
+        defaults[name.replace("-", "_")] = _config_value(value, name, setting)
+    ctx.default_map = defaults
+
+
+def _config_value(file: Path, name: str, value: Any) -> Any:
+    if name == "option":
+        if not isinstance(value, dict):
+            raise InputError(f"{file}: option must be a mapping, like 'option: {{window: 32}}'")
+        return [f"{key}={item}" for key, item in value.items()]
+    if isinstance(value, list) and value and not any(isinstance(v, list | dict) for v in value):
+        return ",".join(str(item) for item in value)
+    if isinstance(value, list | dict) or value is None:
+        raise InputError(f"{file}: {name} has no usable value")
+
+
+CONFIG = "YAML file with any of these options; the command line wins."
+
+
+def run(
+    method: Annotated[
+        str | None,
+        opt(WHAT, "Methods.", "all that can run", metavar=LIST, autocompletion=complete.methods),
+    ] = None,
+    task: Annotated[
+        str | None,
+        opt(WHAT, "Tasks.", "see 'list tasks'", metavar=LIST, autocompletion=complete.tasks),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        opt(WHAT, "Of methods: window=32, snapkv.window=32; repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        opt(WHAT, CONFIG, metavar="FILE", is_eager=True, callback=read_config),
+    ] = None,
+    budgets: Annotated[
+        str, opt(HOW_MUCH, "Shares of the cache to keep, more than 0, at most 1.", metavar=LIST)
+    ] = "0.1,0.2,0.3,0.5,0.7,0.9",
+    samples: options.Samples = 32,
+    context: Annotated[
+        int | None, opt(HOW_MUCH, "Tokens of prompt and answer.", "the model's own", min=1)
+    ] = None,
+    prefill_chunk: Annotated[
+        str | None,
+        opt(HOW_MUCH, "Tokens of a prefill chunk.", "the model's own or context/4", metavar=LIST),
+    ] = None,
+    seed: options.Seed = 0,
+    model: options.Model = "tiny",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    attention: Annotated[str, opt(MODEL, "auto, sdpa or flash.")] = "auto",
+    chat_template: Annotated[
+        Literal["auto", "on", "off"], opt(MODEL, "Put prompts into the model's chat template.")
+    ] = "auto",
+    batch_rows: Annotated[
+        int | None, opt(MEMORY, "Most cells measured together.", "as memory allows", min=1)
+    ] = None,
+    memory_limit: Annotated[
+        str | None,
+        opt(MEMORY, "Memory beside the model, like 8GiB.", "most of what is free", metavar="SIZE"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        opt(OUTPUT, "Run folder.", "results/runs/MODEL-TASKS-DATE", metavar=FOLDER),
+    ] = None,
+    dry_run: options.DryRun = False,
+) -> int:
+    """Measure methods on tasks at several budgets.
+
+    Full attention always runs too, as the baseline. The same command
+    continues an interrupted run. With more samples, budgets or prefill
+    chunks it measures what is missing.
+    """
+    chunks = None if prefill_chunk is None else comma_list(prefill_chunk, "sizes", options.tokens)
+    choices = Choices(
+        model=model,
+        method=None if method is None else comma_list(method, "methods", str),
+        task=None if task is None else comma_list(task, "tasks", str),
+        budgets=comma_list(budgets, "budgets", options.budget),
+        samples=samples,
+        context=context,
+        prefill_chunk=chunks,
+        seed=seed,
+        out=out,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        option=options.key_value(option),
+        chat_template=chat_template,
+        batch_rows=batch_rows,
+        memory_limit=None if memory_limit is None else options.memory(memory_limit),
+    )
+    if dry_run:
+        print_plan(choices)
+        return 0
+    return measure(choices)
+
+
+def measure(choices: Choices) -> int:
+    """Run a sweep with its progress on stderr and its summary on stdout; the exit code."""
+    from kvbench.report.tables import print_summary
+
+    result = run_sweep(choices, Terminal())
+    if result.interrupted:
+        return result.exit_code
+    print_summary([r for r in read_records(result.folder) if r.error is None])
+    say(f"records are in {result.folder}; for tables and figures: kvbench report {result.folder}")
+    counts = Counter((r.method, r.budget, r.task, r.error) for r in result.failed)
+    for (method, budget, task, error), count in counts.items():
+        say(f"failed: {method} at budget {budget:g} on {task}, {count} samples: {error}")
+    return result.exit_code
+
+
+def print_plan(choices: Choices) -> None:
+    """Show what a run would measure, in which groups, and about what it would take."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from kvbench.sweep.runner import gib
+
+    plan = plan_sweep(choices)
+    if plan.left_out:
+        say(f"left out: {'; '.join(plan.left_out)}")
+    console = Console()
+    methods = Table("method", "budgets", "chunks", "tasks", "cells", box=None)
+    for method in dict.fromkeys(cell.spec.name for cell in plan.cells):
+        cells = [cell for cell in plan.cells if cell.spec.name == method]
+        chunks = sorted({c.prefill_chunk for c in cells if c.prefill_chunk is not None})
+        methods.add_row(
+            escape(method),
+            ", ".join(f"{b:g}" for b in sorted({c.budget for c in cells})),
+            ", ".join(map(str, chunks)) or "any",
+            escape(", ".join(dict.fromkeys(c.sample.task for c in cells))),
+            str(len(cells)),
+        )
+    console.print(methods, "")
+
+    groups = Table("task", "chunk", "groups", "cells each", "tokens", "alone", "memory", box=None)
+    kinds = [(batch[0].sample.task, plan.sweep.chunk(batch)) for batch, _ in plan.batches]
+    for task, chunk in dict.fromkeys(kinds):
+        here = [b for b, kind in zip(plan.batches, kinds, strict=True) if kind == (task, chunk)]
+        sizes = sorted({len(batch) for batch, _ in here})
+        groups.add_row(
+            escape(task),
+            str(chunk),
+            str(len(here)),
+            f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}",
+            str(sum(cost.tokens for _, cost in here)),
+            str(sum(cell.tokens for batch, _ in here for cell in batch)),
+            gib(max(cost.bytes for _, cost in here)),
+        )
+    console.print(groups)
+    line = f"\n{len(plan.cells)} of {plan.planned} cells to measure in {plan.folder}: "
+    if plan.batches:
+        line += f"{sum(cost.tokens for _, cost in plan.batches)} tokens at most, "
+        line += f"about {duration(plan.seconds() or 0)}, "
+        line += f"{gib(max(cost.bytes for _, cost in plan.batches))} beside the model "
+    print(line + f"(memory limit {gib(plan.sweep.memory_limit)})")
