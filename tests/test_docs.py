@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,11 @@ def test_runnable_blocks_run(page: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_blocks_of_data_and_code_parse(page: Path) -> None:
-    parse = {"python": ast.parse, "json": json.loads, "toml": tomllib.loads}
+    parse: dict[str, Callable[[str], Any]] = {
+        "python": ast.parse,
+        "json": json.loads,
+        "toml": tomllib.loads,
+    }
     for block in blocks(page):
         if block.language in parse:
             parse[block.language](block.text)
