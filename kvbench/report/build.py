@@ -232,12 +232,6 @@ class Report:
         pairs = (d for setting in self.settings() for d in differences(self.of(setting)))
         return DataFrame([found.row() for found in pairs], columns=columns)
 
-    def _repr_html_(self) -> str:
-        """Return the table and pictures that a notebook shows."""
-        from kvbench.report.page import render_notebook
-
-        return render_notebook(self)
-
 
 def _frame(rows: Iterable[dict[str, Any]]) -> DataFrame:
     return DataFrame(list(rows)).astype({"prefill_chunk": "Int64"})

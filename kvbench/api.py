@@ -1,0 +1,199 @@
+"""The Python face of kvbench: the functions behind the command line (`docs/python.md`).
+
+`run` is `kvbench run`, and `generate` answers one prompt under a method.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pandas import DataFrame
+
+from kvbench.engine.row import Row
+from kvbench.engine.run import run_rows
+from kvbench.errors import InputError
+from kvbench.models.load import LoadedModel, load_model
+from kvbench.records import BASELINE
+from kvbench.report.frames import load_records
+from kvbench.report.show import Report, report
+from kvbench.spec import check_option_names, parse_method
+from kvbench.sweep.command import Choices, SweepResult, choose_settings, run_sweep
+from kvbench.sweep.progress import Listener
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `run` measured; `sweep` counts the cells."""
+
+    sweep: SweepResult
+
+    @property
+    def folder(self) -> Path:
+        """The run folder. Report it, or continue it with `run(out=folder, ...)`."""
+        return self.sweep.folder
+
+    @cached_property
+    def records(self) -> DataFrame:
+        """All records of the run folder, one row a cell; see `docs/python.md` for the columns."""
+        return load_records(self.folder)
+
+    @property
+    def failed(self) -> DataFrame:
+        """The records of cells that failed; `error` says why."""
+        return self.records[self.records["error"].notna()]
+
+    def report(self, *, threshold: float = 0.9) -> Report:
+        """Compute curves, critical footprints and differences of the run folder.
+
+        Raises InputError if no cell was measured.
+        """
+        return report(self.folder, threshold=threshold)
+
+
+def run(
+    model: str = "tiny",
+    methods: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    budgets: Sequence[float] = Choices.budgets,
+    samples: int = Choices.samples,
+    *,
+    options: Mapping[str, Any] | None = None,
+    context: int | None = None,
+    prefill_chunk: int | Sequence[int] | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "auto",
+    chat_template: str = "auto",
+    batch_rows: int | None = None,
+    memory_limit: int | None = None,
+    listener: Listener | None = None,
+) -> RunResult:
+    """Measure methods on tasks at several budgets, and full attention as the baseline.
+
+    Cells that the run folder has already are not measured again, so a call with more samples
+    continues a run.
+
+    Args:
+        model: a name that `kvbench list models` shows, a folder, or a hub id.
+        methods: names of methods; None for all that have what they need.
+        tasks: names of tasks; None for the default ones.
+        budgets: shares of the KV cache, above 0 and at most 1.
+        samples: samples of each task.
+        options: options of methods, such as `{"window": 32}` or `{"snapkv.window": 32}`.
+        context: tokens of a prompt and its answer; None for the model's own.
+        prefill_chunk: tokens of a prefill chunk, or several sizes to compare; None for the model's.
+        seed: seed of the samples.
+        out: the run folder; None for one in `results/runs`, named after model, tasks and date.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        attention: `auto`, `sdpa` or `flash`.
+        chat_template: `auto`, `on` or `off`: whether prompts go into the model's chat template.
+        batch_rows: cells that are measured together, at most; None for as many as memory allows.
+        memory_limit: bytes beside the model; None for most of what is free.
+        listener: hears of the progress; None for silence.
+
+    Raises:
+        InputError: something given cannot be used; nothing is measured.
+        KeyboardInterrupt: an interrupt (Ctrl-C); what was finished is in the run folder.
+    """
+    chunks = (prefill_chunk,) if isinstance(prefill_chunk, int) else prefill_chunk
+    choices = Choices(
+        model=model,
+        method=_names(methods, "methods"),
+        task=_names(tasks, "tasks"),
+        budgets=tuple(dict.fromkeys(map(float, budgets))),
+        samples=samples,
+        context=context,
+        prefill_chunk=None if chunks is None else tuple(dict.fromkeys(chunks)),
+        seed=seed,
+        out=None if out is None else Path(out),
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        option={name: str(value) for name, value in (options or {}).items()},
+        chat_template=chat_template,
+        batch_rows=batch_rows,
+        memory_limit=memory_limit,
+    )
+    result = run_sweep(choices, listener)
+    if result.interrupted:
+        raise KeyboardInterrupt(f"what is finished is in {result.folder}")
+    return RunResult(result)
+
+
+def _names(names: Sequence[str] | None, what: str) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise InputError(f"{what} is a list of names: write [{names!r}], not {names!r}")
+    return tuple(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer, and what the KV cache held while it was generated.
+
+    `footprint`, `peak` and `reads` are fractions of full attention's on the same tokens.
+    """
+
+    text: str
+    tokens: list[int]  # without the end token
+    footprint: float
+    peak: float
+    reads: float
+    bytes_peak: int  # peak memory of keys and values, temporary copies included
+    kept: list[list[list[int]]]  # [layers][KV heads], sorted positions resident after the prompt
+
+
+def generate(
+    model: str | LoadedModel,
+    prompt: str,
+    method: str = BASELINE,
+    budget: float = 1.0,
+    *,
+    max_new_tokens: int = 64,
+    prefill_chunk: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Generation:
+    """Answer one prompt, greedily, while a method evicts entries.
+
+    The prompt is encoded as it is, without a chat template.
+
+    Args:
+        model: a name, folder or hub id, or what `load_model` returned, which saves loading.
+        prompt: text, at least one token long.
+        method: the name of a method, such as `snapkv-patched` or `prulong+snapkv`.
+        budget: share of the KV cache, above 0 and at most 1.
+        max_new_tokens: tokens of the answer at most, its end token included.
+        prefill_chunk: tokens of a prefill chunk; None for the model's own, as in `run`.
+        options: options of the method, such as `{"window": 32}`.
+        seed: for methods that draw.
+
+    Raises:
+        InputError: something given cannot be used.
+    """
+    loaded = load_model(model) if isinstance(model, str) else model
+    given = dict(options or {})
+    spec = parse_method(method, given, loaded.card.options)
+    if missing := spec.method.missing():
+        raise InputError(f"{method} needs {missing}; model '{loaded.name}' does not come with it")
+    check_option_names(given, [spec])
+    if prefill_chunk is None:
+        prefill_chunk = choose_settings(Choices(), loaded).prefill_chunks[0]
+    tokens = list(loaded.tokenizer.encode(prompt))
+    row = Row(tokens, max_new_tokens, spec, budget, seed)
+    found = run_rows(loaded, [row], prefill_chunk=prefill_chunk, keep_positions=True)[0]
+    return Generation(
+        text=loaded.tokenizer.decode(found.tokens, skip_special_tokens=True),
+        tokens=found.tokens,
+        footprint=found.kv_footprint,
+        peak=found.kv_peak,
+        reads=found.kv_reads,
+        bytes_peak=found.kv_bytes_peak,
+        kept=found.kept or [],
+    )
