@@ -1,4 +1,4 @@
-"""Naming methods and their options, and what is said of names and options that are wrong."""
+"""Names and options of methods, and the messages for wrong ones."""
 
 from pathlib import Path
 

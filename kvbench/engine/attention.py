@@ -65,7 +65,7 @@ def attend_groups(
         backend.chunk(
             group.of(queries),
             group.resident(),
-            Entries(*(group.of(tensor) for tensor in new)),
+            group.select(new),
             call.scaling,
             call.sliding,
         )

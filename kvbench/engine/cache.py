@@ -61,6 +61,10 @@ class HeadGroup:
         """This group's KV heads of a tensor [K, ...]."""
         return tensor[self._index]
 
+    def select(self, entries: Entries) -> Entries:
+        """This group's KV heads of entries [K, ...]."""
+        return Entries(*(self.of(tensor) for tensor in entries))
+
     def resident(self) -> Entries | None:
         """The resident entries, None if there are none."""
         if not self.length:

@@ -20,15 +20,13 @@ from kvbench.models.attention import AttentionCall
 class DecodeKV:
     """A `KVAttention` for R rows that decode one token each per step.
 
-    The caches must have storage for all tokens that will be decoded. With kernels, `lengths`
-    [layers, R * K] counts the entries of each sequence; the lengths in the caches are not updated.
+    `prompts` are the lengths of the prompts. The caches must have storage for all tokens that will
+    be decoded. With kernels, `lengths` [layers, R * K] counts the entries of each sequence, and the
+    lengths in the caches are not updated.
     """
 
     def __init__(
-        self,
-        caches: Sequence[RowCache],
-        prompts: Sequence[int],
-        backend: Backend,
+        self, caches: Sequence[RowCache], prompts: Sequence[int], backend: Backend
     ) -> None:
         self.caches = list(caches)
         self.backend = backend
@@ -111,11 +109,10 @@ class DecodeKV:
             own = Entries(key[row], value[row], self.here[row, :, None])
             out[row] = attend_groups(cache, call, grouped, own, self.backend).flatten(0, 1)
             for group in cache.layers[call.layer]:
-                mine = Entries(*(group.of(tensor) for tensor in own))
                 if group.window is None:
-                    group.add(mine, group.capacity)
+                    group.add(group.select(own), group.capacity)
                 else:
-                    group.slide(mine, int(self.here[row, 0]), group.capacity)
+                    group.slide(group.select(own), int(self.here[row, 0]), group.capacity)
         return out
 
     def advance(self) -> None:

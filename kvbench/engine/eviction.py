@@ -156,7 +156,7 @@ class EvictionPolicy:
 class LayerChunk:
     """A layer that has attended to a chunk and is about to evict."""
 
-    layer: int
+    index: int  # of the layer
     chunk: Chunk
     own: Entries  # [K, T, ...], of the chunk, without the patched ones
     patch: Entries | None  # [K, W, ...], the patched ones
@@ -167,10 +167,6 @@ class LayerChunk:
     def entry_bytes(self) -> EntryBytes:
         """The bytes of an entry of this layer."""
         return EntryBytes.of(self.own)
-
-    def own_of(self, group: HeadGroup) -> Entries:
-        """The chunk's entries of a group of KV heads."""
-        return Entries(*(group.of(tensor) for tensor in self.own))
 
 
 class LayerScores:
@@ -216,7 +212,7 @@ class LayerScores:
     def _draw_seed(self, policy: EvictionPolicy) -> int:
         # Without chunking, the choice must not depend on how the prompt was cut into chunks.
         start = self.layer.chunk.start if policy.scores_each_chunk else 0
-        return draw_seed(policy.seed, self.layer.layer, start)
+        return draw_seed(policy.seed, self.layer.index, start)
 
     def _make_view(self, policy: EvictionPolicy) -> LayerView:
         layer, chunk, shape = self.layer, self.layer.chunk, policy.shape
@@ -233,7 +229,7 @@ class LayerScores:
             query_positions=torch.arange(seen - window, seen, device=self.device),
             scaling=layer.scaling,
             kv_heads=tuple(heads),
-            layer=layer.layer,
+            layer=layer.index,
             layers=shape.layers,
             prompt=policy.prompt,
             new=chunk.length if policy.scores_each_chunk else policy.prompt,
@@ -243,9 +239,6 @@ class LayerScores:
         )
 
     def _blocks(self, group: HeadGroup) -> list[Entries]:
-        past = group.resident()
-        pieces = [] if past is None else [past]
-        for new in (self.layer.own, self.layer.patch):
-            if new is not None:
-                pieces.append(Entries(*(group.of(tensor) for tensor in new)))
-        return pieces
+        new = [e for e in (self.layer.own, self.layer.patch) if e is not None]
+        pieces = [group.resident(), *(group.select(entries) for entries in new)]
+        return [piece for piece in pieces if piece is not None]

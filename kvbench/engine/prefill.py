@@ -137,7 +137,7 @@ class Stream:
 
     def evict(self, layer: LayerChunk) -> None:
         """Count what attended, then choose and move what each row keeps of a chunk."""
-        groups, chunk = self.cache.layers[layer.layer], layer.chunk
+        groups, chunk = self.cache.layers[layer.index], layer.chunk
         scores = LayerScores([group for group in groups if group.window is None], layer)
         for state in self.states:
             count_attended(state, groups, layer)
@@ -149,7 +149,7 @@ class Stream:
             if chunk.last:
                 group.clear()
             else:
-                group.add(layer.own_of(group), self.states[0].policy.reserved(None))
+                group.add(group.select(layer.own), self.states[0].policy.reserved(None))
 
     def latest_queries(self, layer: int, queries: Tensor) -> Tensor:
         """A chunk's queries [H, T, D], after those of earlier chunks that may be needed."""
@@ -196,10 +196,10 @@ def move_kept(
         stay = iter([None] * len(sizes) if chosen is None else chosen.split(sizes))
         if policy.scores_each_chunk:
             reserved = policy.reserved_from(chunk, scores.view(policy))
-    if groups is state.cache.layers[layer.layer]:
+    if groups is state.cache.layers[layer.index]:
         scores.release()  # or all old entries of the layer would be kept until all have moved
     for group in groups:
-        own, size = layer.own_of(group), layer.entry_bytes
+        own, size = group.select(layer.own), layer.entry_bytes
         heads, before, capacity = len(group.heads), group.length, group.capacity
         if not policy.evicts(group.window, chunk):
             group.add(own, policy.reserved(None))
@@ -225,7 +225,7 @@ def move_chosen(
         stay = everything.expand(len(group.heads), -1)
     kept = stay.shape[1]
     reserved = state.policy.reserved_for_answer(kept, before, new)
-    state.cache.group_like(layer.layer, group).replace(group, own, stay, reserved)
+    state.cache.group_like(layer.index, group).replace(group, own, stay, reserved)
     for _ in group.heads:  # when the row runs alone, each head has its storage and moves by itself
         state.accounting.moved(1, before, reserved, layer.entry_bytes)
         state.accounting.evicted(1, before, new, kept, layer.entry_bytes)

@@ -1,4 +1,4 @@
-"""What methods keep, against slow implementations written from the papers, in float64."""
+"""What methods keep, compared with slow implementations of the papers, in float64."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ def prompt_tokens() -> list[int]:
 def queries_and_keys() -> list[tuple[Tensor, Tensor]]:
     """Each layer's queries [H, n, D] and keys [K, n, D] after RoPE, under full attention.
 
-    Read off the plain model by recording what its own attention function is called with.
+    They are recorded from the calls of the plain model's attention function.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -80,8 +80,8 @@ def test_snapkv_keeps_what_the_paper_says(budget: float, chunk: int | None) -> N
     capacity = round(budget * PROMPT)
     recorded = queries_and_keys()
     found = kept("snapkv", budget, chunk, window=window, kernel=kernel)
-    # Evicting a layer does not change what later layers see of the prompt: nothing of it is read
-    # again, so full attention's queries and keys serve for all.
+    # Eviction happens after the prompt is read, so all layers have the queries and keys of full
+    # attention.
     for layer, (query, key) in enumerate(recorded):
         for head in range(KV_HEADS):
             if capacity <= window:

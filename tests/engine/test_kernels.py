@@ -1,4 +1,4 @@
-"""Kernels for single tokens: against float64, and where there is no compiler."""
+"""Kernels for single tokens: compared with float64, and without a compiler."""
 
 import subprocess
 from pathlib import Path
