@@ -30,7 +30,7 @@ LEAST_STEPS = 100  # of a stage
 
 @dataclass
 class Progress:
-    """How far a training is."""
+    """How far a training has come."""
 
     step: int = 0
     stage: int = 0
@@ -56,22 +56,14 @@ class Progress:
             self.stage_began = self.step
 
 
-@dataclass(frozen=True)
-class TinyResult:
-    """A finished training of the embedded model: where it is, and the accuracy it ended with."""
-
-    folder: Path  # the model, its tokenizer, recipe.json and log.jsonl
-    steps: int
-    accuracy: dict[str, float]  # of the training examples, running mean, by "task/subtask"
-
-
 def train_tiny(
     recipe: TinyRecipe, out: Path, say: Callable[[str], None], start: Path | None = None
-) -> TinyResult:
+) -> Progress:
     """Train for `recipe.minutes` and write the model, its tokenizer and the log to `out`.
 
     `start` is the folder of an earlier training, to continue from its weights and tokenizer.
-    `say` gets a line of progress now and then. InputError if `out` cannot be written to.
+    `say` gets a line of progress now and then. Returns how far the training has come. InputError if
+    `out` cannot be written to.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -123,7 +115,7 @@ def train_tiny(
                 model.save_pretrained(out)
                 saved = time.monotonic()
     model.save_pretrained(out)
-    return TinyResult(out, progress.step, progress.accuracy)
+    return progress
 
 
 def draw_examples(recipe: TinyRecipe, progress: Progress, maker: ExampleMaker) -> list[TrainingRow]:

@@ -25,7 +25,7 @@ from kvbench.learning.attention import (
     streaming_blocks,
     streaming_flex,
 )
-from kvbench.learning.corpus import Corpus
+from kvbench.learning.corpus import documents
 from kvbench.learning.duoattention import DuoAttention
 from kvbench.learning.examples import TrainingRow
 from kvbench.learning.loop import CHECKPOINT, learn, uninterrupted
@@ -385,11 +385,11 @@ def tiny() -> LoadedModel:
 
 
 def test_the_standard_library_is_documents_on_every_machine() -> None:
-    documents = list(Corpus("stdlib").documents(seed=0))
-    assert sum(map(len, documents)) > 5_000_000
-    assert documents != list(Corpus("stdlib").documents(seed=1))
-    assert sorted(documents) == sorted(Corpus("stdlib").documents(seed=1))
-    longest = max(documents, key=len)
+    found = list(documents("stdlib", seed=0))
+    assert sum(map(len, found)) > 5_000_000
+    assert found != list(documents("stdlib", seed=1))
+    assert sorted(found) == sorted(documents("stdlib", seed=1))
+    longest = max(found, key=len)
     assert "import" in longest
     assert len(longest) > 300_000  # a whole package, not a file
 
@@ -400,8 +400,8 @@ def test_a_folder_of_text_and_code(tmp_path: Path) -> None:
     (tmp_path / "deep" / "b.py").write_bytes(b"beta \xff")
     (tmp_path / "c.png").write_bytes(b"\x89PNG")
     (tmp_path / "empty.md").write_text(" ")
-    assert sorted(Corpus(str(tmp_path)).documents(0)) == ["alpha", "beta \ufffd"]
-    assert list(Corpus(str(tmp_path / "a.txt")).documents(0)) == ["alpha"]
+    assert sorted(documents(str(tmp_path), 0)) == ["alpha", "beta \ufffd"]
+    assert list(documents(str(tmp_path / "a.txt"), 0)) == ["alpha"]
 
 
 @pytest.mark.parametrize(
@@ -415,31 +415,30 @@ def test_data_that_is_not_there(
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=message) as caught:
-        list(Corpus(name).documents(0))
+        list(documents(name, 0))
     assert "\n" not in str(caught.value)
 
 
 def test_a_dataset_of_a_local_folder(tmp_path: Path) -> None:
     rows = [{"text": f"document {n}"} for n in range(5)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = sorted(Corpus(f"datasets:{tmp_path}").documents(0))
+    found = sorted(documents(f"datasets:{tmp_path}", 0))
     assert found == [row["text"] for row in rows]
     (tmp_path / "train.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(InputError, match="no column 'text'"):
-        list(Corpus(f"datasets:{tmp_path}").documents(0))
+        list(documents(f"datasets:{tmp_path}", 0))
 
 
 def test_packed_rows_are_the_documents_one_after_another(tiny: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three four five six seven")
-    corpus = Corpus(str(tmp_path))
-    rows = PackedRows(read_tokens(corpus, tiny.tokenizer, 80, 0, least=4), 4, 2)
+    rows = PackedRows(read_tokens(str(tmp_path), tiny.tokenizer, 80, 0, least=4), 4, 2)
     ids = [*tiny.tokenizer.encode("one two three four five six seven"), tiny.tokenizer.eos_token_id]
     assert rows.row(0, 0).ids == ids[:4]
     assert rows.row(0, 1).ids == ids[4:8]
     assert rows.row(0, 0).answers == [0, 1, 1, 1]
     assert rows.row(rows.count, 0) == rows.row(0, 0)
     with pytest.raises(InputError, match="less than one sequence"):
-        read_tokens(corpus, tiny.tokenizer, 80_000, 0, least=4000)
+        read_tokens(str(tmp_path), tiny.tokenizer, 80_000, 0, least=4000)
 
 
 def test_task_rows_are_episodes_that_no_evaluation_sees(tiny: LoadedModel) -> None:
