@@ -1,7 +1,7 @@
 """Training head scores, from a user's choices to a file of scores.
 
 Behind `kvbench train prulong` and `kvbench train duoattention`. The steps are: load the model
-(`kvbench.models`), settle the recipe (`recipe.py`), make the data (`rows.py`), train (`loop.py`, by
+(`kvbench.models`), fix the recipe (`recipe.py`), make the data (`rows.py`), train (`loop.py`, with
 the objective of `prulong.py` or `duoattention.py`), write scores and pictures.
 """
 
