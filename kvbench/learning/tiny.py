@@ -45,9 +45,9 @@ class Progress:
         self.accuracy[subtask] = old + 0.05 * (share - old)
 
     def maybe_next_stage(self, recipe: TinyRecipe, done: float) -> None:
-        """Start the next stage if this one is learnt or overdue; `done` is the share of the time.
+        """Start the next stage if this one is learnt or overdue, not before `LEAST_STEPS`.
 
-        It takes at least `LEAST_STEPS` steps.
+        `done` is the share of the training time that is over.
         """
         learnt = min(self.accuracy.values()) >= recipe.pass_mark
         overdue = done > recipe.growth * (self.stage + 1) / len(recipe.stages)
@@ -92,14 +92,13 @@ def train_tiny(
             done = progress.seconds / (60 * recipe.minutes)
             warmth = min(1.0, (progress.step + 1) / recipe.warm_up)
             factor = warmth * min(1.0, (1 - done) / recipe.cool_down)
-            for optimizer, rate in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * factor
             examples = draw_examples(recipe, progress, maker)
             loss, shares = answer_loss(model, *padded(examples, tokenizer.pad_token_id))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, _ in optimizers:
+            for optimizer, rate in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * factor
                 optimizer.step()
                 optimizer.zero_grad()
             for example, share in zip(examples, shares.tolist(), strict=True):
@@ -123,7 +122,8 @@ def train_tiny(
 def draw_examples(recipe: TinyRecipe, progress: Progress, maker: ExampleMaker) -> list[TrainingRow]:
     """The examples of one step: all of one length, weaker subtasks more often.
 
-    A quarter of the steps use a random earlier length, so that short contexts are not forgotten.
+    A quarter of the steps use the length of a random stage so far, so that the model does not
+    forget short contexts.
     """
     rng = random.Random(f"train/{recipe.seed}/{progress.step}")
     stage = progress.stage if rng.random() < 0.75 else rng.randint(0, progress.stage)

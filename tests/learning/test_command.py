@@ -71,7 +71,7 @@ def test_a_result_says_what_was_learnt_and_nothing_is_printed(
     def interrupt(text: str) -> None:
         raise KeyboardInterrupt
 
-    broken = train_heads(choices, say=interrupt)  # it speaks after the last step
+    broken = train_heads(choices, say=interrupt)  # called after the last step
     assert (broken.scores, broken.sets, broken.interrupted) == (None, (), True)
 
     result = train_heads(choices, say=lambda text: None)
@@ -81,12 +81,12 @@ def test_a_result_says_what_was_learnt_and_nothing_is_printed(
         (each.target, each.scores) for each in result.sets
     ]
     assert 0 < result.sets[0].sparsity < 1
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2  # nothing was done again
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2  # no step was repeated
     assert capfd.readouterr() == ("", "")
 
 
 def launched(folder: Path, *arguments: str) -> None:
-    """Run `kvbench train` as two processes, as `accelerate launch` does on GPUs."""
+    """Run `kvbench train` in two processes, as `accelerate launch` does on GPUs."""
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kvbench"]
     done = subprocess.run(
         [sys.executable, *two, "train", *arguments, "--device", "cpu"],
@@ -96,7 +96,7 @@ def launched(folder: Path, *arguments: str) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("step 6 of 6") == 1  # one of them speaks
+    assert done.stderr.count("step 6 of 6") == 1  # only one process reports
 
 
 @pytest.mark.parametrize("method", ["prulong", "duoattention"])
