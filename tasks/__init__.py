@@ -1,4 +1,4 @@
-"""The built-in tasks: one file each, registered by being here."""
+"""The built-in tasks: each file of this package registers one."""
 
 from kvbench.registry import import_submodules
 

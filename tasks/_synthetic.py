@@ -1,7 +1,8 @@
-"""What the synthetic tasks share: an episode made to a number of units, then to a length in tokens.
+"""What generated tasks share: the longest sample that fits a context, and drawing helpers.
 
-An *episode* is a context with one or more turns (a question and its answer) about it. A sample is
-an episode with one turn; training text has many, because dense supervision learns faster.
+A generated task makes an *episode*, a context of a number of *units* (records, passages, lines)
+with one or more turns (a question and its answer) about it. A sample is an episode with one turn
+and as many units as fit. Training text has many turns, because the model then learns faster.
 """
 
 import random
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from kvbench.errors import InputError
 from kvbench.task import Episode, Sample, Task, Tokenizer
 
-SPARE_TOKENS = 8  # room for the end token and for special tokens a tokenizer adds around a prompt
+SPARE_TOKENS = 8  # for the end token, and special tokens that a tokenizer adds around a prompt
 
 
 class GeneratedTask(Task):
@@ -21,17 +22,18 @@ class GeneratedTask(Task):
 
     @abstractmethod
     def episode_for(self, rng: random.Random, subtask: str, units: int, context: int) -> Episode:
-        """The one-turn episode of a sample, its context of `units` records, passages or lines.
+        """The episode of a sample: `units` units and one turn.
 
-        `context` is in tokens, for tasks whose answer scales with it.
+        `context` is the sample's length in tokens, for tasks whose answer grows with it. Equal
+        states of `rng` give equal episodes.
         """
 
     @abstractmethod
     def smallest(self, subtask: str) -> int:
-        """The fewest units a context of `subtask` can have."""
+        """The fewest units that a context of `subtask` can have."""
 
     def sample(self, index: int, *, seed: int, context: int, tokenizer: Tokenizer) -> Sample:
-        """The longest sample that fits `context` tokens, prompt and reference answer together."""
+        """The longest sample whose prompt and reference answer fit `context` tokens together."""
         subtask = self.subtasks[index % len(self.subtasks)]
 
         def make(units: int) -> tuple[Episode, int, int]:
@@ -50,8 +52,8 @@ class GeneratedTask(Task):
         if not fits(low):
             _, prompt, answer = make(low)
             raise InputError(
-                f"a context of {context} tokens is too short for {self.name}/{subtask}: its "
-                f"shortest sample has {prompt + answer + SPARE_TOKENS}"
+                f"a context of {context} tokens is too short for {self.name}/{subtask}, whose "
+                f"shortest sample has {prompt + answer + SPARE_TOKENS}; choose a longer --context"
             )
         high = 2 * low + 1
         while fits(high):
@@ -74,27 +76,27 @@ class GeneratedTask(Task):
 
 
 class SyntheticTask(GeneratedTask):
-    """A generated task in the embedded model's own language, which it is trained on."""
+    """A generated task that the embedded model is trained on (an `EpisodicTask`)."""
 
     @abstractmethod
     def episode(self, rng: random.Random, subtask: str, units: int, turns: int) -> Episode:
-        """A context of `units` records, passages, documents or filler, asked about `turns` times.
-
-        Turns are fewer where the context has fewer things to ask about.
-        """
+        """A context of `units` units with `turns` turns, or fewer if there is less to ask about."""
 
     def episode_for(self, rng: random.Random, subtask: str, units: int, context: int) -> Episode:
-        """The one-turn episode of a sample; a task whose answer scales with `context` overrides."""
+        """An episode with one turn; a task whose answer grows with `context` overrides this."""
         return self.episode(rng, subtask, units, turns=1)
 
 
 def distinct(rng: random.Random, count: int, *parts: Sequence[str]) -> list[tuple[str, ...]]:
-    """`count` different tuples with one word of each part; InputError if there are too few."""
+    """`count` different tuples of one word from each part; InputError if there are too few."""
     total = 1
     for part in parts:
         total *= len(part)
     if count > total:
-        raise InputError(f"a context needs {count} different names but only {total} exist")
+        raise InputError(
+            f"a context this long needs {count} different names but only {total} exist; choose a "
+            "shorter --context"
+        )
     found: list[tuple[str, ...]] = []
     for code in rng.sample(range(total), count):
         words = []
@@ -111,7 +113,7 @@ def code(rng: random.Random) -> str:
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and extra spaces, as in SQuAD's evaluation."""
+    """The text in lower case, without punctuation, articles and extra spaces, as SQuAD does."""
     text = unicodedata.normalize("NFKC", text).lower()
     text = re.sub(r"[^\w\s]", "", text)
     return " ".join(word for word in text.split() if word not in {"a", "an", "the"})

@@ -1,7 +1,7 @@
-"""The words that synthetic samples are made of.
+"""The words that generated samples are made of.
 
-The sets that answers come from share no word with the sets that questions are asked about, so an
-answer is never found by chance in a restated question.
+Answers and the names in questions come from sets without common words, so that an answer never
+occurs by chance in a restated question.
 """
 
 ADJECTIVES = (

@@ -1,4 +1,4 @@
-"""HTML to TSV: the rows hidden in a noisy web page, written out as a table (LongProc)."""
+"""HTML to TSV: write the rows of a table in a noisy web page as text, as in LongProc."""
 
 import random
 
@@ -9,27 +9,27 @@ from ._synthetic import SyntheticTask, distinct, normalised
 from ._words import ADJECTIVES, CITIES, FILLER, NOUNS, TOPICS
 
 COLUMNS = ("no", "name", "price", "city", "ref")
-TOKENS_A_ROW = 13  # about what one row of the answer takes; only sets how many rows a sample has
-ROW_SHARE = {"short": 1 / 48, "medium": 1 / 24, "long": 1 / 16}  # of the context, for the answer
+TOKENS_A_ROW = 13  # rough length of a row of the answer; it sets how many rows a sample has
+ROW_SHARE = {"short": 1 / 48, "medium": 1 / 24, "long": 1 / 16}  # answer / context, in tokens
 
 
 @register_task("html_to_tsv")
 class HtmlToTsv(SyntheticTask):
-    """Write the items of a web page as tab-separated rows; answers of three lengths."""
+    """Write the items of a web page as tab-separated rows; subtasks differ in answer length."""
 
     metric = "row-level F1"
     subtasks = tuple(ROW_SHARE)
 
     def episode(self, rng: random.Random, subtask: str, units: int, turns: int) -> Episode:
-        """One unit is one item or one piece of noise, up to a sixth of them items."""
+        """A unit is an item or a piece of noise; at most a sixth of them are items."""
         return self.page(rng, rows=rng.randint(1, max(1, units // 6)), pieces=units)
 
     def episode_for(self, rng: random.Random, subtask: str, units: int, context: int) -> Episode:
-        """A page with the rows that the subtask asks for, filled up with noise."""
+        """A page with the subtask's number of items; the other units are noise."""
         return self.page(rng, self.rows(subtask, context), units)
 
     def rows(self, subtask: str, context: int) -> int:
-        """How many rows a sample of `context` tokens has."""
+        """The number of rows of a sample of `context` tokens."""
         return max(1, round(context * ROW_SHARE[subtask] / TOKENS_A_ROW))
 
     def page(self, rng: random.Random, rows: int, pieces: int) -> Episode:
@@ -70,11 +70,11 @@ class HtmlToTsv(SyntheticTask):
         )
 
     def smallest(self, subtask: str) -> int:
-        """One piece, however many rows the sample asks for."""
+        """One unit: a page has all its rows whatever the number of units."""
         return 1
 
     def score(self, prediction: str, sample: Sample) -> float:
-        """F1 of the rows, a row counting if all its normalised cells match; order is ignored."""
+        """F1 of the rows in any order; a row counts if all its normalised cells match."""
         expected = {row_key(row) for row in sample.reference}
         lines = [line.split("\t") for line in prediction.splitlines() if line.strip()]
         found = {row_key(line) for line in lines} - {row_key(COLUMNS)}
@@ -87,13 +87,13 @@ def row_key(cells: tuple[str, ...] | list[str]) -> tuple[str, ...]:
 
 
 def item(rng: random.Random, row: tuple[str, ...]) -> str:
-    """The markup of one item; its attributes vary and mean nothing."""
+    """The markup of one item; its attributes vary without a meaning."""
     start = rng.choice(("<tr>", '<tr class="new">', '<tr class="sale">'))
     return start + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n"
 
 
 def row_noise(rng: random.Random) -> str:
-    """A piece of the table that is no item."""
+    """A piece of the table that is not an item."""
     return rng.choice(
         (
             f'<tr class="ad"><td>{rng.choice(FILLER)}</td></tr>\n',

@@ -1,4 +1,4 @@
-"""Needle: one fact hidden in a long natural text has to be found."""
+"""Needle: find one fact hidden in a long natural text, as in RULER."""
 
 import ast
 import random
@@ -22,20 +22,20 @@ WIDTH = 96  # characters of a line of prose
 class Needle(GeneratedTask):
     """Find one number in natural text: documentation (`prose`) or source code (`code`).
 
-    The text is the Python standard library's own, on every machine that runs this: the docstrings
-    or the sources of its top-level modules, which the sample's seed puts in order. It is that of
-    the running Python, so samples differ between Python versions. The needle (RULER's single one)
-    is a number of seven digits under a two-word name, at a depth drawn evenly; the answer restates
-    the name, so the number is looked up while decoding, after any eviction. Both are drawn from the
-    sample's seed: no other text has the needle, whatever head scores were learnt on.
+    The text is the docstrings or the sources of the standard library's top-level modules, in an
+    order drawn by the sample's seed. It comes from the Python that runs kvbench, so samples differ
+    between Python versions. The needle (RULER's single needle) is a number of seven digits for a
+    two-word name, at a uniformly drawn depth. The answer restates the name, so the number is looked
+    up while decoding, after any eviction. Name and number are drawn by the sample's seed, so head
+    scores learnt on the same sources have not seen them.
     """
 
     metric = "substring exact match"
     subtasks = ("prose", "code")
-    default = False  # the embedded model, which a run measures if told nothing, reads no prose
+    default = False  # the default model, tiny, was not trained on prose
 
     def episode_for(self, rng: random.Random, subtask: str, units: int, context: int) -> Episode:
-        """One unit is one line of the haystack."""
+        """A unit is a line of the haystack."""
         name = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
         number = str(rng.randrange(1_000_000, 10_000_000))
         depth = rng.random()
@@ -57,7 +57,7 @@ class Needle(GeneratedTask):
         )
 
     def smallest(self, subtask: str) -> int:
-        """A line before the needle or behind it."""
+        """One line, before or after the needle."""
         return 1
 
     def score(self, prediction: str, sample: Sample) -> float:
@@ -66,7 +66,7 @@ class Needle(GeneratedTask):
 
 
 def haystack(rng: random.Random, subtask: str, units: int) -> list[str]:
-    """The first `units` lines of the modules, in an order of `rng`'s."""
+    """The first `units` lines of the modules, in an order drawn by `rng`; InputError if fewer."""
     paths = modules()
     lines: list[str] = []
     for path in rng.sample(paths, len(paths)):
@@ -81,9 +81,9 @@ def haystack(rng: random.Random, subtask: str, units: int) -> list[str]:
 
 @cache
 def modules() -> tuple[Path, ...]:
-    """The standard library's top-level modules, in order of name.
+    """The standard library's top-level modules, sorted by name.
 
-    Those with an underscore are left out: some of them a Python writes for its own machine.
+    Modules whose name starts with an underscore are left out, because some differ between machines.
     """
     root = Path(sysconfig.get_path("stdlib"))
     return tuple(path for path in sorted(root.glob("*.py")) if not path.name.startswith("_"))
@@ -91,7 +91,7 @@ def modules() -> tuple[Path, ...]:
 
 @cache
 def prose(path: Path) -> tuple[str, ...]:
-    """A module's docstrings, filled to lines; paragraphs without a sentence are left out."""
+    """A module's docstrings, wrapped to lines; paragraphs without a full stop are left out."""
     tree = ast.parse(path.read_text("utf-8"))
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
@@ -106,5 +106,5 @@ def prose(path: Path) -> tuple[str, ...]:
 
 @cache
 def code(path: Path) -> tuple[str, ...]:
-    """A module's lines that are not blank."""
+    """A module's lines without the blank ones."""
     return tuple(line.rstrip() for line in path.read_text("utf-8").splitlines() if line.strip())

@@ -1,4 +1,4 @@
-"""RAG: a question answered by one fact of one passage among many."""
+"""RAG: answer a question from one passage among many, as in HELMET."""
 
 import random
 
@@ -8,7 +8,7 @@ from kvbench.task import Episode, Sample, Turn
 from ._synthetic import SyntheticTask, distinct, normalised
 from ._words import CITIES, FILLER, FIRST_NAMES, INSTRUMENTS, LAST_NAMES, PROFESSIONS
 
-# relation: (the fact as a passage states it, the question, the values)
+# relation: (the start of the fact in a passage, the question, the possible values)
 RELATIONS = {
     "birthplace": ("{name} was born in", "In which city was {name} born?", CITIES),
     "profession": ("{name} worked as a", "What was the profession of {name}?", PROFESSIONS),
@@ -27,7 +27,7 @@ class Rag(SyntheticTask):
     subtasks = tuple(RELATIONS)
 
     def episode(self, rng: random.Random, subtask: str, units: int, turns: int) -> Episode:
-        """One unit is one passage: a person, three facts in any order, and a filler sentence."""
+        """A unit is a passage: three facts about a person and a filler sentence, shuffled."""
         people = [" ".join(words) for words in distinct(rng, units, FIRST_NAMES, LAST_NAMES)]
         passages, questions = [], []
         for number, name in enumerate(people, start=1):
@@ -58,6 +58,6 @@ class Rag(SyntheticTask):
         return 1
 
     def score(self, prediction: str, sample: Sample) -> float:
-        """1 if any reference answer occurs in the prediction, both normalised (HELMET)."""
+        """1 if a reference answer occurs in the prediction, both normalised, as in HELMET."""
         text = normalised(prediction)
         return float(any(normalised(answer) in text for answer in sample.reference))

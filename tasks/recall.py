@@ -1,4 +1,4 @@
-"""Recall: one record among many alike has to be found by its key."""
+"""Recall: find one record among many similar ones by its key, as in RULER and HELMET."""
 
 import random
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Recall(SyntheticTask):
     subtasks = ("json_kv", "mk_2", "mk_3", "mv")
 
     def episode(self, rng: random.Random, subtask: str, units: int, turns: int) -> Episode:
-        """One unit is one record; `mv` has three records a key."""
+        """A unit is a record; in `mv` each key has three records."""
         build: dict[str, Callable[[random.Random, int, int], Episode]] = {
             "json_kv": json_episode,
             "mk_2": word_episode,
@@ -33,17 +33,17 @@ class Recall(SyntheticTask):
         return build[subtask](rng, units, turns)
 
     def smallest(self, subtask: str) -> int:
-        """One record, or the three of one key."""
+        """One record; three for `mv`, one key's."""
         return len(ORDINALS) if subtask == "mv" else 1
 
     def score(self, prediction: str, sample: Sample) -> float:
-        """The fraction of the reference's values that occur in the prediction (RULER, HELMET)."""
+        """The share of the reference's values that occur in the prediction, as in RULER."""
         values: list[str] = sample.reference
         return sum(value.lower() in prediction.lower() for value in values) / len(values)
 
 
 def json_episode(rng: random.Random, units: int, turns: int) -> Episode:
-    """A JSON object from two-word names to codes."""
+    """A JSON object that maps two-word names to codes."""
     names = [" ".join(words) for words in distinct(rng, units, ADJECTIVES, NOUNS)]
     values = [code(rng) for _ in names]
     records = ",\n".join(f'"{n}": "{v}"' for n, v in zip(names, values, strict=True))
@@ -105,7 +105,7 @@ def code_episode(rng: random.Random, units: int, turns: int) -> Episode:
 
 
 def multi_value_episode(rng: random.Random, units: int, turns: int) -> Episode:
-    """Three values of every key, scattered; all three of one key are asked for (RULER's mv)."""
+    """Three values for each key, scattered; a turn asks for all values of a key (RULER's mv)."""
     names = [" ".join(w) for w in distinct(rng, units // len(ORDINALS), ADJECTIVES, NOUNS)]
     values = [rng.sample(SECRETS, len(ORDINALS)) for _ in names]
     facts = [
@@ -132,7 +132,7 @@ def multi_value_episode(rng: random.Random, units: int, turns: int) -> Episode:
 
 
 def needles(facts: list[str], questions: list[Turn], rng: random.Random, turns: int) -> Episode:
-    """A text of nothing but needles, one a line, and some of the questions about it."""
+    """A context of `facts`, one per line, with up to `turns` of the questions about it."""
     return Episode(
         "Each line below states one fact. Remember them all, then answer the question at the end "
         "in the words of the text.\n\n" + "\n".join(facts) + "\n",

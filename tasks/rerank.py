@@ -1,4 +1,4 @@
-"""Rerank: documents put in order of their graded relevance to a query."""
+"""Rerank: order documents by their graded relevance to a query, as in HELMET."""
 
 import random
 import re
@@ -9,19 +9,19 @@ from kvbench.task import Episode, Sample, Turn
 from ._synthetic import SyntheticTask
 from ._words import FILLER, TOPICS
 
-# how a document treats its topic, by grade of relevance
+# grade of relevance: how a document treats its topic
 TREATMENTS = {3: "a complete guide to", 2: "a short introduction to", 1: "a passing remark about"}
 
 
 @register_task("rerank")
 class Rerank(SyntheticTask):
-    """Rank the documents on a topic by how thoroughly they treat it, among other topics'."""
+    """Rank the documents on one topic by how thoroughly they treat it, among other documents."""
 
     metric = "NDCG@10"
     subtasks = ("graded",)
 
     def episode(self, rng: random.Random, subtask: str, units: int, turns: int) -> Episode:
-        """One unit is one topic, with a document of each grade; all are shuffled together."""
+        """A unit is a topic with one document of each grade; all documents are shuffled."""
         topics = (rng.sample(TOPICS, len(TOPICS)) * (units // len(TOPICS) + 1))[:units]
         documents = [(topic, grade) for topic in topics for grade in TREATMENTS]
         ids = rng.sample(range(1, max(100, len(documents) + 1)), len(documents))
@@ -57,7 +57,7 @@ class Rerank(SyntheticTask):
         return 1
 
     def score(self, prediction: str, sample: Sample) -> float:
-        """NDCG@10 by trec_eval, over the IDs in the order in which they are first written."""
+        """NDCG@10 by trec_eval, over the IDs in the order of their first mention."""
         import pytrec_eval
 
         ranking = list(dict.fromkeys(f"ID{n}" for n in re.findall(r"ID\s*(\d+)", prediction)))
@@ -69,7 +69,7 @@ class Rerank(SyntheticTask):
 
 
 def ranking(topic: str, relevance: dict[str, int]) -> str:
-    """The useful documents in order, each with what it is."""
+    """The answer: the IDs on a topic, best first, each with what the document is."""
     best = sorted(relevance, key=lambda document: -relevance[document])
     parts = [f"{TREATMENTS[relevance[document]]} {topic} [{document}]" for document in best]
     return " " + " > ".join(parts)

@@ -1,7 +1,7 @@
 """Training head scores, from a user's choices to a file of scores.
 
 Behind `kvbench train prulong` and `kvbench train duoattention`. The steps are: load the model
-(`kvbench.models`), settle the recipe (`recipe.py`), make the data (`rows.py`), train (`loop.py`, by
+(`kvbench.models`), fix the recipe (`recipe.py`), make the data (`rows.py`), train (`loop.py`, with
 the objective of `prulong.py` or `duoattention.py`), write scores and pictures.
 """
 
@@ -21,7 +21,6 @@ from kvbench.heads import Table
 from kvbench.learning.corpus import STANDARD_LIBRARY
 from kvbench.learning.duoattention import DuoAttention
 from kvbench.learning.loop import learn
-from kvbench.learning.objective import Objective
 from kvbench.learning.pictures import save_training_pictures
 from kvbench.learning.prulong import PruLong
 from kvbench.learning.recipe import HeadRecipe, make_recipe
@@ -120,7 +119,7 @@ def learn_set(
 ) -> LearntSet:
     """Learn the scores of one recipe; checkpoint, log and pictures are written to `folder`."""
     kind = PruLong if recipe.method == "prulong" else DuoAttention
-    objective: Objective = kind(model.shape, recipe, model.device)
+    objective = kind(model.shape, recipe, model.device)
     log = learn(net, objective, rows, recipe, folder, accelerator, progress_lines(recipe, say))
     scores = [[round(s, 6) for s in row] for row in objective.scores().tolist()]
     if accelerator.is_main_process:

@@ -6,7 +6,6 @@ A seed fixes the order of the documents, so that every process reads the same.
 import random
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +20,25 @@ STANDARD_LIBRARY = "stdlib"
 DATASET = "datasets:"
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A source of documents: `stdlib`, a folder or file, or `datasets:NAME` (its column `text`).
+def documents(data: str, seed: int) -> Iterator[str]:
+    """All documents of `data` once, in an order drawn by `seed`. InputError if there are none.
 
-    `datasets:NAME@CONFIG#SPLIT` names a configuration and a split; the defaults are the dataset's
-    default configuration and the split `train`.
+    `data` is `stdlib`, a folder or file, or `datasets:NAME@CONFIG#SPLIT` (its column `text`; the
+    defaults are the dataset's default configuration and the split `train`).
     """
-
-    name: str
-
-    def documents(self, seed: int) -> Iterator[str]:
-        """All documents once, in an order drawn by `seed`. InputError if there are none."""
-        if self.name.startswith(DATASET):
-            yield from dataset_documents(self.name.removeprefix(DATASET), seed)
-            return
-        groups = (
-            packages(Path(sysconfig.get_path("stdlib")))
-            if self.name == STANDARD_LIBRARY
-            else files(Path(self.name).expanduser())
-        )
-        random.Random(f"corpus/{seed}").shuffle(groups)
-        for paths in groups:
-            text = "\n".join(path.read_text("utf-8", errors="replace") for path in paths)
-            if text.strip():
-                yield text
+    if data.startswith(DATASET):
+        yield from dataset_documents(data.removeprefix(DATASET), seed)
+        return
+    groups = (
+        packages(Path(sysconfig.get_path("stdlib")))
+        if data == STANDARD_LIBRARY
+        else files(Path(data).expanduser())
+    )
+    random.Random(f"corpus/{seed}").shuffle(groups)
+    for paths in groups:
+        text = "\n".join(path.read_text("utf-8", errors="replace") for path in paths)
+        if text.strip():
+            yield text
 
 
 def packages(root: Path) -> list[list[Path]]:

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from kvbench.learning.attention import GatedAttention
 from kvbench.learning.examples import TrainingRow, padded
-from kvbench.learning.objective import at_least_float32, forward
+from kvbench.learning.objective import Objective, at_least_float32, forward
 from kvbench.learning.recipe import HeadRecipe
 from kvbench.method import KVShape
 
 
-class DuoAttention:
+class DuoAttention(Objective):
     """One gate in [0, 1] per KV head, 1 at the start, pulled down by an L1 penalty."""
 
     def __init__(self, shape: KVShape, recipe: HeadRecipe, device: torch.device) -> None:
@@ -21,12 +21,7 @@ class DuoAttention:
         self.gate = torch.ones(shape.layers, shape.kv_heads, device=device, requires_grad=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The gates."""
         return {"gate": self.gate}
-
-    def groups(self) -> list[dict[str, Any]]:
-        """The gates descend on the loss."""
-        return [{"params": [self.gate], "rate": 1.0}]
 
     def data_loss(
         self, model: Any, rows: Sequence[TrainingRow], step: int, indices: Sequence[int]
@@ -48,11 +43,9 @@ class DuoAttention:
 
     @torch.no_grad()
     def clip(self) -> None:
-        """Keep the gates in [0, 1]."""
         self.gate.clamp_(0, 1)
 
     def scores(self) -> Tensor:
-        """The gates."""
         return self.gate.detach()
 
     def state(self, step: int) -> dict[str, float]:

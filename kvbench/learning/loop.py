@@ -75,7 +75,8 @@ def learn(
                 line["seconds"] = time.monotonic() - started
                 if writes:
                     log.append(line)
-                    append_line(out / LOG, line)
+                    with (out / LOG).open("a") as file:
+                        file.write(json.dumps(line) + "\n")
             diverged = not all(torch.isfinite(t).all() for t in learnt.values())
             if diverged:
                 raise InputError(f"the training diverged at step {step - 1}: give a smaller --rate")
@@ -189,9 +190,3 @@ def resume_log(path: Path, step: int) -> list[dict[str, float]]:
                 lines.append(line)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return lines
-
-
-def append_line(path: Path, line: dict[str, float]) -> None:
-    """Append one JSON line and flush it."""
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")

@@ -1,7 +1,8 @@
 """What the training loop needs of a way to learn head scores, and what the two ways share."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,38 +11,38 @@ from kvbench.learning.attention import GatedAttention
 from kvbench.learning.examples import TrainingRow
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """A loss on the data, a penalty that does not depend on the data, and the learnt tensors."""
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is learnt and checkpointed, by name."""
-        ...
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups for Adam; their `rate` is a multiple of the recipe's rate."""
-        ...
+        return [{"params": list(self.tensors().values()), "rate": 1.0}]
 
+    @abstractmethod
     def data_loss(
         self, model: Any, rows: Sequence[TrainingRow], step: int, indices: Sequence[int]
     ) -> Tensor:
         """The sum of the rows' losses; `indices` are the rows' indices in the whole batch."""
-        ...
 
+    @abstractmethod
     def penalty(self, step: int) -> Tensor:
         """The term that is added to the mean loss of a step's rows."""
-        ...
 
+    @abstractmethod
     def clip(self) -> None:
         """Bring the learnt tensors back into their bounds after a step."""
-        ...
 
+    @abstractmethod
     def scores(self) -> Tensor:
         """Head scores [layers, K], larger for heads that need the whole cache."""
-        ...
 
+    @abstractmethod
     def state(self, step: int) -> dict[str, float]:
         """Numbers to log beside the loss; `sparsity` (0..1) is one of them."""
-        ...
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvbench.learning.attention import GatedAttention
 from kvbench.learning.examples import TrainingRow, padded
 from kvbench.learning.masks import constraint, expected_sparsity, hard_concrete, target_at
-from kvbench.learning.objective import at_least_float32, forward, seeded
+from kvbench.learning.objective import Objective, at_least_float32, forward, seeded
 from kvbench.learning.recipe import HeadRecipe
 from kvbench.method import KVShape
 
@@ -19,7 +19,7 @@ SPREAD = 0.01  # standard deviation of log_alpha around START
 BOUND = math.log(100)  # largest |log_alpha|; beyond it P(mask = 0) has almost no gradient
 
 
-class PruLong:
+class PruLong(Objective):
     """One hard-concrete mask per KV head, sampled for every row of every step."""
 
     def __init__(self, shape: KVShape, recipe: HeadRecipe, device: torch.device) -> None:
@@ -29,7 +29,6 @@ class PruLong:
         self.multipliers = torch.zeros(2, device=device, requires_grad=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The masks' parameters and the multipliers."""
         return {"log_alpha": self.log_alpha, "multipliers": self.multipliers}
 
     def groups(self) -> list[dict[str, Any]]:
@@ -84,15 +83,12 @@ class PruLong:
 
     @torch.no_grad()
     def clip(self) -> None:
-        """Keep log_alpha where the constraint still has a gradient."""
         self.log_alpha.clamp_(-BOUND, BOUND)
 
     def scores(self) -> Tensor:
-        """log_alpha."""
         return self.log_alpha.detach()
 
     def state(self, step: int) -> dict[str, float]:
-        """Sparsity, its target, and the multipliers."""
         l1, l2 = self.multipliers.tolist()
         return {
             "sparsity": expected_sparsity(self.log_alpha.detach()).item(),

@@ -35,6 +35,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 
+COUNTS = ("length", "steps", "batch", "window", "loss_tokens", "passkeys", "passkey_words")
+
 
 @dataclass(frozen=True)
 class HeadRecipe:
@@ -63,23 +65,11 @@ class HeadRecipe:
     passkey_words: int | None = None  # duoattention: words of a passkey
 
     def __post_init__(self) -> None:
-        for name in (
-            "length",
-            "steps",
-            "batch",
-            "window",
-            "loss_tokens",
-            "passkeys",
-            "passkey_words",
-        ):
+        bounds = dict.fromkeys(COUNTS, 1) | {"sinks": 0, "weights_rate": 0}
+        for name, least in bounds.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{self.method}: {name} must be at least 1, not {value}")
-        for name in ("sinks", "weights_rate"):
-            if getattr(self, name) < 0:
-                raise InputError(
-                    f"{self.method}: {name} must be at least 0, not {getattr(self, name)}"
-                )
+            if value is not None and value < least:
+                raise InputError(f"{self.method}: {name} must be at least {least}, not {value}")
         if self.rate <= 0:
             raise InputError(f"{self.method}: rate must be above 0, not {self.rate}")
         if self.target is not None and not 0 < self.target < 1:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbench.errors import InputError
-from kvbench.learning.corpus import Corpus
+from kvbench.learning.corpus import documents
 from kvbench.learning.examples import ExampleMaker, TrainingRow
 from kvbench.learning.recipe import HeadRecipe
 
@@ -34,12 +34,12 @@ def make_rows(recipe: HeadRecipe, tokenizer: Any) -> Rows:
         if recipe.data == TASKS:
             return TaskRows(tokenizer, length, seed)
         wanted = length * recipe.steps * recipe.batch
-        tokens = read_tokens(Corpus(recipe.data), tokenizer, wanted, seed, least=length)
+        tokens = read_tokens(recipe.data, tokenizer, wanted, seed, least=length)
         return PackedRows(tokens, length, recipe.batch)
     if recipe.data == TASKS:
         filler = task_filler(tokenizer, 64 * length, seed)
     else:
-        filler = read_tokens(Corpus(recipe.data), tokenizer, FILLER_TOKENS, seed, least=length)
+        filler = read_tokens(recipe.data, tokenizer, FILLER_TOKENS, seed, least=length)
     assert recipe.passkeys is not None
     assert recipe.passkey_words is not None
     return PasskeyRows(filler, tokenizer, length, recipe.passkeys, recipe.passkey_words, seed)
@@ -145,14 +145,14 @@ class PasskeyRows:
         return ids
 
 
-def read_tokens(corpus: Corpus, tokenizer: Any, wanted: int, seed: int, *, least: int) -> Tokens:
-    """The first `wanted` tokens of a corpus, with an end token after each document.
+def read_tokens(data: str, tokenizer: Any, wanted: int, seed: int, *, least: int) -> Tokens:
+    """The first `wanted` tokens of the data's documents, with an end token after each document.
 
-    InputError if the corpus has fewer than `least` tokens.
+    InputError if the data has fewer than `least` tokens.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts, found = [np.empty(0, dtype=np.int64)], 0
-    for document in corpus.documents(seed):
+    for document in documents(data, seed):
         ids = [*tokenizer.encode(document, add_special_tokens=False), *end]
         parts.append(np.asarray(ids, dtype=np.int64))
         found += len(ids)
@@ -160,7 +160,7 @@ def read_tokens(corpus: Corpus, tokenizer: Any, wanted: int, seed: int, *, least
             break
     if found < least:
         raise InputError(
-            f"the data '{corpus.name}' has {found} tokens, less than one sequence of {least}: "
+            f"the data '{data}' has {found} tokens, less than one sequence of {least}: "
             "give more data or a smaller --length"
         )
     return np.concatenate(parts)[:wanted]

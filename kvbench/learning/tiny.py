@@ -23,6 +23,7 @@ from kvbench.learning.examples import ExampleMaker, TrainingRow, padded
 from kvbench.learning.recipe import TinyRecipe
 from kvbench.learning.tiny_model import tiny_model
 from kvbench.learning.tiny_tokenizer import tiny_tokenizer
+from kvbench.models.load import quiet
 
 SAVE_SECONDS = 120
 LEAST_STEPS = 100  # of a stage
@@ -30,7 +31,7 @@ LEAST_STEPS = 100  # of a stage
 
 @dataclass
 class Progress:
-    """How far a training is."""
+    """How far a training has come."""
 
     step: int = 0
     stage: int = 0
@@ -44,9 +45,9 @@ class Progress:
         self.accuracy[subtask] = old + 0.05 * (share - old)
 
     def maybe_next_stage(self, recipe: TinyRecipe, done: float) -> None:
-        """Start the next stage if this one is learnt or overdue; `done` is the share of the time.
+        """Start the next stage if this one is learnt or overdue, not before `LEAST_STEPS`.
 
-        It takes at least `LEAST_STEPS` steps.
+        `done` is the share of the training time that is over.
         """
         learnt = min(self.accuracy.values()) >= recipe.pass_mark
         overdue = done > recipe.growth * (self.stage + 1) / len(recipe.stages)
@@ -56,22 +57,14 @@ class Progress:
             self.stage_began = self.step
 
 
-@dataclass(frozen=True)
-class TinyResult:
-    """A finished training of the embedded model: where it is, and the accuracy it ended with."""
-
-    folder: Path  # the model, its tokenizer, recipe.json and log.jsonl
-    steps: int
-    accuracy: dict[str, float]  # of the training examples, running mean, by "task/subtask"
-
-
 def train_tiny(
     recipe: TinyRecipe, out: Path, say: Callable[[str], None], start: Path | None = None
-) -> TinyResult:
+) -> Progress:
     """Train for `recipe.minutes` and write the model, its tokenizer and the log to `out`.
 
     `start` is the folder of an earlier training, to continue from its weights and tokenizer.
-    `say` gets a line of progress now and then. InputError if `out` cannot be written to.
+    `say` gets a line of progress now and then. Returns how far the training has come. InputError if
+    `out` cannot be written to.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -80,6 +73,7 @@ def train_tiny(
         raise InputError(
             f"cannot write to '{out}': {error.strerror}; choose another --out"
         ) from None
+    quiet()
     tokenizer = (
         PreTrainedTokenizerFast.from_pretrained(start) if start else tiny_tokenizer(recipe.seed)
     )
@@ -98,14 +92,13 @@ def train_tiny(
             done = progress.seconds / (60 * recipe.minutes)
             warmth = min(1.0, (progress.step + 1) / recipe.warm_up)
             factor = warmth * min(1.0, (1 - done) / recipe.cool_down)
-            for optimizer, rate in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * factor
             examples = draw_examples(recipe, progress, maker)
             loss, shares = answer_loss(model, *padded(examples, tokenizer.pad_token_id))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, _ in optimizers:
+            for optimizer, rate in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * factor
                 optimizer.step()
                 optimizer.zero_grad()
             for example, share in zip(examples, shares.tolist(), strict=True):
@@ -123,13 +116,14 @@ def train_tiny(
                 model.save_pretrained(out)
                 saved = time.monotonic()
     model.save_pretrained(out)
-    return TinyResult(out, progress.step, progress.accuracy)
+    return progress
 
 
 def draw_examples(recipe: TinyRecipe, progress: Progress, maker: ExampleMaker) -> list[TrainingRow]:
     """The examples of one step: all of one length, weaker subtasks more often.
 
-    A quarter of the steps use a random earlier length, so that short contexts are not forgotten.
+    A quarter of the steps use the length of a random stage so far, so that the model does not
+    forget short contexts.
     """
     rng = random.Random(f"train/{recipe.seed}/{progress.step}")
     stage = progress.stage if rng.random() < 0.75 else rng.randint(0, progress.stage)

@@ -1,4 +1,4 @@
-"""`kvbench train prulong|duoattention` as a user meets it: real processes, one or two of them."""
+"""Training head scores as a user does: `kvbench train` in one or two processes, `train_heads`."""
 
 import json
 import os
@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from helpers.process import interrupted, kvbench
+
+from kvbench.heads import read_scores
+from kvbench.learning.command import HeadChoices, train_heads
 
 SMALL = ["--steps", "6", "--batch", "4", "--length", "160"]
 
@@ -59,8 +62,31 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert not (tmp_path / "t" / "scores-prulong.json").exists()
 
 
+def test_a_result_says_what_was_learnt_and_nothing_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"steps": 2, "batch": 1, "length": 64, "passkey_words": 2}
+    choices = HeadChoices("duoattention", "tiny", None, settings, tmp_path, "cpu", "auto")
+
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    broken = train_heads(choices, say=interrupt)  # called after the last step
+    assert (broken.scores, broken.sets, broken.interrupted) == (None, (), True)
+
+    result = train_heads(choices, say=lambda text: None)
+    assert not result.interrupted
+    assert result.scores == tmp_path / "scores-duoattention.json"
+    assert [(each.target, each.scores) for each in read_scores(result.scores)] == [
+        (each.target, each.scores) for each in result.sets
+    ]
+    assert 0 < result.sets[0].sparsity < 1
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2  # no step was repeated
+    assert capfd.readouterr() == ("", "")
+
+
 def launched(folder: Path, *arguments: str) -> None:
-    """Run `kvbench train` as two processes, as `accelerate launch` does on GPUs."""
+    """Run `kvbench train` in two processes, as `accelerate launch` does on GPUs."""
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kvbench"]
     done = subprocess.run(
         [sys.executable, *two, "train", *arguments, "--device", "cpu"],
@@ -70,7 +96,7 @@ def launched(folder: Path, *arguments: str) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("step 6 of 6") == 1  # one of them speaks
+    assert done.stderr.count("step 6 of 6") == 1  # only one process reports
 
 
 @pytest.mark.parametrize("method", ["prulong", "duoattention"])

@@ -1,4 +1,4 @@
-"""Learning head scores: attention against evaluation's, gradients, constraints, data, resuming."""
+"""Learning head scores: attention (also against evaluation), gradients, constraints, data, loop."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from kvbench.learning.attention import (
     streaming_blocks,
     streaming_flex,
 )
-from kvbench.learning.corpus import Corpus
+from kvbench.learning.corpus import documents
 from kvbench.learning.duoattention import DuoAttention
 from kvbench.learning.examples import TrainingRow
 from kvbench.learning.loop import CHECKPOINT, learn, uninterrupted
@@ -53,7 +53,7 @@ BASIC = {"model": "m", "model_fingerprint": "f", "data": "d", "length": 40, "see
 
 
 class OneProcess:
-    """What `learn` needs of accelerate, without it."""
+    """The part of accelerate's Accelerator that `learn` uses, for one process."""
 
     is_main_process, process_index, num_processes = True, 0, 1
 
@@ -63,7 +63,7 @@ class OneProcess:
 
 
 class RandomRows:
-    """Rows of random ids, every token predicted."""
+    """Rows of random ids; every token is predicted."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -125,7 +125,7 @@ def test_gates_of_0_are_streaming_evaluation_at_one_token_a_chunk(
 def dense_streaming(
     q: Tensor, k: Tensor, v: Tensor, scaling: float, sinks: int, window: int, sliding: int | None
 ) -> Tensor:
-    """The same in float64 with a T x T mask, entry by entry."""
+    """Streaming attention in float64 with a T x T mask that is filled entry by entry."""
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     mask = torch.zeros(length, length, dtype=torch.bool)
     for token in range(length):
@@ -155,7 +155,7 @@ def test_blocks_of_streaming_attention_are_the_dense_mask(
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called")  # fused on CUDA alone
+@pytest.mark.filterwarnings("ignore:flex_attention called")  # it is fused only on CUDA
 @pytest.mark.parametrize("sliding", [None, 70])
 def test_flex_attention_is_the_dense_mask(sliding: int | None) -> None:
     q = torch.randn(1, 4, 300, 16, generator=torch.Generator().manual_seed(1))
@@ -208,7 +208,7 @@ def finite_difference(function: Any, at: Tensor, step: float = 1e-6) -> Tensor:
 
 
 def gradient(function: Any, at: Tensor) -> Tensor:
-    """What autograd says."""
+    """The gradient by autograd."""
     leaf = at.clone().requires_grad_()
     (found,) = torch.autograd.grad(function(leaf), leaf)
     return found
@@ -249,7 +249,7 @@ def test_gradients_of_a_whole_step_in_float64(kind: Any) -> None:
         total: Tensor = objective.data_loss(net, rows, 3, [0, 1]) + objective.penalty(3)
         return total
 
-    # The model's norms compute in float32 whatever it is given: a step well above their rounding.
+    # The model's norms always compute in float32, so the step is well above their rounding.
     expected = finite_difference(loss, at, step=1e-3)
     assert expected.abs().max() > 1e-2
     torch.testing.assert_close(gradient(loss, at), expected, atol=2e-3, rtol=1e-2)
@@ -281,7 +281,7 @@ def test_heads_that_nothing_depends_on_lose_their_gates(tmp_path: Path) -> None:
     how = recipe("duoattention", steps=200)
     model = loaded_model()
     objective = DuoAttention(SHAPE, how, model.device)
-    # nine tokens lie within sinks + window: streaming attention is full attention
+    # nine tokens fit sinks + window + 1, so streaming attention equals full attention
     learn(model.model, objective, RandomRows(9), how, tmp_path, OneProcess, quiet)
     assert objective.gate.max().item() == 0.0
     objective = DuoAttention(SHAPE, recipe("duoattention", steps=200, l1=0.0), model.device)
@@ -385,11 +385,11 @@ def tiny() -> LoadedModel:
 
 
 def test_the_standard_library_is_documents_on_every_machine() -> None:
-    documents = list(Corpus("stdlib").documents(seed=0))
-    assert sum(map(len, documents)) > 5_000_000
-    assert documents != list(Corpus("stdlib").documents(seed=1))
-    assert sorted(documents) == sorted(Corpus("stdlib").documents(seed=1))
-    longest = max(documents, key=len)
+    found = list(documents("stdlib", seed=0))
+    assert sum(map(len, found)) > 5_000_000
+    assert found != list(documents("stdlib", seed=1))
+    assert sorted(found) == sorted(documents("stdlib", seed=1))
+    longest = max(found, key=len)
     assert "import" in longest
     assert len(longest) > 300_000  # a whole package, not a file
 
@@ -400,8 +400,8 @@ def test_a_folder_of_text_and_code(tmp_path: Path) -> None:
     (tmp_path / "deep" / "b.py").write_bytes(b"beta \xff")
     (tmp_path / "c.png").write_bytes(b"\x89PNG")
     (tmp_path / "empty.md").write_text(" ")
-    assert sorted(Corpus(str(tmp_path)).documents(0)) == ["alpha", "beta \ufffd"]
-    assert list(Corpus(str(tmp_path / "a.txt")).documents(0)) == ["alpha"]
+    assert sorted(documents(str(tmp_path), 0)) == ["alpha", "beta \ufffd"]
+    assert list(documents(str(tmp_path / "a.txt"), 0)) == ["alpha"]
 
 
 @pytest.mark.parametrize(
@@ -415,31 +415,30 @@ def test_data_that_is_not_there(
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=message) as caught:
-        list(Corpus(name).documents(0))
+        list(documents(name, 0))
     assert "\n" not in str(caught.value)
 
 
 def test_a_dataset_of_a_local_folder(tmp_path: Path) -> None:
     rows = [{"text": f"document {n}"} for n in range(5)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = sorted(Corpus(f"datasets:{tmp_path}").documents(0))
+    found = sorted(documents(f"datasets:{tmp_path}", 0))
     assert found == [row["text"] for row in rows]
     (tmp_path / "train.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(InputError, match="no column 'text'"):
-        list(Corpus(f"datasets:{tmp_path}").documents(0))
+        list(documents(f"datasets:{tmp_path}", 0))
 
 
 def test_packed_rows_are_the_documents_one_after_another(tiny: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three four five six seven")
-    corpus = Corpus(str(tmp_path))
-    rows = PackedRows(read_tokens(corpus, tiny.tokenizer, 80, 0, least=4), 4, 2)
+    rows = PackedRows(read_tokens(str(tmp_path), tiny.tokenizer, 80, 0, least=4), 4, 2)
     ids = [*tiny.tokenizer.encode("one two three four five six seven"), tiny.tokenizer.eos_token_id]
     assert rows.row(0, 0).ids == ids[:4]
     assert rows.row(0, 1).ids == ids[4:8]
     assert rows.row(0, 0).answers == [0, 1, 1, 1]
     assert rows.row(rows.count, 0) == rows.row(0, 0)
     with pytest.raises(InputError, match="less than one sequence"):
-        read_tokens(corpus, tiny.tokenizer, 80_000, 0, least=4000)
+        read_tokens(str(tmp_path), tiny.tokenizer, 80_000, 0, least=4000)
 
 
 def test_task_rows_are_episodes_that_no_evaluation_sees(tiny: LoadedModel) -> None:

@@ -1,4 +1,4 @@
-"""The task `needle`: one fact in natural text, at any length, for models that read such text."""
+"""The task `needle`: one fact in natural text, at any length."""
 
 import random
 from typing import Any
@@ -53,7 +53,7 @@ def test_the_needle_lies_at_every_depth(needle: Needle) -> None:
     for index in range(200):
         lines = needle.episode_for(random.Random(index), "code", 100, 0).context.split("\n")
         depths.append(next(i for i, line in enumerate(lines) if line.startswith("The magic")))
-    first, last = 2, 102  # behind the two lines of the instruction; behind the whole haystack
+    first, last = 2, 102  # after the two lines of the instruction; after the whole haystack
     assert min(depths) < first + 5
     assert max(depths) > last - 5
     assert sum(depth < 52 for depth in depths) == pytest.approx(100, abs=30)
@@ -90,7 +90,7 @@ def test_a_context_that_cannot_be_made_is_refused(
         needle.sample(0, seed=0, context=context, tokenizer=Words())
 
 
-def test_it_is_asked_for_by_name_and_the_embedded_model_never_learns_it() -> None:
+def test_it_runs_only_if_named_and_the_embedded_model_is_not_trained_on_it() -> None:
     assert "needle" in tasks.names()
     assert default_tasks() == ["html_to_tsv", "rag", "recall", "rerank"]
     assert not [name for name in episodic_subtasks() if name.startswith("needle")]

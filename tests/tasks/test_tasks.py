@@ -1,4 +1,4 @@
-"""The synthetic tasks: samples fit, are the same each time, and are scored as the metrics say."""
+"""The synthetic tasks: samples fit, are repeatable, and are scored as their metrics define."""
 
 import random
 import re
@@ -62,7 +62,7 @@ def test_the_reference_answer_scores_1_and_silence_0(name: str, tokenizer: Token
         for turn in episode.turns:
             assert task(name).score(turn.answer, sample(name, turn.reference)) == 1.0
             assert task(name).score("", sample(name, turn.reference)) == 0.0
-            # what is asked must not give the answer away
+            # the question must not give the answer away
             question = turn.question + turn.answer_prefix
             assert task(name).score(question, sample(name, turn.reference)) == 0.0
 
