@@ -26,7 +26,7 @@ from kvbench.records import (
     find_run_folders,
     read_settings,
 )
-from kvbench.report.frames import SETTING, as_text, code_name, frame_of, load_records, select
+from kvbench.report.frames import SETTING, code_name, frame_of, load_records, select
 from kvbench.report.statistics import (
     Floats,
     Interval,
@@ -368,7 +368,7 @@ def _groups(cells: DataFrame) -> list[_Group]:
     keys = [
         (cells["method"] != BASELINE).rename("is_method"),
         cells["method"],
-        cells["options"].map(as_text),
+        cells["options_text"],
         cells["prefill_chunk"].fillna(0),
         cells["older"],
         cells["method_code"],

@@ -22,7 +22,7 @@ from kvbench.errors import InputError
 from kvbench.records import BASELINE, Record, find_run_folders, read_values
 
 SETTING = ["model", "task", "context", "seed"]  # what the curves of one picture share
-CURVE = [*SETTING, "method", "options", "prefill_chunk", "method_code"]  # what a curve shares
+CURVE = [*SETTING, "method", "options_text", "prefill_chunk", "method_code"]  # what a curve shares
 CODE_DIGITS = 4  # of a hash of a method's source, where a label names it
 
 _TYPES: dict[Any, Any] = {
@@ -74,8 +74,8 @@ def select(records: DataFrame, latest: bool) -> tuple[DataFrame, list[str]]:
     """Return the cells that curves are made of, and notes on what was left out.
 
     Failed cells are left out. Of a cell that was measured more than once with the same code of its
-    method, the latest counts. The column `older` is added: whether a newer code of the same method
-    was measured in the same setting. Such cells are curves of their own, or are left out if
+    method, the latest counts. Two columns are added: `options_text`, and `older`, whether a newer
+    code of the same method was measured in the same setting. Such cells are curves of their own, or are left out if
     `latest`; those of the baseline are always left out, because a setting has one baseline.
     """
     notes = []
@@ -101,8 +101,8 @@ def select(records: DataFrame, latest: bool) -> tuple[DataFrame, list[str]]:
             "newest has the plain label (--latest shows it alone)"
         )
     cells = cells[~left_out]
-    texts = cells["options"].map(as_text)
-    again = cells.assign(options=texts).duplicated([*CURVE, "budget", "sample"])
+    cells = cells.assign(options_text=cells["options"].map(as_text))
+    again = cells.duplicated([*CURVE, "budget", "sample"])
     if again.any():
         notes.append(f"{again.sum()} cells were measured more than once; the latest counts")
     return cells[~again].sort_index(), notes
