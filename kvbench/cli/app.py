@@ -187,9 +187,11 @@ def reproduce(
     from kvbench.reproduce import command as reproduction
 
     if scale == "small":
-        return reproduction.reproduce_small(
+        found = reproduction.reproduce_small(
             out, samples=samples, seed=seed, threshold=threshold, dry_run=dry_run
         )
+        reproduction.print_reproduction(found)
+        return found.code
     missing = reproduction.missing_for_full_scale(reproduction.full_scale_choices())
     if missing:
         lines = "".join(f"\n  - {text}" for text in missing)

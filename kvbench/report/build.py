@@ -375,18 +375,9 @@ def _groups(cells: DataFrame) -> list[_Group]:
     ]
     groups = []
     for _, part in cells.groupby(keys):
-        first = part.iloc[0]
-        groups.append(
-            _Group(
-                first["method"],
-                first["family"],
-                first["options"],
-                known(first["prefill_chunk"], int),
-                first["method_code"],
-                bool(first["older"]),
-                part,
-            )
-        )
+        shared = ["method", "family", "options", "prefill_chunk", "method_code", "older"]
+        method, family, options, chunk, code, older = part[shared].iloc[0]
+        groups.append(_Group(method, family, options, known(chunk, int), code, bool(older), part))
     return groups
 
 

@@ -149,13 +149,16 @@ def test_reproduce_writes_tables_claims_and_page(
         return 1  # some cells failed: reported all the same
 
     monkeypatch.setattr(reproduce, "run_sweep", sweep)
-    code = reproduce.reproduce_small(tmp_path / "out", samples=5, seed=3, threshold=0.9)
-    assert code == 1
+    found = reproduce.reproduce_small(tmp_path / "out", samples=5, seed=3, threshold=0.9)
+    assert found.code == 1
+    assert capsys.readouterr().out == ""
+    reproduce.print_reproduction(found)
     assert seen[0].prefill_chunk == (256, 128)
     assert seen[0].budgets == (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
     assert (seen[0].samples, seen[0].seed, seen[0].method) == (5, 3, None)
     for name in ("table.csv", "table.md", "claims.md", "report.html", "recall.pdf"):
         assert (tmp_path / "out" / name).stat().st_size > 0
+        assert tmp_path / "out" / name in found.files
     claims = (tmp_path / "out" / "claims.md").read_text()
     assert "- [x] **PruLong depends on the size of the prefill chunk: true**" in claims
     assert claims.count("dynamic sparsity: not in this run") == 1
@@ -164,8 +167,8 @@ def test_reproduce_writes_tables_claims_and_page(
     assert "not measured Recency eviction fails at recall" in printed
 
     monkeypatch.setattr(reproduce, "run_sweep", lambda choices, home: 130)
-    code = reproduce.reproduce_small(tmp_path / "no", samples=5, seed=3, threshold=0.9)
-    assert code == 130
+    stopped = reproduce.reproduce_small(tmp_path / "no", samples=5, seed=3, threshold=0.9)
+    assert (stopped.code, stopped.report, stopped.files) == (130, None, ())
     assert not (tmp_path / "no").exists()
 
 
