@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -124,11 +124,7 @@ def read_values(folder: Path) -> list[dict[str, Any]]:
     """Return the fields of what `read_records` returns, as one dict per record (this is faster)."""
     by_cell: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob(SAMPLE_FILES)):
-        try:
-            lines = path.read_bytes().split(b"\n")
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
-        for number, line in enumerate(lines[:-1], start=1):
+        for number, line in enumerate(_whole_lines(path), start=1):
             try:
                 values = _values(line)
             except ValueError as error:
@@ -140,6 +136,15 @@ def read_values(folder: Path) -> list[dict[str, Any]]:
             if known is None or (known["error"] is not None and values["error"] is None):
                 by_cell[values["fingerprint"]] = values
     return list(by_cell.values())
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file that end with a newline."""
+    try:
+        with path.open("rb") as file:
+            yield from (line for line in file if line.endswith(b"\n"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

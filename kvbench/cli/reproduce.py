@@ -1,13 +1,16 @@
 """`kvbench reproduce`: the paper's table and claims on this machine."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from kvbench.cli import options
 from kvbench.cli.messages import Terminal, say
 from kvbench.cli.options import FOLDER, OUTPUT, WHAT, opt
 from kvbench.cli.report import write_report
 from kvbench.cli.run import measure, print_plan
+
+if TYPE_CHECKING:
+    from kvbench.reproduce.command import Reproduction
 
 EXAMPLES = options.examples(
     "kvbench reproduce",
@@ -40,9 +43,11 @@ def reproduce(
         if dry_run:
             print_plan(command.small_choices(out / command.RUN, samples=samples, seed=seed))
             return 0
-        return command.reproduce_small(
+        found = command.reproduce_small(
             out, samples=samples, seed=seed, threshold=threshold, listener=Terminal()
         )
+        print_reproduction(found)
+        return found.code
     missing = command.missing_for_full_scale(command.full_scale_choices())
     if missing:
         lines = "".join(f"\n  - {text}" for text in missing)
@@ -57,3 +62,15 @@ def reproduce(
     if code == 130:
         return code
     return write_report([out / "full-scale"], threshold=threshold) or code
+
+
+def print_reproduction(found: "Reproduction") -> None:
+    """Print tables and verdicts on stdout, and what was written on stderr."""
+    from kvbench.reproduce.command import print_lines
+
+    if found.report is None:
+        return
+    print_lines(found.lines, found.claims)
+    for note in found.report.notes:
+        say(note, name="note: ")
+    say(f"wrote table.csv, table.md, claims.md, figures and report.html to {found.out}", name="")

@@ -26,7 +26,7 @@ from kvbench.records import (
     find_run_folders,
     read_settings,
 )
-from kvbench.report.frames import SETTING, as_text, code_name, frame_of, load_records, select
+from kvbench.report.frames import SETTING, code_name, frame_of, load_records, select
 from kvbench.report.statistics import (
     Floats,
     Interval,
@@ -362,25 +362,16 @@ def _groups(cells: DataFrame) -> list[_Group]:
     keys = [
         (cells["method"] != BASELINE).rename("is_method"),
         cells["method"],
-        cells["options"].map(as_text),
+        cells["options_text"],
         cells["prefill_chunk"].fillna(0),
         cells["older"],
         cells["method_code"],
     ]
     groups = []
     for _, part in cells.groupby(keys):
-        first = part.iloc[0]
-        groups.append(
-            _Group(
-                first["method"],
-                first["family"],
-                first["options"],
-                known(first["prefill_chunk"], int),
-                first["method_code"],
-                bool(first["older"]),
-                part,
-            )
-        )
+        shared = ["method", "family", "options", "prefill_chunk", "method_code", "older"]
+        method, family, options, chunk, code, older = part[shared].iloc[0]
+        groups.append(_Group(method, family, options, known(chunk, int), code, bool(older), part))
     return groups
 
 

@@ -11,7 +11,7 @@ other numbers `float64`, and `options`, `reference` and `timeline` are Python ob
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from kvbench.errors import InputError
 from kvbench.records import BASELINE, Record, find_run_folders, read_values
 
 SETTING = ["model", "task", "context", "seed"]  # what the curves of one picture share
-CURVE = [*SETTING, "method", "options", "prefill_chunk", "method_code"]  # what a curve shares
+CURVE = [*SETTING, "method", "options_text", "prefill_chunk", "method_code"]  # what a curve shares
 CODE_DIGITS = 4  # of a hash of a method's source, where a label names it
 
+_ENCODER = json.JSONEncoder(sort_keys=True)
 _TYPES: dict[Any, Any] = {
     int: "int64",
     float: "float64",
@@ -65,18 +66,18 @@ def _frame(rows: list[dict[str, Any]], runs: list[str]) -> DataFrame:
     return DataFrame({**columns, "run": runs}, copy=False).rename(columns={"sample_seed": "seed"})
 
 
-def as_text(options: Mapping[str, Any]) -> str:
+def as_text(options: dict[str, Any]) -> str:
     """Return options as JSON with sorted keys: equal options give equal texts."""
-    return json.dumps(options, sort_keys=True)
+    return _ENCODER.encode(options)
 
 
 def select(records: DataFrame, latest: bool) -> tuple[DataFrame, list[str]]:
     """Return the cells that curves are made of, and notes on what was left out.
 
-    Failed cells are left out. Of a cell that was measured more than once with the same code of its
-    method, the latest counts. The column `older` is added: whether a newer code of the same method
-    was measured in the same setting. Such cells are curves of their own, or are left out if
-    `latest`; those of the baseline are always left out, because a setting has one baseline.
+    Failed cells are left out. If a cell was measured more than once with the same code of its
+    method, the latest counts. Two columns are added: `options_text`, and `older`, whether newer
+    code of the same method was measured in the same setting. Older cells are separate curves, or
+    are left out if `latest`. Those of the baseline are always left out: a setting has one baseline.
     """
     notes = []
     cells = records[records["error"].isna()]
@@ -101,8 +102,8 @@ def select(records: DataFrame, latest: bool) -> tuple[DataFrame, list[str]]:
             "newest has the plain label (--latest shows it alone)"
         )
     cells = cells[~left_out]
-    texts = cells["options"].map(as_text)
-    again = cells.assign(options=texts).duplicated([*CURVE, "budget", "sample"])
+    cells = cells.assign(options_text=cells["options"].map(as_text))
+    again = cells.duplicated([*CURVE, "budget", "sample"])
     if again.any():
         notes.append(f"{again.sum()} cells were measured more than once; the latest counts")
     return cells[~again].sort_index(), notes

@@ -204,21 +204,16 @@ def _setting_data(
 ) -> dict[str, Any]:
     samples: dict[int, dict[str, Any]] = {}
     data = []
+    names = ["budget", "sample", "score", "prediction", "subtask", "prompt_tail", "reference"]
     for curve in report.of(setting):
-        budgets = []
-        for budget, cells in curve.cells.groupby("budget"):
-            rows = []
-            for cell in cells[cells["sample"].isin(wanted)].sort_values("sample").itertuples():
-                rows.append([cell.sample, cell.score, cut(cell.prediction or "")])
-                if cell.sample not in samples:
-                    reference = cell.reference
-                    if not isinstance(reference, str):
-                        reference = json.dumps(reference, ensure_ascii=False)
-                    samples[cell.sample] = {
-                        "subtask": cell.subtask,
-                        "tail": cell.prompt_tail,
-                        "reference": cut(reference),
-                    }
-            budgets.append({"budget": budget, "cells": rows})
+        rows: dict[float, list[Any]] = {point.budget: [] for point in curve.points}
+        cells = curve.cells.loc[curve.cells["sample"].isin(wanted), names].sort_values("sample")
+        for budget, index, score, text, subtask, tail, reference in cells.itertuples(False, None):
+            rows[budget].append([index, score, cut(text)])
+            if index not in samples:
+                if not isinstance(reference, str):
+                    reference = json.dumps(reference, ensure_ascii=False)
+                samples[index] = {"subtask": subtask, "tail": tail, "reference": cut(reference)}
+        budgets = [{"budget": budget, "cells": rows[budget]} for budget in sorted(rows)]
         data.append({"label": curve.label, "budgets": budgets})
     return {"title": title(report, setting), "curves": data, "samples": samples}

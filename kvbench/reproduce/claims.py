@@ -1,12 +1,12 @@
-"""The paper's claims about the order of methods, judged on a report with their intervals.
+"""The paper's claims about the order of methods, judged on a report and its intervals.
 
-A claim is judged finding by finding (a method, a task, a prefill chunk). It is true where all its
-findings are, false where one is, else undecided; a claim that something happens at all is true
-where one finding is, and false only where all are.
+A claim has findings (one per method, task and prefill chunk). It is true if all its findings are
+true, false if one is false, otherwise undecided. A claim that something happens at all is true if
+one finding is true, and false only if all are false.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from kvbench.method import Family
@@ -16,12 +16,12 @@ from kvbench.report.tables import critical_text, interval_text, percent
 
 RECALL = "recall"
 SCORERS = ("snapkv", "pyramidkv")
-LITTLE = 0.2  # of full attention's footprint: who saves less, saves little
-EQUAL = 0.02  # of full attention's footprint: critical footprints nearer than this are the same
+LITTLE = 0.2  # of full attention's footprint: to save less is to save little
+EQUAL = 0.02  # of full attention's footprint: critical footprints nearer than this are equal
 
 
 class Verdict(StrEnum):
-    """What our data say of a claim."""
+    """What the data say about a claim."""
 
     TRUE = "true"
     FALSE = "false"
@@ -31,7 +31,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One piece of evidence: where it was found, what, and what follows for the claim."""
+    """One piece of evidence: where it was found, what was found, and the verdict."""
 
     where: str
     what: str
@@ -47,13 +47,9 @@ class Claim:
     findings: tuple[Finding, ...]
     one_suffices: bool = False
 
-    def __post_init__(self) -> None:
-        """Findings that say the same, as what is missing on every task does, count once."""
-        object.__setattr__(self, "findings", tuple(dict.fromkeys(self.findings)))
-
     @property
     def verdict(self) -> Verdict:
-        """What the findings say together."""
+        """The verdict of all findings together."""
         found = {finding.verdict for finding in self.findings} - {Verdict.NOT_MEASURED}
         if not found:
             return Verdict.NOT_MEASURED
@@ -65,12 +61,12 @@ class Claim:
 
 
 def judge(report: Report) -> list[Claim]:
-    """The paper's claims on the curves of a report of one model, context and seed."""
+    """Return the paper's claims on the curves of a report of one model, context and seed."""
     curves = report.curves
     recall = [curve for curve in curves if curve.setting.task == RECALL]
     tasks = [report.of(setting) for setting in report.settings()]
     less = "the interval of the difference of critical footprints, in points, lies above 0"
-    return [
+    claims = [
         Claim(
             "Patched eviction beats naive chunked eviction on recall",
             f"naive less patched: {less}",
@@ -105,6 +101,8 @@ def judge(report: Report) -> list[Claim]:
             tuple(f for of_task in tasks for f in _saves_none(of_task)),
         ),
     ]
+    # Equal findings count once: what is missing is missing on every task.
+    return [replace(claim, findings=tuple(dict.fromkeys(claim.findings))) for claim in claims]
 
 
 def _named(curves: Iterable[Curve], method: str) -> list[Curve]:
@@ -135,7 +133,7 @@ def _beats(curves: Sequence[Curve], better: str, worse: str) -> tuple[Finding, .
 
 
 def _larger(found: Difference | None) -> Verdict:
-    """Whether the left is the larger; one that is only `at_most` known may be smaller yet."""
+    """Whether the left is larger; a footprint with status `at_most` may be smaller than it is."""
     if found is None or found.interval is None or not found.distinct:
         return Verdict.UNDECIDED
     side = found.left if found.value > 0 else found.right
@@ -156,7 +154,7 @@ def _in_words(found: Difference | None) -> str:
 def _saves_little(
     curves: Sequence[Curve], method: str, at_any_budget: bool = True
 ) -> tuple[Finding, ...]:
-    """Whether a method's critical footprint, or what it holds at any budget, is near 100 %."""
+    """Whether a method's critical footprint, or its footprint at every budget, is near 100 %."""
     findings = []
     for curve in _named(curves, method):
         held = curve.points[0]
@@ -209,7 +207,7 @@ def _depends_on_chunk(curves: Sequence[Curve], method: str) -> tuple[Finding, ..
 
 
 def _saves_none(curves: Sequence[Curve]) -> tuple[Finding, ...]:
-    """Whether methods of dynamic sparsity hold all there is, and how little they read."""
+    """Whether methods of dynamic sparsity hold all entries, and how few of them they read."""
     findings = []
     for curve in curves:
         if curve.family != Family.DYNAMIC_SPARSITY:

@@ -1,20 +1,18 @@
-"""`kvbench reproduce`: the paper's table and claims, beside the paper's own values.
+"""`kvbench reproduce`: the paper's table and claims, next to the paper's own values.
 
-At small scale the embedded model measures all methods on the generated tasks. The full scale is the
-configuration `full-scale.yaml`; what a machine lacks for it is listed before anything is loaded.
+It runs a sweep, makes a report of it, and compares the report with the paper's figure. At small
+scale the embedded model measures all methods on the generated tasks. The full scale is described by
+`full-scale.yaml`; what a machine lacks for it is listed before anything is loaded.
 """
 
-import csv
-import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pandas import DataFrame
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -24,7 +22,16 @@ from kvbench.records import BASELINE, write_atomically
 from kvbench.registry import tasks as task_registry
 from kvbench.report.build import Critical, Curve, Report, make_report
 from kvbench.report.publish import publish
-from kvbench.report.tables import WIDTH_OF_A_FILE, critical_text, interval_text, legend, mark
+from kvbench.report.tables import (
+    console_of_stdout,
+    critical_text,
+    csv_text,
+    escape_markdown,
+    interval_text,
+    legend,
+    mark,
+    markdown_table,
+)
 from kvbench.reproduce.claims import Claim, Verdict, judge
 from kvbench.reproduce.paper import is_lower_bound, paper_report
 from kvbench.sweep.command import Choices, run_sweep
@@ -32,10 +39,10 @@ from kvbench.sweep.progress import Listener
 
 FULL_SCALE = Path(__file__).parent / "full-scale.yaml"
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-CHUNKS = (4, 8)  # prefill chunks are these parts of the context; the paper's is a quarter
-RUN = "run"  # the folder, inside the output's, of the records
+CHUNKS = (4, 8)  # the context is divided by these into prefill chunks; the paper uses a quarter
+RUN = "run"  # the folder of the records, inside the output folder
 
-# Llama-3.1-8B: parameters, and bytes a token of keys and values (32 layers of 8 KV heads of 128).
+# Llama-3.1-8B: parameters, and bytes of keys and values per token (32 layers of 8 KV heads of 128).
 PARAMETERS = 8_030_000_000
 KV_BYTES = 2 * 32 * 8 * 128 * 2
 WORKING_BYTES = 4 * 2**30  # activations of a prefill chunk of 32K tokens, in bfloat16
@@ -52,7 +59,7 @@ class Line:
     paper: Curve | None
 
     def as_dict(self) -> dict[str, Any]:
-        """One line of table.csv; footprints in 0..1."""
+        """Return one line of table.csv; footprints in 0..1."""
         found = self.ours.footprint if self.ours else None
         ends = found.interval if found else None
         theirs = self.paper.footprint if self.paper else None
@@ -73,26 +80,38 @@ class Line:
         }
 
 
-def reproduce_small(
-    out: Path, *, samples: int, seed: int, threshold: float, listener: Listener
-) -> int:
-    """Sweep the embedded model, or go on with it, and write tables, claims, pictures and page.
+@dataclass(frozen=True)
+class Reproduction:
+    """The result of `reproduce_small`; all but the exit code is empty if the sweep was not made."""
 
-    Records lie in `out`/run, so that the same command continues an unfinished sweep. Returns the
-    exit code; InputError as `kvbench run` and `kvbench report` raise it.
+    code: int  # exit code of the sweep
+    out: Path
+    report: Report | None = None
+    lines: tuple[Line, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    files: tuple[Path, ...] = ()
+
+
+def reproduce_small(
+    out: Path, *, samples: int, seed: int, threshold: float, listener: Listener | None = None
+) -> Reproduction:
+    """Sweep the embedded model, or continue a sweep, and write tables, claims, pictures and page.
+
+    The records are in `out`/run, so that the same command continues an unfinished sweep. Nothing is
+    written if the sweep is interrupted. Raises InputError.
     """
     result = run_sweep(small_choices(out / RUN, samples=samples, seed=seed), listener)
     if result.interrupted:
-        return result.exit_code
-    report = make_report([out / RUN], threshold)
+        return Reproduction(result.exit_code, out)
+    report = make_report([out / RUN], threshold, latest=True)
     lines = compare(report, paper_report(threshold))
     claims = judge(report)
-    publish(report, out)
     texts = {
         "table.csv": table_csv(lines),
         "table.md": table_markdown(lines, report),
         "claims.md": claims_markdown(claims, report),
     }
+    published = publish(report, out)
     try:
         for name, text in texts.items():
             write_atomically(out / name, text)
@@ -100,15 +119,12 @@ def reproduce_small(
         raise InputError(
             f"cannot write to {out}: {error.strerror}; choose another --out"
         ) from error
-    print_lines(lines, claims)
-    for note in report.notes:
-        listener.note(f"note: {note}")
-    listener.note(f"wrote {', '.join(texts)}, pictures and report.html to {out}")
-    return result.exit_code
+    files = (*(out / name for name in texts), *published.files)
+    return Reproduction(result.exit_code, out, report, tuple(lines), tuple(claims), files)
 
 
 def small_choices(run: Path, *, samples: int, seed: int) -> Choices:
-    """What `kvbench run` is to measure: all that the embedded model has what it needs for."""
+    """Return the choices of the sweep: every method and task that the embedded model supports."""
     context = read_card(EMBEDDED["tiny"]).context
     return Choices(
         budgets=BUDGETS,
@@ -121,7 +137,7 @@ def small_choices(run: Path, *, samples: int, seed: int) -> Choices:
 
 
 def compare(report: Report, paper: Report) -> list[Line]:
-    """Every method and prefill chunk of ours and every method of the paper's, by task."""
+    """Return each of our methods and prefill chunks next to the paper's methods, by task."""
     lines = []
     theirs = {(c.setting.task, c.method): c for c in paper.curves if c.method != BASELINE}
     matched = set()
@@ -139,17 +155,13 @@ def compare(report: Report, paper: Report) -> list[Line]:
 
 
 def table_csv(lines: Sequence[Line]) -> str:
-    """One line per method, task and prefill chunk."""
-    rows = [line.as_dict() for line in lines]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    """Return one line per method, task and prefill chunk."""
+    frame = DataFrame([line.as_dict() for line in lines])
+    return csv_text(frame.astype({"prefill_chunk": "Int64", "samples": "Int64"}))
 
 
 def paper_text(curve: Curve | None) -> str:
-    """The paper's critical footprint in per cent, `>=` where the figure only bounds it."""
+    """Return the paper's critical footprint in per cent, with `>=` if it is a lower bound."""
     if curve is None:
         return ""
     return (">=" if is_lower_bound(curve) else "") + critical_text(curve.footprint)
@@ -163,7 +175,7 @@ def _ours_text(curve: Curve | None) -> str:
 
 
 def _cells(lines: Sequence[Line], task: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of one task's table: a row a method, a column a prefill chunk."""
+    """Return header and rows of one task's table: a row per method, a column per prefill chunk."""
     of_task = [line for line in lines if line.task == task]
     chunks = sorted({x.prefill_chunk for x in of_task if x.prefill_chunk}, reverse=True)
     rows = []
@@ -176,7 +188,7 @@ def _cells(lines: Sequence[Line], task: str) -> tuple[list[str], list[list[str]]
 
 
 def table_markdown(lines: Sequence[Line], report: Report) -> str:
-    """The paper's table of critical footprints, ours beside it."""
+    """Return the paper's table of critical footprints with ours next to it, as Markdown."""
     parts = [
         "# Critical KV footprints, ours and the paper's\n",
         f"{_setting_text(report)} Per cent of full attention's footprint; in brackets the 95 % "
@@ -184,21 +196,20 @@ def table_markdown(lines: Sequence[Line], report: Report) -> str:
         "tokens, prefill chunks of a quarter of that) are read off its figure and fitted by the "
         "same code, without intervals; ≥ where a point below the figure's axis bounds the "
         "value. Model, context and tasks' data differ, so orders are to be compared, not values.\n",
-        _escaped(legend(report)) + "\n",
+        escape_markdown(legend(report)) + "\n",
     ]
     for task in dict.fromkeys(line.task for line in lines):
         header, rows = _cells(lines, task)
         ours = next((c for c in report.curves if c.setting.task == task), None)
         scores = f"full attention scores {ours.baseline:.3f} here" if ours else "not measured here"
         parts.append(f"## {task}\n\n{scores}\n")
-        rule = ["---", *["---:"] * (len(header) - 1)]
-        parts += ["| " + " | ".join(map(_escaped, row)) + " |" for row in [header, rule, *rows]]
-        parts.append("")
+        escaped = [[escape_markdown(cell) for cell in row] for row in rows]
+        parts += [markdown_table(header, escaped), ""]
     return "\n".join(parts)
 
 
 def claims_markdown(claims: Sequence[Claim], report: Report) -> str:
-    """The claims as a checklist, each with its findings."""
+    """Return the claims as a checklist in Markdown, each with its findings."""
     parts = [
         "# The paper's claims, on our data\n",
         f"{_setting_text(report)} A claim is ticked where it is true of every finding (or, where "
@@ -207,9 +218,9 @@ def claims_markdown(claims: Sequence[Claim], report: Report) -> str:
     for claim in claims:
         tick = "x" if claim.verdict is Verdict.TRUE else " "
         parts.append(f"- [{tick}] **{claim.text}: {claim.verdict}**")
-        parts.append(f"  Judged by: {_escaped(claim.rule)}.")
+        parts.append(f"  Judged by: {escape_markdown(claim.rule)}.")
         parts += [
-            f"  - {finding.verdict}: {finding.where}: {_escaped(finding.what)}"
+            f"  - {finding.verdict}: {finding.where}: {escape_markdown(finding.what)}"
             for finding in claim.findings
         ]
     return "\n".join([*parts, ""])
@@ -224,17 +235,9 @@ def _setting_text(report: Report) -> str:
     )
 
 
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    signs = {"<=": "≤", ">=": "≥", "<": "&lt;", ">": "&gt;", "~": "\\~", "*": "\\*"}
-    for sign, shown in signs.items():
-        text = text.replace(sign, shown)
-    return text
-
-
 def print_lines(lines: Sequence[Line], claims: Sequence[Claim]) -> None:
-    """The table, a task at a time, and the claims' verdicts, on stdout."""
-    console = Console(width=None if os.isatty(1) else WIDTH_OF_A_FILE)
+    """Print the table of each task, and the claims' verdicts, on stdout."""
+    console = console_of_stdout()
     measured = dict.fromkeys(line.task for line in lines if line.ours is not None)
     for task in measured:
         header, rows = _cells(lines, task)
@@ -252,7 +255,7 @@ def print_lines(lines: Sequence[Line], claims: Sequence[Claim]) -> None:
 
 
 def full_scale_choices() -> dict[str, Any]:
-    """The configuration of the full scale, as `kvbench run --config` takes it."""
+    """Return the configuration of the full scale, as `kvbench run --config` takes it."""
     settings = yaml.safe_load(FULL_SCALE.read_text(encoding="utf-8"))
     return dict(settings)
 
@@ -276,9 +279,9 @@ def full_choices(out: Path) -> Choices:
 
 
 def missing_for_full_scale(settings: dict[str, Any]) -> list[str]:
-    """What this machine lacks to run the full scale, a line each; empty where it lacks nothing.
+    """Return what this machine lacks to run the full scale, one line each; empty if nothing.
 
-    A task whose samples are the published data says so in an attribute `published`.
+    A task whose samples are published data has a true attribute `published`.
     """
     missing = [_missing_gpu(int(settings["context"])), _missing_model(str(settings["model"]))]
     known = task_registry.names()
@@ -329,7 +332,7 @@ def _missing_model(name: str) -> str | None:
 
 
 def _missing_scores(model: str, settings: dict[str, Any]) -> str | None:
-    """Head scores that no option names; a model of the hub comes with none."""
+    """Return a line about head scores that no option names; models from the hub come with none."""
     options = settings.get("option") or {}
     splits = [m for m in ("duoattention", "prulong") if m in settings["method"]]
     wanted = [m for m in splits if not Path(str(options.get(f"{m}.scores", ""))).is_file()]

@@ -1,12 +1,13 @@
-"""The paper's results figure as records, to be fitted like any run's (arXiv 2506.17121).
+"""The paper's results figure as records, fitted like those of any run (arXiv 2506.17121).
 
 `paper-figure1.csv` is read off the figure: Llama-3.1-8B-Instruct, inputs of 128K tokens, KV
-footprint and score in per cent, good to about 0.3 and 0.5 points. A point below the figure's axis
-has the axis' floor for a score, marked `at_most`: an upper bound.
+footprint and score in per cent, accurate to about 0.3 and 0.5 points. A point below the figure's
+axis has the lowest score of the axis, marked `at_most`: an upper bound.
 """
 
-import csv
 from pathlib import Path
+
+from pandas import read_csv
 
 from kvbench.records import BASELINE, Record
 from kvbench.report.build import Curve, Report, report_records
@@ -18,14 +19,12 @@ UPPER_BOUND = "at_most"
 
 
 def paper_records() -> list[Record]:
-    """One record a point of the figure: the mean over samples, as if it were one sample.
+    """Return one record per point of the figure: the mean over samples, as if it were one sample.
 
-    Its subtask says how the score was read, `read` or `at_most`; no peak and no text is known.
+    The subtask says how the score was read, `read` or `at_most`. Peaks and texts are unknown.
     """
-    lines = FIGURE.read_text(encoding="utf-8").splitlines()
-    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
     records = []
-    for row in rows:
+    for row in read_csv(FIGURE, comment="#", dtype=str).to_dict("records"):
         footprint = float(row["kv_footprint"]) / 100
         full = row["method"] == BASELINE
         records.append(
@@ -54,19 +53,20 @@ def paper_records() -> list[Record]:
 
 
 def paper_report(threshold: float) -> Report:
-    """The paper's curves and critical footprints, by our fit; there are no intervals."""
+    """Return the paper's curves and critical footprints by our fit, without intervals."""
     return report_records(paper_records(), threshold)
 
 
 def is_lower_bound(curve: Curve) -> bool:
-    """Whether a paper's critical footprint starts from an upper bound of a score.
+    """Whether a critical footprint of the paper depends on a score that is an upper bound.
 
-    A lower score there would move the crossing towards the next point, so the true value is no
-    smaller.
+    With a lower score the crossing would move towards the next point, so the true value is at least
+    the one found.
     """
     if curve.footprint is None:
         return False
     below = [p for p in curve.points if p.kv_footprint <= curve.footprint.value]
     if not below:
         return False
-    return any(r.subtask == UPPER_BOUND for r in curve.cells[below[-1].budget].values())
+    cells = curve.cells[curve.cells["budget"] == below[-1].budget]
+    return bool((cells["subtask"] == UPPER_BOUND).any())

@@ -140,6 +140,7 @@ def test_reproduce_writes_tables_claims_and_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All after the sweep, which is the same function that `kvbench run` calls."""
+    from kvbench.cli.reproduce import print_reproduction
     from kvbench.reproduce import command as reproduce
 
     seen = []
@@ -153,24 +154,27 @@ def test_reproduce_writes_tables_claims_and_page(
         return SweepResult(choices.out, len(rows), 0, failed=rows[:1])
 
     monkeypatch.setattr(reproduce, "run_sweep", sweep)
-    how: Any = {"samples": 5, "seed": 3, "threshold": 0.9, "listener": Listener()}
-    code = reproduce.reproduce_small(tmp_path / "out", **how)
-    assert code == 1
+    how: Any = {"samples": 5, "seed": 3, "threshold": 0.9}
+    found = reproduce.reproduce_small(tmp_path / "out", **how)
+    assert found.code == 1
+    assert capsys.readouterr().out == ""
+    print_reproduction(found)
     assert seen[0].prefill_chunk == (256, 128)
     assert seen[0].budgets == (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
     assert (seen[0].samples, seen[0].seed, seen[0].method) == (5, 3, None)
     for name in ("table.csv", "table.md", "claims.md", "report.html", "recall.pdf"):
         assert (tmp_path / "out" / name).stat().st_size > 0
+        assert tmp_path / "out" / name in found.files
     claims = (tmp_path / "out" / "claims.md").read_text()
     assert "- [x] **PruLong depends on the size of the prefill chunk: true**" in claims
     assert claims.count("dynamic sparsity: not in this run") == 1
     printed = capsys.readouterr().out
     assert "not measured Recency eviction fails at recall" in printed
 
-    stopped = SweepResult(tmp_path / "no", 5, 0, interrupted=True)
-    monkeypatch.setattr(reproduce, "run_sweep", lambda choices, listener: stopped)
-    code = reproduce.reproduce_small(tmp_path / "no", **how)
-    assert code == 130
+    interrupted = SweepResult(tmp_path / "no", 5, 0, interrupted=True)
+    monkeypatch.setattr(reproduce, "run_sweep", lambda choices, listener: interrupted)
+    stopped = reproduce.reproduce_small(tmp_path / "no", **how)
+    assert (stopped.code, stopped.report, stopped.files) == (130, None, ())
     assert not (tmp_path / "no").exists()
 
 
