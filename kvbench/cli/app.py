@@ -25,7 +25,7 @@ EXTRAS = {
 
 
 class Commands(TyperGroup):
-    """A group that names the nearest command for a misspelt one."""
+    """A group of commands: names the nearest one on a typo, and ends quietly on Ctrl-C."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command `cmd_name`; InputError if there is none."""
@@ -106,7 +106,7 @@ def describe(error: Exception) -> tuple[str, int]:
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, typer.TyperException):
-        return error.format_message(), 2
+        return error.format_message().replace("Value error, ", ""), 2  # pydantic's prefix
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         return f"this needs {error.name}: pip install 'kvbench[{EXTRAS[error.name]}]'", 2
     where = "(KVBENCH_DEBUG=1 shows where this happened)"

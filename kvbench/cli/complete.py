@@ -5,6 +5,7 @@ The source files of the plug-ins are parsed, not imported, so that a press of th
 
 import ast
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,23 +58,18 @@ def method_names() -> Iterator[str]:
 
 
 def plugin_classes() -> list[ast.ClassDef]:
-    """The classes at the top of every module of every installed plug-in."""
+    """The classes at the top of every module of the plug-ins; broken plug-ins are passed over."""
     classes = []
     for entry in entry_points(group=PLUGIN_GROUP):
-        try:
+        with suppress(ImportError, OSError, SyntaxError, ValueError):
             spec = find_spec(entry.module)
-        except (ImportError, ValueError):
-            continue
-        folders = (spec and spec.submodule_search_locations) or ()
-        files = [file for folder in folders for file in sorted(Path(folder).glob("*.py"))]
-        if spec and spec.origin and not files:
-            files = [Path(spec.origin)]
-        for file in files:
-            try:
-                tree = ast.parse(file.read_bytes())
-            except (OSError, SyntaxError, ValueError):
+            if spec is None or spec.origin is None:
                 continue
-            classes += [node for node in tree.body if isinstance(node, ast.ClassDef)]
+            package = spec.submodule_search_locations is not None
+            origin = Path(spec.origin)
+            for file in sorted(origin.parent.glob("*.py")) if package else [origin]:
+                body = ast.parse(file.read_bytes()).body
+                classes += [node for node in body if isinstance(node, ast.ClassDef)]
     return classes
 
 

@@ -1,5 +1,6 @@
 """What the commands share: options, the panels of their help, and texts turned into values."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -59,43 +60,35 @@ def key_value(texts: Sequence[str] | None) -> dict[str, str]:
     return values
 
 
-def budget(text: str) -> float:
-    """A budget, more than 0 and at most 1; InputError otherwise."""
-    if not 0 < _number(text) <= 1:
-        raise InputError(
-            f"'{text}' is not a budget: a share of the cache, more than 0 and at most 1, like 0.3"
-        )
-    return float(text)
+def number(kind: Callable[[str], T], what: str) -> Callable[[str], T]:
+    """What turns a text into a `kind`; its InputError says that the text is not `what`."""
+
+    def convert(text: str) -> T:
+        try:
+            return kind(text)
+        except ValueError:
+            raise InputError(f"'{text}' is not {what}") from None
+
+    return convert
+
+
+budget = number(float, "a budget: a share of the cache, like 0.3")
+tokens = number(int, "a number of tokens, like 4096")
 
 
 def sparsity(text: str) -> float:
     """A sparsity, between 0 and 1; InputError otherwise."""
-    if not 0 < _number(text) < 1:
-        raise InputError(f"'{text}' is not a sparsity: a share of the heads between 0 and 1")
-    return float(text)
-
-
-def tokens(text: str) -> int:
-    """A number of tokens, at least 1; InputError otherwise."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise InputError(f"'{text}' is not a number of tokens of at least 1, like 4096")
-    return int(text)
+    what = "a sparsity: a share of the heads between 0 and 1"
+    if not 0 < (share := number(float, what)(text)) < 1:
+        raise InputError(f"'{text}' is not {what}")
+    return share
 
 
 def memory(text: str) -> int:
     """Bytes, from `8GiB`, `500MB` or a plain number; InputError for anything else."""
-    units = {"": 1, "b": 1}
-    for power, letter in enumerate("kmgt", start=1):
-        units |= {letter: 1024**power, f"{letter}ib": 1024**power, f"{letter}b": 1000**power}
-    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    size = _number(number) * units.get(text.strip()[len(number) :].lower(), -1)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kmgt])(i?b)?|b)?", text.strip().lower())
+    number, letter, suffix = found.groups() if found else ("0", None, None)
+    size = float(number) * (1000 if suffix == "b" else 1024) ** " kmgt".index(letter or " ")
     if not 1 <= size < 2**63:
         raise InputError(f"'{text}' is not an amount of memory, like 8GiB or 500MB")
     return int(size)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")

@@ -55,6 +55,9 @@ def _config_value(file: Path, name: str, value: Any) -> Any:
         return ",".join(str(item) for item in value)
     if isinstance(value, list | dict) or value is None:
         raise InputError(f"{file}: {name} has no usable value")
+    if isinstance(value, bool) and name != "dry-run":
+        return "on" if value else "off"  # YAML reads these words as booleans
+    return value
 
 
 CONFIG = "YAML file with any of these options; the command line wins."

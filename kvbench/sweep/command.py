@@ -4,6 +4,7 @@
 user should hear while it runs goes to a `Listener`.
 """
 
+import json
 import math
 import os
 import platform
@@ -50,10 +51,23 @@ class Choices:
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "auto"
-    option: dict[str, str] = field(default_factory=dict)  # of methods, by name or METHOD.name
-    chat_template: str = "auto"
-    batch_rows: int | None = None
+    option: dict[str, Any] = field(default_factory=dict)  # of methods, by name or METHOD.name
+    chat_template: str = "auto"  # auto, on or off
+    batch_rows: int | None = None  # cells measured together, at most
     memory_limit: int | None = None  # bytes beside the model
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a number that is out of range."""
+        for budget in self.budgets:
+            if not 0 < budget <= 1:
+                raise InputError(f"a budget must be more than 0 and at most 1, not {budget:g}")
+        amounts = {"samples": self.samples, "context": self.context, "batch rows": self.batch_rows}
+        for name, amount in [
+            *amounts.items(),
+            *(("prefill chunk", c) for c in self.prefill_chunk or ()),
+        ]:
+            if amount is not None and amount < 1:
+                raise InputError(f"{name} must be at least 1, not {amount}")
 
 
 @dataclass(frozen=True)
@@ -249,7 +263,7 @@ def invocation(choices: Choices, experiment: dict[str, Any]) -> dict[str, Any]:
     """This process, for `run.json`: experiment, settings, versions, hardware, commit."""
     import torch
 
-    settings = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(choices).items()}
+    settings = json.loads(json.dumps(asdict(choices), default=str))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -19,13 +19,13 @@ MOST_NAMED_TASKS = 3  # in the name of a folder
 
 
 def experiment(
-    tasks: Sequence[str], methods: Sequence[str] | None, options: Mapping[str, str]
+    tasks: Sequence[str], methods: Sequence[str] | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What `run.json` says about the sweeps of a run, beside their common settings."""
     return {
         "tasks": sorted(tasks),
         "methods": "all" if methods is None else sorted(methods),
-        "options": dict(options),
+        "options": {name: str(value) for name, value in options.items()},
     }
 
 

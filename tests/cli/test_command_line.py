@@ -242,6 +242,21 @@ def test_help_has_panels_and_examples(
     assert "$ kvbench" in shown
 
 
+def test_a_configuration_gives_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sweep.yaml").write_text(
+        "method: [recency, snapkv]\ntask: rag\nbudgets: 0.5\nsamples: 1\ncontext: 256\n"
+        "chat-template: off\noption: {window: 8}\n"
+    )
+    sweep = ["run", "--config", "sweep.yaml", "--dry-run"]
+    assert main(sweep) == 0
+    assert "3 of 3 cells to measure in results/runs/tiny-rag-" in capsys.readouterr().out
+    assert main([*sweep, "--samples", "2", "--method", "snapkv"]) == 0
+    assert "4 of 4 cells" in capsys.readouterr().out
+
+
 def test_brackets_in_names_are_shown_as_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
