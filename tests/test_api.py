@@ -87,9 +87,9 @@ def test_in_a_script(elsewhere: Path, wheel: Path) -> None:
 def test_in_a_notebook(elsewhere: Path) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(x) for x in LINES])
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    shown: list[dict[str, Any]] = [
-        output["data"] for cell in notebook.cells for output in cell.outputs
-    ]
+    outputs = [output for cell in notebook.cells for output in cell.outputs]
+    assert [output.output_type for output in outputs] == ["execute_result"] * 4, outputs
+    shown: list[dict[str, Any]] = [output.data for output in outputs]
     frame, report, again, answer = shown
     assert "<table" in frame["text/html"]
     assert "snapkv-patched" in report["text/html"]

@@ -1,7 +1,7 @@
 """Attention for learning head scores: full and streaming attention mixed by a gate per KV head.
 
 It reaches the model as the KV cache of an evaluation does: `model(..., kv=GatedAttention(...))`
-passes it to the attention function that `kvbench.models.attention` registers, so models need no change.
+passes it to the attention function of `kvbench.models.attention`, so models need no change.
 
 Shapes: query [B, H, T, D], key [B, K, T, D], value [B, K, T, Dv], output [B, H, T, Dv].
 """

@@ -1,1 +1,6 @@
 """Models: loading them, their cards, and the data of the embedded ones."""
+
+import warnings
+
+# transformers imports tqdm, which asks for ipywidgets in a notebook; kvbench shows none of its bars.
+warnings.filterwarnings("ignore", message="IProgress not found")
