@@ -1,4 +1,9 @@
-"""Methods and tasks by name. Plug-ins fill it; the core only reads it (DESIGN, dependency rule)."""
+"""Methods and tasks by name.
+
+The core imports no method and no task. They register themselves when `load_plugins` imports the
+entry points of the group `kvbench.plugins`: the built-in ones and those of other packages alike
+(`docs/architecture.md`).
+"""
 
 import importlib
 import pkgutil
@@ -19,7 +24,7 @@ C = TypeVar("C", bound=type)
 
 
 class Registry(Generic[T]):
-    """Classes of one kind by the name a user types."""
+    """The classes of one kind (methods, tasks), by the name that a user types."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind

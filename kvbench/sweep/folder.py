@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import InputError
-from kvbench.records import find_runs, read_settings
+from kvbench.records import find_runs, is_run, read_settings
 
 MOST_NAMED_TASKS = 3  # in the name of a folder
 
@@ -42,7 +42,7 @@ def find_folder(home: Path, common: Mapping[str, Any], wanted: Mapping[str, Any]
             return folder
     name = f"{stem}{date.today().isoformat()}"
     names = (name if number == 1 else f"{name}-{number}" for number in count(1))
-    return next(home / free for free in names if not (home / free).exists())
+    return next(home / free for free in names if not is_run(home / free))
 
 
 def _holds(folder: Path, common: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

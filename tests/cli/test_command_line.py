@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, wrong input, kills in the middle."""
+"""The command line as a user meets it: wrong input, help, lists, kills in the middle of a sweep."""
 
 import json
 import os

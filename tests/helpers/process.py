@@ -1,4 +1,4 @@
-"""kvbench as a user runs it: in a process of its own."""
+"""Runs kvbench as a user does, in another process."""
 
 import os
 import signal
@@ -19,12 +19,12 @@ def kvbench(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def interruptible() -> None:
-    """In a child: heed SIGINT, which a shell's background jobs are born ignoring."""
+    """Make a child process heed SIGINT, which background jobs of a shell ignore."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def interrupted(arguments: list[str], folder: Path, under_way: Callable[[], bool]) -> str:
-    """Run kvbench, press Ctrl-C once it is under way; what it said, which is no traceback."""
+    """Run kvbench and press Ctrl-C once it is under way; its stderr, which has no traceback."""
     process = subprocess.Popen(
         [*KVBENCH, *arguments],
         cwd=folder,

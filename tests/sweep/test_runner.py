@@ -1,4 +1,4 @@
-"""A sweep goes on when cells fail, and says which; the engine here is one that fails to order."""
+"""A sweep continues when cells fail, and names them. The engine here fails on demand."""
 
 from collections.abc import Sequence
 from pathlib import Path
