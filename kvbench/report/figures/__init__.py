@@ -101,10 +101,8 @@ def _file_name(stem: str) -> str:
 def _over_tasks(curves: CurvesBySetting) -> Iterator[tuple[str, str, Figure]]:
     """Yield stem, caption and figure of each picture over the tasks of one model."""
     sizes = chunk_sizes(c for of_task in curves.values() for c in of_task)
-    shown = {
-        size: {s: with_chunk(of_task, size) for s, of_task in curves.items()}
-        for size in sizes or [None]
-    }
+    each: list[int | None] = [*sizes] or [None]
+    shown = {size: {s: with_chunk(c, size) for s, c in curves.items()} for size in each}
     tails = {size: f"-chunk-{size}" if len(sizes) > 1 else "" for size in shown}
     for size, of_size in shown.items():
         words = f" with prefill chunks of {size:,} tokens" if size else ""

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -140,7 +141,7 @@ def _draw_band(axes: Axes, curve: Curve, style: Style) -> None:
 
 
 def _baseline_handles(threshold: float) -> list[Line2D]:
-    stroke = {"color": GREY, "linestyle": "none", "marker": "|", "markersize": 9}
+    stroke: dict[str, Any] = {"color": GREY, "linestyle": "none", "marker": "|", "markersize": 9}
     of_it = f"{100 * threshold:g} % of it"
     return [
         Line2D([], [], color=BLACK, linewidth=1, label="full attention"),
