@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from kvbench.engine.accounting import chunks, full_rows
 from kvbench.records import Record, RunWriter
@@ -64,7 +65,7 @@ def made_up(count: int, samples: int) -> list[Record]:
                     passed = (
                         draw.random() < 0.95 and budget > METHODS.get(method, 0) * draw.random()
                     )
-                    values = {
+                    values: dict[str, Any] = {
                         "fingerprint": f"{len(records):020x}",
                         "model": f"model-{model}",
                         "task": task,

@@ -66,11 +66,11 @@ def reproduce(
 
 def print_reproduction(found: "Reproduction") -> None:
     """Print tables and verdicts on stdout, and what was written on stderr."""
-    from kvbench.reproduce.command import print_lines
+    from kvbench.reproduce.command import print_table
 
     if found.report is None:
         return
-    print_lines(found.lines, found.claims)
+    print_table(found.table, found.claims)
     for note in found.report.notes:
         say(note, name="note: ")
     say(f"wrote table.csv, table.md, claims.md, figures and report.html to {found.out}", name="")

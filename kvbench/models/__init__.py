@@ -2,5 +2,5 @@
 
 import warnings
 
-# transformers imports tqdm, which asks for ipywidgets in a notebook; kvbench shows none of its bars.
+# transformers imports tqdm, which asks for ipywidgets in a notebook; its bars are not shown.
 warnings.filterwarnings("ignore", message="IProgress not found")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -303,8 +303,8 @@ def report_records(
     cells, notes = select(frame, latest)
     notes = [*_notes_on_runs(runs), *notes]
     curves: list[Curve] = []
-    for setting, of_setting in cells.groupby(["task", "model", "context", "seed"]):
-        task, model, context, seed = setting
+    for key, of_setting in cells.groupby(["task", "model", "context", "seed"]):
+        task, model, context, seed = cast(tuple[str, str, int, int], key)
         curves += _curves_of(Setting(model, task, context, seed), of_setting, threshold, notes)
     return Report(tuple(curves), threshold, tuple(notes), runs, frame)
 

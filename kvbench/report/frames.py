@@ -87,8 +87,9 @@ def select(records: DataFrame, latest: bool) -> tuple[DataFrame, list[str]]:
             f"{failed} of {len(records)} cells failed and are left out; "
             "'kvbench run' with the same settings measures them again"
         )
-    # The latest first: a cell that comes again has been measured before.
+    # The latest first, so that the first row of a cell or of a method is its newest.
     cells = cells.sort_values("finished", ascending=False, kind="stable")
+    cells = cells.assign(method_code=cells["method_code"].fillna(""))
     newest = cells.groupby([*SETTING, "method"])["method_code"].transform("first")
     cells = cells.assign(older=cells["method_code"] != newest)
     left_out = cells["older"] & (latest | (cells["method"] == BASELINE))

@@ -72,7 +72,7 @@ def legend(report: Report) -> str:
     )
 
 
-def overview(report: Report, cell: Callable[[Curve], str]) -> DataFrame:
+def overview(report: Report, cell: Callable[[Curve], object]) -> DataFrame:
     """Return what `cell` says of each curve: a row for each label, a column for each setting."""
     settings = report.settings()
     several = len({(s.model, s.context, s.seed) for s in settings}) > 1
@@ -239,7 +239,7 @@ def print_summary(records: Sequence[Record]) -> None:
     """
     console = console_of_stdout()
     cells, _ = select(frame_of(records), latest=True)
-    cells["chunk"] = cells["prefill_chunk"].astype("Int64").astype(str)
+    cells["chunk"] = cells["prefill_chunk"].fillna(0)
     rows = ["method", "chunk"]
     for task, of_task in cells.groupby("task", sort=False):
         means = of_task.groupby([*rows, "budget"])[["score", "kv_footprint"]].mean()

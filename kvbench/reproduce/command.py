@@ -6,7 +6,7 @@ scale the embedded model measures all methods on the generated tasks. The full s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from kvbench.errors import InputError
 from kvbench.models.card import EMBEDDED, read_card
 from kvbench.records import BASELINE, write_atomically
 from kvbench.registry import tasks as task_registry
-from kvbench.report.build import Critical, Curve, Report, make_report
+from kvbench.report.build import Curve, Report, make_report
 from kvbench.report.publish import publish
 from kvbench.report.tables import (
     console_of_stdout,
@@ -49,45 +49,13 @@ WORKING_BYTES = 4 * 2**30  # activations of a prefill chunk of 32K tokens, in bf
 
 
 @dataclass(frozen=True)
-class Line:
-    """A method on a task at a prefill chunk: our critical footprint and the paper's."""
-
-    task: str
-    method: str
-    prefill_chunk: int | None
-    ours: Curve | None
-    paper: Curve | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return one line of table.csv; footprints in 0..1."""
-        found = self.ours.footprint if self.ours else None
-        ends = found.interval if found else None
-        theirs = self.paper.footprint if self.paper else None
-        return {
-            "task": self.task,
-            "method": self.method,
-            "prefill_chunk": self.prefill_chunk,
-            "critical_footprint": found.value if found else None,
-            "ci_low": ends.low if ends else None,
-            "ci_high": ends.high if ends else None,
-            "status": found.status if found else None,
-            "baseline": self.ours.baseline if self.ours else None,
-            "samples": self.ours.samples if self.ours else None,
-            "paper_critical_footprint": theirs.value if theirs else None,
-            "paper_status": theirs.status if theirs else None,
-            "paper_is_lower_bound": is_lower_bound(self.paper) if self.paper else None,
-            "paper_baseline": self.paper.baseline if self.paper else None,
-        }
-
-
-@dataclass(frozen=True)
 class Reproduction:
     """The result of `reproduce_small`; all but the exit code is empty if the sweep was not made."""
 
     code: int  # exit code of the sweep
     out: Path
     report: Report | None = None
-    lines: tuple[Line, ...] = ()
+    table: DataFrame = field(default_factory=DataFrame)  # see `compare`
     claims: tuple[Claim, ...] = ()
     files: tuple[Path, ...] = ()
 
@@ -104,11 +72,11 @@ def reproduce_small(
     if result.interrupted:
         return Reproduction(result.exit_code, out)
     report = make_report([out / RUN], threshold, latest=True)
-    lines = compare(report, paper_report(threshold))
+    table = compare(report, paper_report(threshold))
     claims = judge(report)
     texts = {
-        "table.csv": table_csv(lines),
-        "table.md": table_markdown(lines, report),
+        "table.csv": table_csv(table),
+        "table.md": table_markdown(table, report),
         "claims.md": claims_markdown(claims, report),
     }
     published = publish(report, out)
@@ -120,7 +88,7 @@ def reproduce_small(
             f"cannot write to {out}: {error.strerror}; choose another --out"
         ) from error
     files = (*(out / name for name in texts), *published.files)
-    return Reproduction(result.exit_code, out, report, tuple(lines), tuple(claims), files)
+    return Reproduction(result.exit_code, out, report, table, tuple(claims), files)
 
 
 def small_choices(run: Path, *, samples: int, seed: int) -> Choices:
@@ -136,58 +104,62 @@ def small_choices(run: Path, *, samples: int, seed: int) -> Choices:
     )
 
 
-def compare(report: Report, paper: Report) -> list[Line]:
-    """Return each of our methods and prefill chunks next to the paper's methods, by task."""
-    lines = []
-    theirs = {(c.setting.task, c.method): c for c in paper.curves if c.method != BASELINE}
-    matched = set()
-    for curve in report.curves:
-        if curve.method == BASELINE:
-            continue
-        key = curve.setting.task, curve.method
-        matched.add(key)
-        lines.append(Line(*key, curve.prefill_chunk, curve, theirs.get(key)))
-    lines += [Line(*key, None, None, c) for key, c in theirs.items() if key not in matched]
-    ours = {curve.setting.task for curve in report.curves}
-    return sorted(
-        lines, key=lambda x: (x.task not in ours, x.task, x.method, -(x.prefill_chunk or 0))
+def compare(report: Report, paper: Report) -> DataFrame:
+    """Return our methods and the paper's, one row per task, method and prefill chunk of ours.
+
+    The columns are those of table.csv (footprints in 0..1), and the texts `ours` and `theirs`.
+    """
+    ours = report.critical.assign(ours=[_ours_text(curve) for curve in report.curves])
+    theirs = paper.critical.assign(
+        is_lower_bound=[is_lower_bound(curve) for curve in paper.curves],
+        theirs=[_paper_text(curve) for curve in paper.curves],
     )
+    values = ["critical_footprint", "status", "is_lower_bound", "baseline"]
+    theirs = theirs[["task", "method", *values, "theirs"]]
+    theirs = theirs.rename(columns={name: f"paper_{name}" for name in values})
+    table = ours.merge(theirs, on=["task", "method"], how="outer")
+    table = table[table["method"] != BASELINE]
+    table = table.assign(
+        not_ours=~table["task"].isin(ours["task"]),
+        order=-table["prefill_chunk"].fillna(0),
+        ours=table["ours"].fillna(""),
+        theirs=table["theirs"].fillna(""),
+        samples=table["samples"].astype("Int64"),
+    )
+    return table.sort_values(["not_ours", "task", "method", "order"])
 
 
-def table_csv(lines: Sequence[Line]) -> str:
+def table_csv(table: DataFrame) -> str:
     """Return one line per method, task and prefill chunk."""
-    frame = DataFrame([line.as_dict() for line in lines])
-    return csv_text(frame.astype({"prefill_chunk": "Int64", "samples": "Int64"}))
+    ours = ["critical_footprint", "ci_low", "ci_high", "status", "baseline", "samples"]
+    theirs = ["critical_footprint", "status", "is_lower_bound", "baseline"]
+    names = ["task", "method", "prefill_chunk", *ours, *(f"paper_{name}" for name in theirs)]
+    return csv_text(table[names])
 
 
-def paper_text(curve: Curve | None) -> str:
+def _paper_text(curve: Curve) -> str:
     """Return the paper's critical footprint in per cent, with `>=` if it is a lower bound."""
-    if curve is None:
-        return ""
     return (">=" if is_lower_bound(curve) else "") + critical_text(curve.footprint)
 
 
-def _ours_text(curve: Curve | None) -> str:
-    if curve is None:
-        return ""
-    found: Critical | None = curve.footprint
+def _ours_text(curve: Curve) -> str:
+    found = curve.footprint
     return f"{critical_text(found)} ({interval_text(found)}) {mark(curve)}".strip()
 
 
-def _cells(lines: Sequence[Line], task: str) -> tuple[list[str], list[list[str]]]:
+def _cells(table: DataFrame, task: str) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of one task's table: a row per method, a column per prefill chunk."""
-    of_task = [line for line in lines if line.task == task]
-    chunks = sorted({x.prefill_chunk for x in of_task if x.prefill_chunk}, reverse=True)
+    of_task = table[table["task"] == task]
+    chunks = sorted(of_task["prefill_chunk"].dropna().unique(), reverse=True)
     rows = []
-    for method in dict.fromkeys(line.method for line in of_task):
-        by_chunk = {line.prefill_chunk: line for line in of_task if line.method == method}
-        ours = [by_chunk.get(chunk, by_chunk.get(None)) for chunk in chunks]
-        paper = next(iter(by_chunk.values())).paper
-        rows.append([method, *(_ours_text(x.ours if x else None) for x in ours), paper_text(paper)])
+    for method, cells in of_task.groupby("method"):
+        by_chunk = dict(zip(cells["order"], cells["ours"], strict=True))
+        ours = [by_chunk.get(-chunk, by_chunk.get(0, "")) for chunk in chunks]
+        rows.append([str(method), *ours, cells["theirs"].iloc[0]])
     return ["method", *(f"ours, chunk {chunk}" for chunk in chunks), "paper"], rows
 
 
-def table_markdown(lines: Sequence[Line], report: Report) -> str:
+def table_markdown(table: DataFrame, report: Report) -> str:
     """Return the paper's table of critical footprints with ours next to it, as Markdown."""
     parts = [
         "# Critical KV footprints, ours and the paper's\n",
@@ -198,8 +170,8 @@ def table_markdown(lines: Sequence[Line], report: Report) -> str:
         "value. Model, context and tasks' data differ, so orders are to be compared, not values.\n",
         escape_markdown(legend(report)) + "\n",
     ]
-    for task in dict.fromkeys(line.task for line in lines):
-        header, rows = _cells(lines, task)
+    for task in table["task"].unique():
+        header, rows = _cells(table, task)
         ours = next((c for c in report.curves if c.setting.task == task), None)
         scores = f"full attention scores {ours.baseline:.3f} here" if ours else "not measured here"
         parts.append(f"## {task}\n\n{scores}\n")
@@ -235,20 +207,19 @@ def _setting_text(report: Report) -> str:
     )
 
 
-def print_lines(lines: Sequence[Line], claims: Sequence[Claim]) -> None:
+def print_table(table: DataFrame, claims: Sequence[Claim]) -> None:
     """Print the table of each task, and the claims' verdicts, on stdout."""
     console = console_of_stdout()
-    measured = dict.fromkeys(line.task for line in lines if line.ours is not None)
-    for task in measured:
-        header, rows = _cells(lines, task)
-        table = Table(
+    for task in table.loc[~table["not_ours"], "task"].unique():
+        header, rows = _cells(table, task)
+        shown = Table(
             box=SIMPLE_HEAD, title=f"{task}: critical KV footprint, %", title_justify="left"
         )
         for index, name in enumerate(header):
-            table.add_column(name, justify="right" if index else "left", no_wrap=True)
+            shown.add_column(name, justify="right" if index else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
+            shown.add_row(*map(escape, row))
+        console.print(shown)
     console.print("Claims of the paper, on these data:")
     for claim in claims:
         console.print(f"  {claim.verdict:12} {claim.text}", highlight=False)

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.errors import InputError
+from kvbench.errors import InputError, did_you_mean
 from kvbench.models.card import ModelCard, model_folder, read_card
 from kvbench.records import BASELINE, Record, RunWriter, check_common, is_run, read_records
 from kvbench.registry import tasks as task_registry
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kvbench.sweep.runner import Sweep
 
 RUNS = Path("results/runs")
+CHAT_TEMPLATES = ("auto", "on", "off")
 CONTEXT = 8192  # tokens, for a model whose card says nothing
 TRIAL_SHARE = 0.01  # of a sweep's tokens, at most, are spent on predicting its time
 
@@ -57,17 +58,30 @@ class Choices:
     memory_limit: int | None = None  # bytes beside the model
 
     def __post_init__(self) -> None:
-        """Raise InputError for a number that is out of range."""
+        """Raise InputError for a value that no sweep can have."""
+        for name in ("method", "task", "budgets", "prefill_chunk"):
+            if getattr(self, name) == ():
+                raise InputError(f"{name} is empty: give at least one")
         for budget in self.budgets:
             if not 0 < budget <= 1:
                 raise InputError(f"a budget must be more than 0 and at most 1, not {budget:g}")
-        amounts = {"samples": self.samples, "context": self.context, "batch rows": self.batch_rows}
-        for name, amount in [
-            *amounts.items(),
-            *(("prefill chunk", c) for c in self.prefill_chunk or ()),
-        ]:
+        amounts = {
+            "samples": self.samples,
+            "context": self.context,
+            "prefill_chunk": min(self.prefill_chunk or (1,)),
+            "batch_rows": self.batch_rows,
+            "memory_limit": self.memory_limit,
+        }
+        for name, amount in amounts.items():
             if amount is not None and amount < 1:
                 raise InputError(f"{name} must be at least 1, not {amount}")
+        if self.seed < 0:
+            raise InputError(f"seed must be at least 0, not {self.seed}")
+        if self.chat_template not in CHAT_TEMPLATES:
+            raise InputError(
+                f"unknown chat_template '{self.chat_template}': "
+                f"{did_you_mean(self.chat_template, CHAT_TEMPLATES)}"
+            )
 
 
 @dataclass(frozen=True)

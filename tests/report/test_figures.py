@@ -4,8 +4,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.records import record
+from matplotlib.text import Text
 
 from kvbench.engine.accounting import full_rows
 from kvbench.records import Record
@@ -66,7 +68,7 @@ def test_a_timeline_is_drawn_as_recorded_and_equal_ones_once() -> None:
     panels = [axes for axes in figure.axes if axes.axison]
     assert len(panels) == 1  # both methods hold the same
     assert "prulong, snapkv-naive" in panels[0].get_title(loc="left")
-    full, method, prompt = (line.get_xydata().tolist() for line in panels[0].lines)
+    full, method, prompt = (np.asarray(line.get_xydata()).tolist() for line in panels[0].lines)
     assert full == [[0, 0], [10, 100]]
     assert method == [[0, 0], [8, 80], [8, 40], [10, 60]]
     assert prompt[0][0] == 8
@@ -79,8 +81,8 @@ def test_letters_are_large_enough_for_print() -> None:
     for picture in draw_pictures(report_records(rows_of((8, 4)), 0.9)):
         figure = picture.figure
         figure.draw_without_rendering()
-        texts = [t for t in figure.findobj(lambda a: hasattr(a, "get_fontsize")) if t.get_text()]
-        assert min(text.get_fontsize() for text in texts) >= 6.5
+        texts = [t for t in figure.findobj() if isinstance(t, Text) and t.get_text()]
+        assert min(float(text.get_fontsize()) for text in texts) >= 6.5
         if picture.setting is None:
             assert figure.get_figwidth() == 7
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.records import record, store
@@ -22,13 +23,14 @@ def report(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def rows_of(*arguments: str, folder: Path) -> tuple[list[dict[str, object]], str]:
+def rows_of(*arguments: str, folder: Path) -> tuple[list[dict[str, Any]], str]:
     """The JSON rows and what stderr says of a report that has to succeed."""
     done = report(*arguments, "--format", "json", folder=folder)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
-    return json.loads(done.stdout), done.stderr
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows, done.stderr
 
 
 def refusal(*arguments: str, folder: Path) -> str:
@@ -77,7 +79,7 @@ def test_a_method_better_than_the_baseline(tmp_path: Path) -> None:
     store(tmp_path / "r", [*full(12, 0.5), *rows])
     found, _ = rows_of("r", folder=tmp_path)
     assert found[1]["status"] == "reached"
-    assert 0.2 < found[1]["critical_footprint"] < 0.6  # type: ignore[operator]
+    assert 0.2 < found[1]["critical_footprint"] < 0.6
 
 
 def test_a_run_half_finished(tmp_path: Path) -> None:
@@ -85,8 +87,8 @@ def test_a_run_half_finished(tmp_path: Path) -> None:
     store(tmp_path / "r", [*full(12), *rows, record("prulong", 0.5, 40, 1.0)])
     found, errors = rows_of("r", folder=tmp_path)
     assert [row["method"] for row in found] == ["full", "snapkv"]
-    assert [p["budget"] for p in found[1]["points"]] == [0.2, 0.5]  # type: ignore[attr-defined]
-    assert [p["samples"] for p in found[1]["points"]] == [12, 8]  # type: ignore[attr-defined]
+    assert [p["budget"] for p in found[1]["points"]] == [0.2, 0.5]
+    assert [p["samples"] for p in found[1]["points"]] == [12, 8]
     assert "too few samples at budget 0.9" in errors
     assert "unfinished, 8 to 12 samples" in errors
     assert "no sample that the baseline has too" in errors

@@ -75,10 +75,11 @@ def opened(page: Path, browser: Any) -> Any:
 
 def first_table(browser: Any) -> list[list[str]]:
     """The texts of the first table's body."""
-    return browser.execute_script(
+    rows: list[list[str]] = browser.execute_script(
         "return Array.from(document.querySelector('table.sortable').tBodies[0].rows,"
         " row => Array.from(row.cells, cell => cell.innerText.trim()))"
     )
+    return rows
 
 
 @needs_browser
@@ -144,6 +145,32 @@ def test_a_score_opens_its_samples_and_their_texts_are_text(opened: Any) -> None
     assert detail.find_elements("tag name", "img") == []
     assert opened.execute_script("return window.broken") is None
     assert opened.get_log("browser") == []
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [800, 1300])
+def test_nothing_is_cut_off_at_the_side(page: Path, browser: Any, width: int) -> None:
+    size = browser.get_window_size()
+    browser.set_window_size(width, 1000)
+    browser.get(page.as_uri())
+    inside, shown = browser.execute_script(
+        "const all = [document.documentElement, ...document.querySelectorAll('.scroll')];"
+        "return [all.map(e => e.scrollWidth), all.map(e => e.clientWidth)]"
+    )
+    browser.set_window_size(size["width"], size["height"])
+    assert inside == shown
+
+
+@needs_browser
+def test_the_overview_comes_first_with_the_best_in_bold(opened: Any) -> None:
+    table = opened.find_element("css selector", "table")
+    rows = [row.text.split() for row in table.find_elements("tag name", "tr")]
+    assert rows[0] == ["critical", "footprint", "%", "recall"]
+    assert [row[0] for row in rows[1:]] == ["prulong", "snapkv", "recency", "full"]
+    assert [best.text for best in table.find_elements("tag name", "b")] == [rows[1][1]]
+    table.find_element("link text", "recall").click()
+    heading = opened.find_element("id", "task-0")
+    assert heading.text.startswith("recall: m, 100 tokens")
 
 
 @needs_browser

@@ -1,5 +1,7 @@
 """Fitted curves, critical points and the coverage of their intervals, against slow and known."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,7 +24,9 @@ from kvbench.report.statistics import (
 Floats = NDArray[np.float64]
 
 
-def found(points: list[tuple[float, float]], baseline: float, threshold: float = 0.9):  # type: ignore[no-untyped-def]
+def found(
+    points: list[tuple[float, float]], baseline: float, threshold: float = 0.9
+) -> tuple[Any, Status]:
     cost, score = np.array(points, dtype=float).T
     return critical(cost, score, np.ones(len(cost)), baseline, 1, threshold)
 
@@ -147,7 +151,7 @@ def test_no_interval_from_one_sample_or_from_no_draw() -> None:
     assert interval(np.full(10, np.nan), 5) is None
     ends = interval(np.arange(1001.0), 10_000)
     assert ends is not None
-    assert (ends.low, ends.high) == (pytest.approx(25, abs=0.1), pytest.approx(975, abs=0.1))
+    assert [ends.low, ends.high] == pytest.approx([25, 975], abs=0.1)
 
 
 def simulate(rng: np.random.Generator, samples: int, expected: str, middle: float) -> Floats:
@@ -160,11 +164,11 @@ def simulate(rng: np.random.Generator, samples: int, expected: str, middle: floa
     difficulty = rng.normal(size=(samples, 1))
     chance = 0.97 * expit((BUDGETS - middle) / 0.1 + difficulty)
     if expected == "graded":
-        return rng.binomial(8, chance) / 8
+        return np.asarray(rng.binomial(8, chance) / 8)
     luck = rng.normal(size=chance.shape)
     if expected == "paired":
         luck = (luck + rng.normal(size=(samples, 1))) / np.sqrt(2)
-    return (ndtr(luck) < chance).astype(float)
+    return np.asarray(ndtr(luck) < chance, dtype=float)
 
 
 BUDGETS = np.array([0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0])

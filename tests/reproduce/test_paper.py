@@ -88,14 +88,14 @@ def test_claims_are_false_of_curves_made_the_other_way_round(tmp_path: Path) -> 
 
 
 def test_claims_are_undecided_where_the_intervals_do_not_tell(tmp_path: Path) -> None:
-    even = {256: [0.1, 0.6, 0.9]}
+    even: dict[int | None, list[float]] = {256: [0.1, 0.6, 0.9]}
     rows = curves(snapkv_naive=even, snapkv_patched=even, prulong=even, duoattention=even)
     report = make_report([store(tmp_path / "r", rows)], 0.9)
     claims = {claim.text.split()[0]: claim.verdict for claim in judge(report)}
     assert claims["Patched"] is Verdict.UNDECIDED
     assert claims["PruLong"] is Verdict.NOT_MEASURED  # one prefill chunk only
     # both reach at every budget: the smaller one may be anywhere below
-    low = {256: [0.9, 0.9, 0.9]}
+    low: dict[int | None, list[float]] = {256: [0.9, 0.9, 0.9]}
     rows = curves(prulong=low, duoattention={256: [0.1, 0.9, 0.9]})
     beats = judge(make_report([store(tmp_path / "s", rows)], 0.9))[2]
     assert beats.verdict is Verdict.TRUE

@@ -23,7 +23,7 @@ from kvbench.report.figures.bytes import draw_bytes
 from kvbench.report.figures.chunks import draw_chunks
 from kvbench.report.figures.curves import draw_grid, draw_task
 from kvbench.report.figures.style import CurvesBySetting, chunk_sizes, with_chunk
-from kvbench.report.figures.timeline import draw_timeline, find_timelines
+from kvbench.report.figures.timeline import draw_timeline
 
 DOTS = 160  # per inch
 RC = {"pdf.fonttype": 42, "svg.fonttype": "none"}  # fonts that publishers accept
@@ -101,10 +101,8 @@ def _file_name(stem: str) -> str:
 def _over_tasks(curves: CurvesBySetting) -> Iterator[tuple[str, str, Figure]]:
     """Yield stem, caption and figure of each picture over the tasks of one model."""
     sizes = chunk_sizes(c for of_task in curves.values() for c in of_task)
-    shown = {
-        size: {s: with_chunk(of_task, size) for s, of_task in curves.items()}
-        for size in sizes or [None]
-    }
+    each: list[int | None] = [*sizes] or [None]
+    shown = {size: {s: with_chunk(c, size) for s, c in curves.items()} for size in each}
     tails = {size: f"-chunk-{size}" if len(sizes) > 1 else "" for size in shown}
     for size, of_size in shown.items():
         words = f" with prefill chunks of {size:,} tokens" if size else ""
@@ -117,13 +115,13 @@ def _over_tasks(curves: CurvesBySetting) -> Iterator[tuple[str, str, Figure]]:
             draw_chunks(curves),
         )
     for size, of_size in shown.items():
-        lines = find_timelines(of_size)
-        if lines is not None:
+        figure = draw_timeline(of_size)
+        if figure is not None:
             yield (
                 f"timeline{tails[size]}",
                 "Resident entries while the rows of one sample are processed; the area is the KV "
                 "footprint. The grey triangle is full attention.",
-                draw_timeline(lines),
+                figure,
             )
     if any(p.kv_bytes_peak for of_task in curves.values() for c in of_task for p in c.points):
         yield (

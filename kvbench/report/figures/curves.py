@@ -2,12 +2,15 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
 from kvbench.records import BASELINE
 from kvbench.report.build import Curve, Setting
@@ -92,8 +95,8 @@ def _draw_curves(
         line = style.line if variant == 0 else _LINES[variant % len(_LINES)]
         width = 1.3 * scale
         marks = style.marks(5 * scale, 0.9 * scale)
-        axes.plot(*_columns(curve.fitted), color=style.colour, linestyle=line, linewidth=width)
-        measured = _columns((p.kv_footprint, p.score) for p in curve.points)
+        axes.plot(*_in_percent(curve.fitted), color=style.colour, linestyle=line, linewidth=width)
+        measured = _in_percent([(p.kv_footprint, p.score) for p in curve.points])
         axes.plot(*measured, **marks, linestyle="none", clip_on=False, zorder=4)
         if len(shown) <= MOST_CURVES_WITH_BANDS:
             _draw_band(axes, curve, style)
@@ -119,28 +122,24 @@ def _draw_curves(
     return handles
 
 
-def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Return footprints in per cent, and scores."""
-    pairs = list(points)
-    return [100 * x for x, _ in pairs], [y for _, y in pairs]
+def _in_percent(points: Sequence[tuple[float, ...]]) -> NDArray[np.float64]:
+    """Return the columns of points as rows, the first (a footprint) in per cent."""
+    columns = np.array(points).T
+    columns[0] *= 100
+    return columns
 
 
 def _draw_band(axes: Axes, curve: Curve, style: Style) -> None:
-    known = [(p.kv_footprint, i) for p in curve.points if (i := p.score_interval) is not None]
+    known = [
+        (p.kv_footprint, i.low, i.high) for p in curve.points if (i := p.score_interval) is not None
+    ]
     if len(known) > 1:
-        axes.fill_between(
-            [100 * x for x, _ in known],
-            [i.low for _, i in known],
-            [i.high for _, i in known],
-            color=style.colour,
-            alpha=0.10,
-            linewidth=0,
-            zorder=0.5,
-        )
+        band = _in_percent(known)
+        axes.fill_between(*band, color=style.colour, alpha=0.10, linewidth=0, zorder=0.5)
 
 
 def _baseline_handles(threshold: float) -> list[Line2D]:
-    stroke = {"color": GREY, "linestyle": "none", "marker": "|", "markersize": 9}
+    stroke: dict[str, Any] = {"color": GREY, "linestyle": "none", "marker": "|", "markersize": 9}
     of_it = f"{100 * threshold:g} % of it"
     return [
         Line2D([], [], color=BLACK, linewidth=1, label="full attention"),
