@@ -1,7 +1,7 @@
 """Where a budget becomes an eviction: which entries of a layer stay after a prefill chunk.
 
 `kvbench.engine.prefill` calls `choose` once a layer has attended to a chunk, and moves the entries.
-Windows of streaming KV heads need no choice: the cache keeps them by position.
+Streaming KV heads need no choice: their windows keep entries by position.
 """
 
 from collections.abc import Sequence
@@ -106,7 +106,7 @@ class EvictionPolicy:
     @property
     def keeps_whole_prompt(self) -> bool:
         """Whether nothing is evicted before the whole prompt is read."""
-        streaming = any(window for layer in self.windows for window in layer)
+        streaming = any(window is not None for layer in self.windows for window in layer)
         return not self.scores_each_chunk and not streaming
 
     @property
