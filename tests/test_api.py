@@ -85,7 +85,8 @@ def test_in_a_script(elsewhere: Path, wheel: Path) -> None:
 
 
 def test_in_a_notebook(elsewhere: Path) -> None:
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(x) for x in LINES])
+    v4: Any = nbformat.v4  # its functions have no types
+    notebook = v4.new_notebook(cells=[v4.new_code_cell(line) for line in LINES])
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells for output in cell.outputs]
     assert [output.output_type for output in outputs] == ["execute_result"] * 4, outputs

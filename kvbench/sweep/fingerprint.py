@@ -55,7 +55,7 @@ def measuring_code() -> str:
 
 
 @cache
-def source_code(*classes: type) -> str:
+def source_code(*classes: type[Any]) -> str:
     """A hash of the source of some methods or tasks, 8 hexadecimal digits.
 
     It is kept while the process runs, as the loaded code is: a file that is edited meanwhile counts
@@ -156,7 +156,8 @@ def _compiled(value: Any, seen: frozenset[int] = frozenset()) -> Any:
             value.co_names,
             [_compiled(each, seen) for each in value.co_consts],
         )
-    function = inspect.unwrap(value.fget if isinstance(value, property) else value)
+    function: Any = value.fget if isinstance(value, property) else value
+    function = inspect.unwrap(function)
     function = getattr(function, "__func__", getattr(function, "func", function))
     if isinstance(function, FunctionType):
         used = {name: function.__globals__.get(name) for name in function.__code__.co_names}

@@ -15,6 +15,7 @@ from kvbench.errors import InputError
 from kvbench.records import Record
 from kvbench.report.build import Report, make_report, report_records
 from kvbench.report.frames import frame_of, load_records
+from kvbench.report.page import render_notebook
 from kvbench.report.tables import print_summary, to_csv
 
 OLD, NEW = "3f2a90bb1c", "77e0d1a4f2"
@@ -187,7 +188,7 @@ def test_reading_results_needs_no_torch(tmp_path: Path) -> None:
 def test_a_notebook_shows_the_overview_escaped() -> None:
     rows = rows_of("full", (1.0,), 12, 1.0, task="<img src=x>")
     rows += rows_of("snapkv", (0.5,), 12, 1.0, task="<img src=x>", options={})
-    shown = report_records(rows, 0.9)._repr_html_()
+    shown = render_notebook(report_records(rows, 0.9))
     assert "<b>&lt;=50.0</b>" in shown
     assert "<img src=x>" not in shown
     assert shown.count('src="data:image/png;base64,') == 1
