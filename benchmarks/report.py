@@ -1,9 +1,10 @@
-"""`kvbench report` of many records: seconds and memory, against merely parsing them, in one run.
+"""Time and memory of `kvbench report` on many records, compared with parsing them alone.
 
     python benchmarks/report.py [--records 100000] [--samples 200]
 
-The records are made up: 13 methods at six budgets on four tasks, texts as long as a run's, and a
-timeline each. The report is a process of its own and makes all it makes: tables, pictures, page.
+The records are made up: 13 methods at six budgets on four tasks, with texts as long as those of a
+run and a timeline. The report runs as a separate process and makes everything: tables, pictures,
+page.
 """
 
 import argparse
@@ -41,7 +42,7 @@ PROMPT, ANSWER, CHUNK, HEADS = 1000, 24, 256, 16
 
 
 def timeline(budget: float) -> list[list[int]]:
-    """Corners of what a chunked eviction holds."""
+    """Return the timeline of a chunked eviction."""
     corners, held, rows = [[0, 0]], 0, 0
     for size in chunks(PROMPT, CHUNK):
         rows += size
@@ -52,7 +53,7 @@ def timeline(budget: float) -> list[list[int]]:
 
 
 def made_up(count: int, samples: int) -> list[Record]:
-    """`count` records; as many models as that takes at so many samples a task."""
+    """Return `count` records, of as many models as that takes at `samples` samples per task."""
     draw = random.Random(0)
     known = set(Record.__dataclass_fields__)
     records: list[Record] = []
