@@ -345,7 +345,7 @@ def _notes_on_runs(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Group:
+class CellGroup:
     """The cells of one curve, and what they share."""
 
     method: str
@@ -357,7 +357,7 @@ class _Group:
     cells: DataFrame = field(compare=False)
 
 
-def _groups(cells: DataFrame) -> list[_Group]:
+def group_cells(cells: DataFrame) -> list[CellGroup]:
     """Return the cells of a setting by curve, the baseline first."""
     keys = [
         (cells["method"] != BASELINE).rename("is_method"),
@@ -371,12 +371,14 @@ def _groups(cells: DataFrame) -> list[_Group]:
     for _, part in cells.groupby(keys):
         shared = ["method", "family", "options", "prefill_chunk", "method_code", "older"]
         method, family, options, chunk, code, older = part[shared].iloc[0]
-        groups.append(_Group(method, family, options, known(chunk, int), code, bool(older), part))
+        groups.append(
+            CellGroup(method, family, options, known(chunk, int), code, bool(older), part)
+        )
     return groups
 
 
-def _label(group: _Group, groups: Sequence[_Group], with_chunk: bool) -> str:
-    """Return the method of a group, and what distinguishes it from others of the method."""
+def label_of(group: CellGroup, groups: Sequence[CellGroup], with_chunk: bool) -> str:
+    """Return the method of a group, and what distinguishes it from other groups of the method."""
     same = [other for other in groups if other.method == group.method]
     names = dict.fromkeys(name for other in same for name in other.options)
     parts = [
@@ -402,7 +404,7 @@ def _curves_of(
 ) -> list[Curve]:
     """Return the curves of one setting, from one bootstrap of its samples."""
     where = f"{setting.model}/{setting.task}"
-    groups = _groups(cells)
+    groups = group_cells(cells)
     if groups[0].method != BASELINE:
         notes.append(
             f"{where}: full attention has not been measured, so there is no baseline; continue "
@@ -420,7 +422,7 @@ def _curves_of(
         )
     kept = []
     for group in groups:
-        label = _label(group, groups, with_chunk=True)
+        label = label_of(group, groups, with_chunk=True)
         usable = _usable(group.cells, set(full.index), f"{where}/{label}", notes)
         if not usable.empty:
             kept.append((replace(group, cells=usable), label))
@@ -435,7 +437,7 @@ def _curves_of(
     for (group, label), table, mean, count in zip(
         kept, tables, np.split(means, ends, axis=1), np.split(counts, ends, axis=1), strict=True
     ):
-        name = _label(group, groups, with_chunk=False)
+        name = label_of(group, groups, with_chunk=False)
         curves.append(_curve(setting, group, label, name, _measures(table, mean, count), threshold))
     return _mark_best(curves)
 
@@ -496,7 +498,7 @@ def _measures(table: DataFrame, means: Floats, counts: Floats) -> dict[str, _Mea
 
 def _curve(
     setting: Setting,
-    group: _Group,
+    group: CellGroup,
     label: str,
     name: str,
     measures: dict[str, _Measure],

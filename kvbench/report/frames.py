@@ -85,6 +85,7 @@ def select(records: DataFrame, latest: bool) -> tuple[DataFrame, list[str]]:
     method, the latest counts. Two columns are added: `options_text`, and `older`, whether newer
     code of the same method was measured in the same setting. Older cells are separate curves, or
     are left out if `latest`. Those of the baseline are always left out: a setting has one baseline.
+    Cells of older code of a task are left out too: their samples or scores may differ.
     """
     notes = []
     cells = records[records["error"].isna()]
@@ -97,6 +98,11 @@ def select(records: DataFrame, latest: bool) -> tuple[DataFrame, list[str]]:
     # The latest first, so that the first row of a cell or of a method is its newest.
     cells = cells.sort_values("finished", ascending=False, kind="stable")
     cells["method_code"] = cells["method_code"].fillna("")
+    cells["task_code"] = cells["task_code"].fillna("")
+    changed = cells["task_code"] != cells.groupby(SETTING)["task_code"].transform("first")
+    for task, count in cells.loc[changed].groupby("task").size().items():
+        notes.append(f"{task}: {count} cells of older code of this task are left out")
+    cells = cells[~changed].copy()
     newest = cells.groupby([*SETTING, "method"])["method_code"].transform("first")
     cells["older"] = cells["method_code"] != newest
     left_out = cells["older"] & (latest | (cells["method"] == BASELINE))

@@ -15,7 +15,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvbench.records import BASELINE, Record
-from kvbench.report.build import Critical, Curve, Report, Setting, by_critical
+from kvbench.report.build import (
+    Critical,
+    Curve,
+    Report,
+    Setting,
+    by_critical,
+    group_cells,
+    label_of,
+)
 from kvbench.report.frames import as_text, frame_of, select
 from kvbench.report.statistics import Status
 
@@ -239,22 +247,18 @@ def print_summary(records: Sequence[Record]) -> None:
     """
     console = console_of_stdout()
     cells, _ = select(frame_of(records), latest=True)
-    cells["chunk"] = cells["prefill_chunk"].fillna(0)
-    rows = ["method", "chunk"]
     for task, of_task in cells.groupby("task", sort=False):
-        means = of_task.groupby([*rows, "budget"])[["score", "kv_footprint"]].mean()
-        texts = means["score"].map("{:.2f}@".format) + (100 * means["kv_footprint"]).map(
-            "{:.0f}".format
-        )
-        grid = texts.unstack("budget", fill_value="")
         table = Table(
             box=SIMPLE_HEAD, title=f"{task}: score @ KV footprint %", title_justify="left"
         )
         table.add_column("method", no_wrap=True)
-        for budget in grid.columns:
+        budgets = sorted(of_task["budget"].unique())
+        for budget in budgets:
             table.add_column(f"{budget:g}", justify="right", no_wrap=True)
-        chunks = of_task.groupby("method")["chunk"].nunique()
-        for method, chunk in of_task[rows].drop_duplicates().itertuples(index=False):
-            label = f"{method} (chunk {chunk})" if chunks[method] > 1 else method
-            table.add_row(escape(label), *grid.loc[(method, chunk)])
+        groups = group_cells(of_task)
+        for group in groups:
+            means = group.cells.groupby("budget")[["score", "kv_footprint"]].mean()
+            texts = {b: f"{score:.2f}@{100 * kv:.0f}" for b, score, kv in means.itertuples()}
+            label = label_of(group, groups, with_chunk=True)
+            table.add_row(escape(label), *(texts.get(budget, "") for budget in budgets))
         console.print(table)
