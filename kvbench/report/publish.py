@@ -14,6 +14,9 @@ import kvbench.records
 from kvbench.errors import InputError
 from kvbench.records import write_atomically
 from kvbench.report.build import Report
+from kvbench.report.figures import draw_pictures
+from kvbench.report.page import Image, render
+from kvbench.report.tables import csv_text, to_csv
 
 STAMP = ".report.json"
 LIBRARIES = ("numpy", "scipy", "pandas", "matplotlib", "jinja2")  # whose versions change the files
@@ -60,10 +63,6 @@ def publish(report: Report, folder: Path) -> Published:
 
 def _files(report: Report) -> dict[str, bytes]:
     """Return the contents of every file of a report."""
-    from kvbench.report.figures import draw_pictures
-    from kvbench.report.page import Image, render
-    from kvbench.report.tables import csv_text, to_csv
-
     tables = {"critical.csv": to_csv(report), "differences.csv": csv_text(report.differences)}
     files = {name: text.encode() for name, text in tables.items()}
     images = []

@@ -107,10 +107,18 @@ def test_dynamic_sparsity_is_counted(tmp_path: Path) -> None:
     rows = curves()
     for budget in (0.1, 0.5):
         rows += [
-            record("quest", budget, i, 0.9, family="dynamic sparsity", kv_footprint=1.0,
-                   kv_peak=1.0, kv_reads=budget)
+            record(
+                "quest",
+                budget,
+                i,
+                0.9,
+                family="dynamic sparsity",
+                kv_footprint=1.0,
+                kv_peak=1.0,
+                kv_reads=budget,
+            )
             for i in range(30)
-        ]  # fmt: skip
+        ]
     report = make_report([store(tmp_path / "r", rows)], 0.9)
     claim = judge(report)[-1]
     assert claim.verdict is Verdict.TRUE
