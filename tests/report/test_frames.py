@@ -194,6 +194,7 @@ def test_a_notebook_shows_the_overview_escaped() -> None:
     assert shown.count('src="data:image/png;base64,') == 1
     assert isinstance(report_records(rows, 0.9).critical, DataFrame)
 
+
 def test_older_code_of_a_task_is_left_out() -> None:
     rows = rows_of("full", (1.0,), 12, 1.0, task_code="b", finished="2026-02-02")
     rows += rows_of("snapkv", (0.5,), 12, 0.9, task_code="b", finished="2026-02-02")
