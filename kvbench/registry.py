@@ -1,4 +1,4 @@
-"""Methods and tasks by name. Plug-ins fill it; the core only reads it (DESIGN, dependency rule)."""
+"""Methods, tasks and metrics by name. Plug-ins fill it; the core only reads it (DESIGN, dependency rule)."""
 
 import importlib
 import pkgutil
@@ -15,46 +15,46 @@ if TYPE_CHECKING:
 PLUGIN_GROUP = "kvbench.plugins"
 
 T = TypeVar("T")
-C = TypeVar("C", bound=type)
+C = TypeVar("C", bound=Any)
 
 
 class Registry(Generic[T]):
-    """Classes of one kind by the name a user types."""
+    """Classes, or functions, of one kind by the name a user types."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._classes: dict[str, type[T]] = {}
+        self._known: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Class decorator; raises ValueError if another class already has the name."""
+        """Decorator that sets `name`; raises ValueError if something else already has the name."""
 
-        def add(cls: C) -> C:
-            known = self._classes.get(name)
-            if known is not None and known.__qualname__ != cls.__qualname__:
-                raise ValueError(f"two {self.kind}s are called '{name}': {known} and {cls}")
-            self._classes[name] = cls
-            cls.name = name  # type: ignore[attr-defined]
-            return cls
+        def add(thing: C) -> C:
+            known: Any = self._known.get(name)
+            if known is not None and known.__qualname__ != thing.__qualname__:
+                raise ValueError(f"two {self.kind}s are called '{name}': {known} and {thing}")
+            self._known[name] = thing
+            thing.name = name
+            return thing
 
         return add
 
-    def get(self, name: str) -> type[T]:
-        """The class called `name`; InputError, with the nearest name, if there is none."""
+    def get(self, name: str) -> T:
+        """The class or function called `name`; InputError, with the nearest name, if there is none."""
         load_plugins()
         try:
-            return self._classes[name]
+            return self._known[name]
         except KeyError:
-            hint = did_you_mean(name, self._classes)
+            hint = did_you_mean(name, self._known)
             raise InputError(f"unknown {self.kind} '{name}': {hint}") from None
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
         load_plugins()
-        return sorted(self._classes)
+        return sorted(self._known)
 
 
-methods: "Registry[Method]" = Registry("method")
-tasks: "Registry[Task]" = Registry("task")
+methods: "Registry[type[Method]]" = Registry("method")
+tasks: "Registry[type[Task]]" = Registry("task")
 register_method = methods.register
 register_task = tasks.register
 
