@@ -58,7 +58,7 @@ def substring_exact_match(prediction: str, reference: Any) -> float:
     `normalised`, so an answer of articles and punctuation alone is in every prediction.
     """
     text = normalised(prediction)
-    return float(any(normalised(answer) in text for answer in _texts(reference)))
+    return float(any(normalised(answer) in text for answer in texts_of(reference)))
 
 
 @register_metric("exact_match")
@@ -68,7 +68,7 @@ def exact_match(prediction: str, reference: Any) -> float:
     `reference` is a text, or a list of texts of which one is enough. Both sides are compared as
     `normalised`.
     """
-    return _equals_one(_readings(prediction), _texts(reference))
+    return _equals_one(_readings(prediction), texts_of(reference))
 
 
 @register_metric("label_exact_match")
@@ -78,7 +78,7 @@ def label_exact_match(prediction: str, reference: Any) -> float:
     `reference` is the label as a text, or a list of labels of which one is enough. Both sides are
     compared as `normalised`.
     """
-    return _equals_one([answer_line(prediction, "label:")], _texts(reference))
+    return _equals_one([answer_line(prediction, "label:")], texts_of(reference))
 
 
 @register_metric("choice_exact_match")
@@ -90,9 +90,9 @@ def choice_exact_match(prediction: str, reference: Any) -> float:
     in any case (HELMET's infbench_choice). The letter "A" is an article: normalised, it equals an
     empty answer, as in HELMET.
     """
-    answers = _texts(reference)
+    answers = texts_of(reference)
     if len(answers) != 2:
-        raise _bad_reference("[letter, line]", reference)
+        raise bad_reference("[letter, line]", reference)
     inside = answers[1].lower() in prediction.lower()
     return float(inside or _equals_one(_readings(prediction), answers))
 
@@ -103,7 +103,7 @@ def share_found(prediction: str, reference: Any) -> float:
 
     `reference` is a list of texts, or one text. A value inside a word or a longer number counts.
     """
-    values, text = _texts(reference), prediction.lower()
+    values, text = texts_of(reference), prediction.lower()
     return sum(value.lower() in text for value in values) / len(values)
 
 
@@ -129,7 +129,7 @@ def ranked_ndcg(ids: list[str], relevance: dict[str, int]) -> float:
     `relevance` is not a mapping from texts to integers, or is empty.
     """
     if not _is_map(relevance, int):
-        raise _bad_reference("a map from ids to relevance (integers)", relevance)
+        raise bad_reference("a map from ids to relevance (integers)", relevance)
     if not ids:
         return 0.0
     order = list(dict.fromkeys(ids))
@@ -153,12 +153,13 @@ def row_f1(prediction: str, reference: Any) -> float:
     wrong. A table without rows, of another width, or with two columns of one name scores 0.
     """
     if not isinstance(reference, str):
-        raise _bad_reference("a table as text", reference)
+        raise bad_reference("a table as text", reference)
     expected, predicted = _table(reference), _table(_fenced(prediction))
     if not expected or not predicted or len(expected[0]) != len(predicted[0]):
         return 0.0
-    precision = sum(row in expected for row in predicted) / len(predicted)
-    recall = sum(row in predicted for row in expected) / len(expected)
+    right = set(expected) & set(predicted)
+    precision = sum(row in right for row in predicted) / len(predicted)
+    recall = sum(row in right for row in expected) / len(expected)
     return 2 * precision * recall / (precision + recall) if precision else 0.0
 
 
@@ -194,7 +195,7 @@ def rouge_l_f1(prediction: str, reference: Any) -> float:
     `reference` is a text, or a list of texts of which the nearest counts. The value is the better
     of the prediction and its line after "Answer:".
     """
-    scorer, answers = _rouge(), _texts(reference)
+    scorer, answers = _rouge(), texts_of(reference)
     return max(
         float(scorer.score(target=answer, prediction=reading)["rougeL"].fmeasure)
         for reading in _readings(prediction)
@@ -220,10 +221,10 @@ def plan_accuracy(prediction: str, reference: Any) -> float:
     """
     names = ("ground_truth_cities", "ground_truth_durations")
     if not _is_map(reference, str) or not set(names) <= set(reference):
-        raise _bad_reference(f"a map with {' and '.join(names)}", reference)
+        raise bad_reference(f"a map with {' and '.join(names)}", reference)
     cities, days = ([part for part in reference[name].split("**") if part] for name in names)
     if not cities or len(cities) != len(days) or not all(day.isdecimal() for day in days):
-        raise _bad_reference('as many cities as durations ("Rome**Oslo", "5**6")', reference)
+        raise bad_reference('as many cities as durations ("Rome**Oslo", "5**6")', reference)
     start, end = prediction.find("<Plan>"), prediction.find("</Plan>")
     if start < 0 or end < 0:
         return 0.0
@@ -266,12 +267,12 @@ def _equals_one(readings: list[str], answers: list[str]) -> float:
     return float(any(normalised(answer) in found for answer in answers))
 
 
-def _texts(reference: Any) -> list[str]:
+def texts_of(reference: Any) -> list[str]:
     """A reference as a list of texts; lists in the list are joined."""
     given = reference if isinstance(reference, list | tuple) else [reference]
     texts = [text for part in given for text in (part if isinstance(part, list) else [part])]
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise _bad_reference("a text or a list of texts", reference)
+        raise bad_reference("a text or a list of texts", reference)
     return texts
 
 
@@ -284,7 +285,7 @@ def _is_map(reference: Any, kind: type) -> bool:
     )
 
 
-def _bad_reference(expected: str, reference: Any) -> InputError:
+def bad_reference(expected: str, reference: Any) -> InputError:
     shown = repr(reference)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     return InputError(f"a reference must be {expected}, not {shown}")

@@ -1,4 +1,4 @@
-"""Methods, tasks and metrics by name. Plug-ins fill it; the core only reads it (DESIGN, dependency rule)."""
+"""Methods, tasks and metrics by name. Plug-ins fill it; the core only reads it."""
 
 import importlib
 import pkgutil
@@ -39,7 +39,7 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """The class or function called `name`; InputError, with the nearest name, if there is none."""
+        """What is called `name`; InputError, with the nearest name, if there is none."""
         load_plugins()
         try:
             return self._known[name]

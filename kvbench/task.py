@@ -57,7 +57,7 @@ class Task(ABC):
     """A family of samples and its metric (ALGORITHMS, section 8)."""
 
     name: ClassVar[str]
-    metric: ClassVar[str]
+    metric: ClassVar[str]  # the name of a registered metric, or what a score is
     subtasks: ClassVar[tuple[str, ...]]
     default: ClassVar[bool] = True  # whether a run that names no task has this one
 

@@ -5,13 +5,14 @@ an episode with one turn; training text has many, because dense supervision lear
 """
 
 import random
-import re
-import unicodedata
 from abc import abstractmethod
 from collections.abc import Sequence
 
 from kvbench.errors import InputError
+from kvbench.metrics import metrics
 from kvbench.task import Episode, Sample, Task, Tokenizer
+
+from . import _metrics  # noqa: F401  registers the metrics that these tasks name
 
 SPARE_TOKENS = 8  # room for the end token and for special tokens a tokenizer adds around a prompt
 
@@ -72,6 +73,10 @@ class GeneratedTask(Task):
             metadata={"answer_prefix": turn.answer_prefix, "units": low},
         )
 
+    def score(self, prediction: str, sample: Sample) -> float:
+        """The value of the task's metric."""
+        return metrics.get(self.metric)(prediction, sample.reference)
+
 
 class SyntheticTask(GeneratedTask):
     """A generated task in the embedded model's own language, which it is trained on."""
@@ -108,10 +113,3 @@ def distinct(rng: random.Random, count: int, *parts: Sequence[str]) -> list[tupl
 def code(rng: random.Random) -> str:
     """A UUID-like code: two groups of four hexadecimal digits."""
     return f"{rng.getrandbits(16):04x}-{rng.getrandbits(16):04x}"
-
-
-def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and extra spaces, as in SQuAD's evaluation."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    text = re.sub(r"[^\w\s]", "", text)
-    return " ".join(word for word in text.split() if word not in {"a", "an", "the"})
