@@ -1,4 +1,4 @@
-"""Methods and tasks by name.
+"""Methods, tasks and metrics by name.
 
 The core imports no method and no task. They register themselves when `load_plugins` imports the
 entry points of the group `kvbench.plugins`: the built-in ones and those of other packages alike
@@ -20,46 +20,46 @@ if TYPE_CHECKING:
 PLUGIN_GROUP = "kvbench.plugins"
 
 T = TypeVar("T")
-C = TypeVar("C", bound=type)
+C = TypeVar("C", bound=Any)
 
 
 class Registry(Generic[T]):
-    """The classes of one kind (methods, tasks), by the name that a user types."""
+    """The classes, or functions, of one kind (methods, tasks, metrics) by the name a user types."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._classes: dict[str, type[T]] = {}
+        self._known: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Class decorator; raises ValueError if another class already has the name."""
+        """Decorator that sets `name`; raises ValueError if something else already has the name."""
 
-        def add(cls: C) -> C:
-            known = self._classes.get(name)
-            if known is not None and known.__qualname__ != cls.__qualname__:
-                raise ValueError(f"two {self.kind}s are called '{name}': {known} and {cls}")
-            self._classes[name] = cls
-            cls.name = name  # type: ignore[attr-defined]
-            return cls
+        def add(thing: C) -> C:
+            known: Any = self._known.get(name)
+            if known is not None and known.__qualname__ != thing.__qualname__:
+                raise ValueError(f"two {self.kind}s are called '{name}': {known} and {thing}")
+            self._known[name] = thing
+            thing.name = name
+            return thing
 
         return add
 
-    def get(self, name: str) -> type[T]:
-        """The class called `name`; InputError, with the nearest name, if there is none."""
+    def get(self, name: str) -> T:
+        """What is called `name`; InputError, with the nearest name, if there is none."""
         load_plugins()
         try:
-            return self._classes[name]
+            return self._known[name]
         except KeyError:
-            hint = did_you_mean(name, self._classes)
+            hint = did_you_mean(name, self._known)
             raise InputError(f"unknown {self.kind} '{name}': {hint}") from None
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
         load_plugins()
-        return sorted(self._classes)
+        return sorted(self._known)
 
 
-methods: "Registry[Method]" = Registry("method")
-tasks: "Registry[Task]" = Registry("task")
+methods: "Registry[type[Method]]" = Registry("method")
+tasks: "Registry[type[Task]]" = Registry("task")
 register_method = methods.register
 register_task = tasks.register
 

@@ -62,7 +62,7 @@ class Task(ABC):
     """
 
     name: ClassVar[str]  # what a user types; set by `register_task`
-    metric: ClassVar[str]  # name of the score, for tables and figures
+    metric: ClassVar[str]  # name of a registered metric, or what the score is
     subtasks: ClassVar[tuple[str, ...]]  # at least one; samples take turns among them
     default: ClassVar[bool] = True  # whether a run without --task measures this task
 

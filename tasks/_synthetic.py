@@ -6,13 +6,14 @@ and as many units as fit. Training text has many turns, because the model then l
 """
 
 import random
-import re
-import unicodedata
 from abc import abstractmethod
 from collections.abc import Sequence
 
 from kvbench.errors import InputError
+from kvbench.metrics import metrics
 from kvbench.task import Episode, Sample, Task, Tokenizer
+
+from . import _metrics  # noqa: F401  registers the metrics that these tasks name
 
 SPARE_TOKENS = 8  # for the end token, and special tokens that a tokenizer adds around a prompt
 
@@ -74,6 +75,10 @@ class GeneratedTask(Task):
             metadata={"answer_prefix": turn.answer_prefix, "units": low},
         )
 
+    def score(self, prediction: str, sample: Sample) -> float:
+        """The value of the task's metric."""
+        return metrics.get(self.metric)(prediction, sample.reference)
+
 
 class SyntheticTask(GeneratedTask):
     """A generated task that the embedded model is trained on (an `EpisodicTask`)."""
@@ -110,10 +115,3 @@ def distinct(rng: random.Random, count: int, *parts: Sequence[str]) -> list[tupl
 def code(rng: random.Random) -> str:
     """A UUID-like code: two groups of four hexadecimal digits."""
     return f"{rng.getrandbits(16):04x}-{rng.getrandbits(16):04x}"
-
-
-def normalised(text: str) -> str:
-    """The text in lower case, without punctuation, articles and extra spaces, as SQuAD does."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    text = re.sub(r"[^\w\s]", "", text)
-    return " ".join(word for word in text.split() if word not in {"a", "an", "the"})

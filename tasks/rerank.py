@@ -1,10 +1,9 @@
 """Rerank: order documents by their graded relevance to a query, as in HELMET."""
 
 import random
-import re
 
 from kvbench.registry import register_task
-from kvbench.task import Episode, Sample, Turn
+from kvbench.task import Episode, Turn
 
 from ._synthetic import SyntheticTask
 from ._words import FILLER, TOPICS
@@ -17,7 +16,7 @@ TREATMENTS = {3: "a complete guide to", 2: "a short introduction to", 1: "a pass
 class Rerank(SyntheticTask):
     """Rank the documents on one topic by how thoroughly they treat it, among other documents."""
 
-    metric = "NDCG@10"
+    metric = "ndcg@10_mentions"
     subtasks = ("graded",)
 
     def episode(self, rng: random.Random, subtask: str, units: int, turns: int) -> Episode:
@@ -55,17 +54,6 @@ class Rerank(SyntheticTask):
     def smallest(self, subtask: str) -> int:
         """One topic."""
         return 1
-
-    def score(self, prediction: str, sample: Sample) -> float:
-        """NDCG@10 by trec_eval, over the IDs in the order of their first mention."""
-        import pytrec_eval
-
-        ranking = list(dict.fromkeys(f"ID{n}" for n in re.findall(r"ID\s*(\d+)", prediction)))
-        if not ranking:
-            return 0.0
-        run = {document: float(len(ranking) - place) for place, document in enumerate(ranking)}
-        evaluator = pytrec_eval.RelevanceEvaluator({"q": sample.reference}, {"ndcg_cut.10"})
-        return float(evaluator.evaluate({"q": run})["q"]["ndcg_cut_10"])
 
 
 def ranking(topic: str, relevance: dict[str, int]) -> str:

@@ -28,6 +28,7 @@ MEASURING = (
     "sweep/runner.py",
     "heads.py",
     "method.py",
+    "metrics.py",
     "registry.py",
     "spec.py",
     "task.py",

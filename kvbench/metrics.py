@@ -1,0 +1,301 @@
+"""Metrics by name: how good a predicted text is, in 0..1.
+
+A metric is a plain function of the prediction and a reference, which is what a task's sample or a
+line of a task file holds. The metrics in this module are those of HELMET (arXiv 2410.02694) and
+LongProc (arXiv 2501.05414). They give the value that the benchmark's own evaluator gives, its
+oddities included, so that a score can be set beside a published one. Tasks and plug-ins add others
+with `register_metric`.
+
+Where a benchmark writes the start of the answer ("Answer:", "label:") into the prompt, HELMET puts
+it before the output again and scores both together. Whoever calls a metric does the same.
+"""
+
+import csv
+import importlib
+import re
+import string
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from kvbench.errors import InputError
+from kvbench.registry import Registry
+
+Metric = Callable[[str, Any], float]
+
+metrics: Registry[Metric] = Registry("metric")
+register_metric = metrics.register
+
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+
+def normalised(text: str) -> str:
+    """Lower case, without ASCII punctuation and English articles, with single spaces (SQuAD).
+
+    Unicode forms, accents and curly quotes stay as they are.
+    """
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
+
+
+def answer_line(prediction: str, prefix: str) -> str:
+    """The line that answers: what follows the first `prefix` on its line, else the first line.
+
+    Case does not matter in the prefix. One repetition of the prefix is dropped.
+    """
+    start = re.compile(re.escape(prefix), re.IGNORECASE)
+    found = start.search(prediction)
+    line = prediction[found.end() if found else 0 :].partition("\n")[0].strip()
+    again = start.match(line)
+    return line[again.end() if again else 0 :].strip()
+
+
+@register_metric("substring_exact_match")
+def substring_exact_match(prediction: str, reference: Any) -> float:
+    """1 if the prediction contains an answer, inside a word too; HELMET's recall and rag.
+
+    `reference` is a text, or a list of texts of which one is enough. Both sides are compared as
+    `normalised`, so an answer of articles and punctuation alone is in every prediction.
+    """
+    text = normalised(prediction)
+    return float(any(normalised(answer) in text for answer in texts_of(reference)))
+
+
+@register_metric("exact_match")
+def exact_match(prediction: str, reference: Any) -> float:
+    """1 if the prediction, or its line after "Answer:", equals an answer (HELMET).
+
+    `reference` is a text, or a list of texts of which one is enough. Both sides are compared as
+    `normalised`.
+    """
+    return _equals_one(_readings(prediction), texts_of(reference))
+
+
+@register_metric("label_exact_match")
+def label_exact_match(prediction: str, reference: Any) -> float:
+    """1 if the line after "label:", else the first line, equals the label; HELMET's icl.
+
+    `reference` is the label as a text, or a list of labels of which one is enough. Both sides are
+    compared as `normalised`.
+    """
+    return _equals_one([answer_line(prediction, "label:")], texts_of(reference))
+
+
+@register_metric("choice_exact_match")
+def choice_exact_match(prediction: str, reference: Any) -> float:
+    """1 if the prediction is the letter of the right choice, or contains its line of the list.
+
+    `reference` is [letter, line], for example ["B", "B. a red door"]. The prediction counts if it
+    or its line after "Answer:" equals one of the two as `normalised`, or if it contains the second
+    in any case (HELMET's infbench_choice). The letter "A" is an article: normalised, it equals an
+    empty answer, as in HELMET.
+    """
+    answers = texts_of(reference)
+    if len(answers) != 2:
+        raise bad_reference("[letter, line]", reference)
+    inside = answers[1].lower() in prediction.lower()
+    return float(inside or _equals_one(_readings(prediction), answers))
+
+
+@register_metric("share_found")
+def share_found(prediction: str, reference: Any) -> float:
+    """The share of the values that the prediction contains, in any case; RULER's recall.
+
+    `reference` is a list of texts, or one text. A value inside a word or a longer number counts.
+    """
+    values, text = texts_of(reference), prediction.lower()
+    return sum(value.lower() in text for value in values) / len(values)
+
+
+@register_metric("ndcg@10")
+def ndcg_at_10(prediction: str, reference: Any) -> float:
+    """NDCG@10 of the ids in the prediction's longest chain "ID3 > ID1 > ID2"; HELMET's rerank.
+
+    `reference` maps each document's id, a number as a text ("3" or "ID3"), to its relevance, an
+    integer. Ids may be written "ID3", "id3", "[ID: 3]" or "3". Only one chain counts: the longest
+    in characters, the first of equals. A repeated id counts where it comes first. The gain is the
+    relevance; trec_eval computes the value, which is rounded to five places as in HELMET.
+    """
+    text = re.sub(r"[\[\]:]", "", prediction).lower().replace("id", "")
+    chains = [chain[0] for chain in re.finditer(r"\d+(?:\s*>\s*\d+)*", text)]
+    ids = re.findall(r"\d+", max(chains, key=len, default=""))
+    return round(ranked_ndcg(ids, reference), 5)
+
+
+def ranked_ndcg(ids: list[str], relevance: dict[str, int]) -> float:
+    """NDCG@10 by trec_eval of ids, the best first; a repeated id counts where it comes first.
+
+    The ids of `relevance` may start with "ID", those of `ids` do not. Raises InputError if
+    `relevance` is not a mapping from texts to integers, or is empty.
+    """
+    if not _is_map(relevance, int):
+        raise bad_reference("a map from ids to relevance (integers)", relevance)
+    if not ids:
+        return 0.0
+    order = list(dict.fromkeys(ids))
+    run = {document: float(len(order) - place) for place, document in enumerate(order)}
+    truth = {document.removeprefix("ID"): grade for document, grade in relevance.items()}
+    trec = _library("pytrec_eval", "pytrec-eval-terrier")
+    evaluator = trec.RelevanceEvaluator({"q": truth}, {"ndcg_cut.10"})
+    return float(evaluator.evaluate({"q": run})["q"]["ndcg_cut_10"])
+
+
+@register_metric("row_f1")
+def row_f1(prediction: str, reference: Any) -> float:
+    """F1 of the rows of a table as tab-separated values, in any order; LongProc's html_to_tsv.
+
+    `reference` is the table as a text, its header first. The prediction's table is what stands in
+    a ```tsv fence, else what follows an opened fence, else everything; its first line is its
+    header. Precision is the share of predicted rows that the table has, recall the share of the
+    table's rows that were predicted: a right row written twice costs nothing, a wrong one counts
+    each time. Cells are compared in lower case without punctuation, articles and spaces, so "4.5"
+    equals "$45". A last row of another width than the header is dropped; any other such row is
+    wrong. A table without rows, of another width, or with two columns of one name scores 0.
+    """
+    if not isinstance(reference, str):
+        raise bad_reference("a table as text", reference)
+    expected, predicted = _table(reference), _table(_fenced(prediction))
+    if not expected or not predicted or len(expected[0]) != len(predicted[0]):
+        return 0.0
+    right = set(expected) & set(predicted)
+    precision = sum(row in right for row in predicted) / len(predicted)
+    recall = sum(row in right for row in expected) / len(expected)
+    return 2 * precision * recall / (precision + recall) if precision else 0.0
+
+
+def _fenced(prediction: str) -> str:
+    """The text from the first ```tsv to the last ``` behind it; all of it without a fence."""
+    _, opened, rest = prediction.partition("```tsv")
+    inside, closed, _ = rest.rpartition("```")
+    return (inside if closed else rest) if opened else prediction
+
+
+def _table(text: str) -> list[tuple[str, ...]]:
+    """The rows of tab-separated values, without the header, cells as they are compared.
+
+    Empty if the text is not a table. All rows are as wide as the header.
+    """
+    try:
+        header, *rows = csv.reader(text.strip().split("\n"), delimiter="\t")
+    except csv.Error:
+        return []
+    if len(set(header)) != len(header):
+        return []
+    if rows and len(rows[-1]) != len(header):
+        rows.pop()
+    missing = ["N/A"] * len(header)
+    rows = [row if len(row) == len(header) else missing for row in rows]
+    return [tuple(normalised(cell).replace(" ", "") for cell in row) for row in rows]
+
+
+@register_metric("rouge_l_f1")
+def rouge_l_f1(prediction: str, reference: Any) -> float:
+    """ROUGE-L F1 with stemming by the package rouge-score; HELMET's infbench_qa.
+
+    `reference` is a text, or a list of texts of which the nearest counts. The value is the better
+    of the prediction and its line after "Answer:".
+    """
+    scorer, answers = _rouge(), texts_of(reference)
+    return max(
+        float(scorer.score(target=answer, prediction=reading)["rougeL"].fmeasure)
+        for reading in _readings(prediction)
+        for answer in answers
+    )
+
+
+@cache
+def _rouge() -> Any:
+    scorer = _library("rouge_score.rouge_scorer", "rouge-score")
+    return scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+@register_metric("plan_accuracy")
+def plan_accuracy(prediction: str, reference: Any) -> float:
+    """1 if the plan visits the right cities for the right number of days; LongProc's travel plans.
+
+    `reference` is {"ground_truth_cities": "Rome**Oslo", "ground_truth_durations": "5**6"}, the
+    fields of LongProc's items. The plan is what stands between <Plan> and </Plan>; without both
+    the score is 0. Cities come from its flights ("Day 5: Fly from Rome to Oslo"), days from the
+    days of the flights and the end of the last stay ("Day 5-10"). Stays after the right ones do
+    not count.
+    """
+    names = ("ground_truth_cities", "ground_truth_durations")
+    if not _is_map(reference, str) or not set(names) <= set(reference):
+        raise bad_reference(f"a map with {' and '.join(names)}", reference)
+    cities, days = ([part for part in reference[name].split("**") if part] for name in names)
+    if not cities or len(cities) != len(days) or not all(day.isdecimal() for day in days):
+        raise bad_reference('as many cities as durations ("Rome**Oslo", "5**6")', reference)
+    start, end = prediction.find("<Plan>"), prediction.find("</Plan>")
+    if start < 0 or end < 0:
+        return 0.0
+    stays = _stays(prediction[start + len("<Plan>") : end])
+    right = list(zip(cities, map(int, days), strict=True))
+    return float(stays[: len(right)] == right)
+
+
+def _stays(plan: str) -> list[tuple[str, int]]:
+    """The cities of a plan with the days spent in each; none if no stay or no flight is found."""
+    total = last = None
+    flights: list[tuple[int, str, str]] = []
+    for line in plan.split("\n"):
+        if found := re.search(r"European cities for (\d+) days", line):
+            total = int(found[1])
+        if found := re.search(r"\d+-(\d+)", line):
+            last = int(found[1])
+            if last == total:  # another plan may follow
+                break
+        if found := re.search(r".*Day (\d+).*from (\w+) to (\w+)", line):
+            flights.append((int(found[1]), found[2], found[3]))
+    if last is None or not flights:
+        return []
+    cities = [flights[0][1]] + [to for _, _, to in flights]
+    arrivals = [1] + [day for day, _, _ in flights]
+    departures = [day for day, _, _ in flights] + [last]
+    return [
+        (city, departure - arrival + 1)
+        for city, arrival, departure in zip(cities, arrivals, departures, strict=True)
+    ]
+
+
+def _readings(prediction: str) -> list[str]:
+    """The prediction as a whole, and its line that answers."""
+    return [prediction, answer_line(prediction, "Answer:")]
+
+
+def _equals_one(readings: list[str], answers: list[str]) -> float:
+    found = {normalised(reading) for reading in readings}
+    return float(any(normalised(answer) in found for answer in answers))
+
+
+def texts_of(reference: Any) -> list[str]:
+    """A reference as a list of texts; lists in the list are joined."""
+    given = reference if isinstance(reference, list | tuple) else [reference]
+    texts = [text for part in given for text in (part if isinstance(part, list) else [part])]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise bad_reference("a text or a list of texts", reference)
+    return texts
+
+
+def _is_map(reference: Any, kind: type) -> bool:
+    """Whether the reference is a mapping from texts to values of a kind, and not empty."""
+    return (
+        isinstance(reference, dict)
+        and bool(reference)
+        and all(isinstance(k, str) and isinstance(v, kind) for k, v in reference.items())
+    )
+
+
+def bad_reference(expected: str, reference: Any) -> InputError:
+    shown = repr(reference)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return InputError(f"a reference must be {expected}, not {shown}")
+
+
+def _library(module: str, package: str) -> Any:
+    """A module that a metric needs; InputError with the package to install if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"this metric needs the package {package} ({error}); pip install {package}"
+        ) from error
