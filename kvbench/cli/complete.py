@@ -29,7 +29,7 @@ def tasks(incomplete: str) -> list[str]:
 
 def kinds(incomplete: str) -> list[str]:
     """Completions of what `kvbench list` lists."""
-    return _in_list(("methods", "tasks", "models"), incomplete)
+    return _in_list(("methods", "tasks", "metrics", "models"), incomplete)
 
 
 def models(incomplete: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""`kvbench list`: the methods, tasks and models that are installed."""
+"""`kvbench list`: the methods, tasks, metrics and models that are installed."""
 
 import json
 import typing
@@ -11,6 +11,7 @@ from kvbench.cli import complete, options
 from kvbench.cli.options import OUTPUT, comma_list, opt
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import Family, Method, option_name
+from kvbench.metrics import metrics
 from kvbench.models.card import EMBEDDED, read_card
 from kvbench.models.wheel import WHEELS
 from kvbench.registry import methods, tasks
@@ -27,7 +28,7 @@ def list_command(
         typer.Argument(
             metavar="KINDS",
             show_default="all",
-            help="Any of methods, tasks and models, separated by commas.",
+            help="Any of methods, tasks, metrics, models, separated by commas.",
             autocompletion=complete.kinds,
         ),
     ] = None,
@@ -35,7 +36,7 @@ def list_command(
         Literal["table", "json"], opt(OUTPUT, "What goes to stdout.", names=["--format"])
     ] = "table",
 ) -> int:
-    """Show methods with their options, tasks and models."""
+    """Show methods with their options, tasks, metrics and models."""
     chosen = tuple(LISTS) if kinds is None else comma_list(kinds, "kinds", str)
     for kind in chosen:
         if kind not in LISTS:
@@ -113,6 +114,19 @@ def list_tasks() -> list[dict[str, Any]]:
     ]
 
 
+def list_metrics() -> list[dict[str, Any]]:
+    """Registered metrics, with the tasks that name them."""
+    named = [(tasks.get(name).metric, name) for name in tasks.names()]
+    return [
+        {
+            "metric": name,
+            "tasks": ", ".join(task for metric, task in named if metric == name) or "none here",
+            "about": first_line(metrics.get(name)),
+        }
+        for name in metrics.names()
+    ]
+
+
 def list_models() -> list[dict[str, Any]]:
     """Models known by name, with what their cards say and what it takes to have them."""
     embedded = "embedded; besides it, any folder or hub id of a decoder"
@@ -130,15 +144,21 @@ def list_models() -> list[dict[str, Any]]:
     ]
 
 
-LISTS = {"methods": list_methods, "tasks": list_tasks, "models": list_models}
+LISTS = {
+    "methods": list_methods,
+    "tasks": list_tasks,
+    "metrics": list_metrics,
+    "models": list_models,
+}
 FACTS = {  # what stands beside a name
     "methods": "{family}",
     "tasks": "metric {metric}, by default: {default}",
+    "metrics": "of tasks: {tasks}",
     "models": "context {context} tokens, prefill chunks of {prefill chunk}",
 }
 
 
-def first_line(cls: type) -> str:
+def first_line(cls: Any) -> str:
     """The first line of a docstring."""
     return (cls.__doc__ or "").strip().split("\n")[0]
 
