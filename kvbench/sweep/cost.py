@@ -31,11 +31,11 @@ class Cost:
 
 
 def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) -> Cost:
-    """The cost of rows run together; the memory is an upper bound, but for the allocator's own.
+    """The cost of rows that run together. The memory is an upper bound, without the allocator's own.
 
-    It is the largest of: while each prompt is read, its streams whole, the forks of its rows, what
-    the rows before it keep, and one forward's activations; and, while all decode, all they hold and
-    the copy of one layer.
+    It is the largest of two kinds of moments. While a prompt is read: its whole streams, the copies
+    that its rows keep, what the rows of earlier prompts keep, and the activations of one forward.
+    While all rows decode: everything they hold, and a copy of one layer.
     """
     groups: dict[tuple[int, ...], list[EvictionPolicy]] = {}
     for row in rows:
@@ -64,7 +64,7 @@ def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) 
 
 
 def entries_kept(policy: EvictionPolicy) -> int:
-    """Entries that a row holds after its prompt, with room for its answer, over all KV heads."""
+    """Entries of all KV heads that a row stores: what stays of its prompt, and its answer."""
     whole = policy.prompt + policy.decoded
     share = policy.spec.scorer_budget(policy.budget) if policy.evicts_by_score else 1.0
     scored = min(whole, round(share * policy.prompt) + 1 + policy.decoded)

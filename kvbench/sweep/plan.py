@@ -1,4 +1,8 @@
-"""What a sweep measures: cells, each a sample under one method and budget, by fingerprint."""
+"""The plan of a sweep: its cells, each one sample under one method and budget.
+
+Tasks make samples, the tokenizer turns prompts into token ids, and every cell gets its fingerprint
+(`fingerprint.py`). `runner.py` measures the cells.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,7 +44,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cells of a sweep have in common."""
+    """The settings of all cells of a sweep."""
 
     context: int  # tokens
     seed: int
@@ -51,7 +55,7 @@ class Settings:
 
 
 def common_settings(model: "LoadedModel", settings: Settings) -> dict[str, Any]:
-    """What all records of one run directory must agree in, JSON-serialisable."""
+    """The settings that all records of one run folder share, JSON-serialisable."""
     import torch
     import transformers
 
@@ -76,10 +80,10 @@ def make_plan(
     specs: Sequence["MethodSpec"],
     settings: Settings,
 ) -> list[Cell]:
-    """All cells of a sweep, sample by sample, the tasks taking turns.
+    """All cells of a sweep: sample by sample, and for each the tasks in turn.
 
-    The baseline is in it once per sample, whatever the budgets; so is, once per budget, a method
-    that does not depend on the prefill chunk. Raises InputError if a sample does not fit.
+    The baseline has one cell per sample, whatever the budgets. A method that does not depend on the
+    prefill chunk has one cell per budget. Raises InputError if a sample does not fit the model.
     """
     common = common_settings(model, settings)
     codes = {spec.name: method_code(spec) for spec in specs}
@@ -129,18 +133,18 @@ def _variants(
 
 
 def make_sample(model: "LoadedModel", task: Task, index: int, settings: Settings) -> Sample:
-    """Sample `index` of a task, short enough to leave room for the chat template if there is."""
-    room = settings.context
+    """Sample `index` of a task; with the chat template it fits the context."""
+    tokens = settings.context
     if settings.chat_template:
-        room -= len(_in_chat(model.tokenizer, "", ""))
-    return task.sample(index, seed=settings.seed, context=room, tokenizer=model.tokenizer)
+        tokens -= len(_in_chat(model.tokenizer, "", ""))
+    return task.sample(index, seed=settings.seed, context=tokens, tokenizer=model.tokenizer)
 
 
 def encode_prompt(tokenizer: Any, sample: Sample, *, chat: bool) -> list[int]:
-    """The prompt's token ids, with `chat` as a user's turn in the tokenizer's chat template.
+    """The token ids of a prompt; with `chat`, as a user's turn in the model's chat template.
 
-    Where the prompt ends with the beginning of the answer (`metadata["answer_prefix"]`), that part
-    goes behind the template's assistant header, so that the model continues it.
+    If the prompt ends with the beginning of the answer (`metadata["answer_prefix"]`), that part is
+    put after the template's assistant header, so that the model continues it.
     """
     if not chat:
         return list(tokenizer.encode(sample.prompt))
