@@ -31,7 +31,7 @@ class Cost:
 
 
 def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) -> Cost:
-    """The cost of rows that run together. The memory is an upper bound, without the allocator's own.
+    """The cost of rows that run together; the memory is an upper bound, allocator not included.
 
     It is the largest of two kinds of moments. While a prompt is read: its whole streams, the copies
     that its rows keep, what the rows of earlier prompts keep, and the activations of one forward.
