@@ -2,8 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from kvbench.engine.accounting import Accounting, EntryBytes, full_rows
-from kvbench.engine.cache import Ledger, RowCache
+from kvbench.engine.accounting import (
+    Accounting,
+    EntryBytes,
+    Held,
+    full_attention_peak,
+    full_attention_rows,
+)
+from kvbench.engine.cache import HeadGroup, Ledger, RowCache, Visible
 from kvbench.engine.eviction import EvictionPolicy
 from kvbench.errors import InputError
 from kvbench.models.load import LoadedModel
@@ -85,7 +91,26 @@ def policy_of(model: LoadedModel, row: Row, prefill_chunk: int | None) -> Evicti
         row.max_new_tokens - 1,
         row.seed,
         prefill_chunk,
+        model.layers,
     )
+
+
+def held(cache: RowCache) -> list[list[Held]]:
+    """What a row's layers hold before it decodes."""
+    return [[held_by(group) for group in groups] for groups in cache.layers]
+
+
+def held_by(group: HeadGroup) -> Held:
+    """What a group of KV heads holds before it decodes."""
+    window, limit = group.window, group.limit
+    heads, entries = len(group.heads), group.length
+    if window is not None:
+        most = window.sinks + window.size
+        return Held(heads, entries, most, limit, isinstance(window, Visible), None)
+    if limit is None:
+        return Held(heads, entries, None, None, False, None)
+    positions = group.entries().positions[:, :entries].clone()
+    return Held(heads, entries, max(entries, limit.size - 1), limit, False, positions)
 
 
 def check(model: LoadedModel, row: Row) -> None:
@@ -110,26 +135,25 @@ def outcome(
     alike: int,
 ) -> Outcome:
     """The measurements of a row that has ended, and that `alike` equal rows share."""
-    held = state.accounting
+    counted = state.accounting
     prompt, fed = len(state.row.prompt), len(state.tokens) - 1
-    heads = model.shape.total_kv_heads
-    full = heads * full_rows(prompt, fed)
+    full = full_attention_rows(model.layers, prompt, fed)
     tokens = state.tokens
     return Outcome(
         tokens=tokens[:-1] if tokens[-1] in model.end_tokens else tokens,
-        kv_footprint=held.resident_rows / full,
-        kv_peak=held.entries_peak / (heads * (prompt + fed)),
-        kv_reads=held.read_rows / full,
-        resident_rows=held.resident_rows,
+        kv_footprint=counted.resident_rows / full,
+        kv_peak=counted.entries_peak / full_attention_peak(model.layers, prompt + fed),
+        kv_reads=counted.read_rows / full,
+        resident_rows=counted.resident_rows,
         full_rows=full,
-        patch_rows=held.patch_rows,
-        kv_bytes_peak=held.bytes_peak,
+        patch_rows=counted.patch_rows,
+        kv_bytes_peak=counted.bytes_peak,
         device_bytes_peak=device_bytes_peak,
         prefill_seconds=state.prefill_seconds / alike,
         decode_seconds=state.decode_seconds / alike,
         prompt_tokens=prompt,
         new_tokens=len(tokens),
-        timeline=[list(point) for point in held.timeline],
+        timeline=[list(point) for point in counted.timeline],
         shared_rows=shared_rows,
         group_bytes_peak=ledger.peak,
         kept=state.kept,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from kvbench.errors import InputError
 from kvbench.models.attention import AttentionCall
 
 QUERY_BLOCK = 256  # queries that share one mask; bounds it to 256 x (sinks + window + 256)
@@ -31,7 +32,12 @@ class GatedAttention:
     def attend(self, call: AttentionCall) -> Tensor:
         """The attention output [B, H, T, Dv] of one layer."""
         query, key, value = call.query, call.key, call.value
-        scaling, sliding = call.scaling, call.sliding
+        scaling, sliding = call.rules.scaling, call.rules.sliding
+        if not call.rules.softmax_only or (call.rules.limit and sliding is None):
+            raise InputError(
+                "head scores cannot be learnt for a model with soft-capped logits, learnt sinks or "
+                "chunked attention"
+            )
         full = full_attention(query, key, value, scaling, sliding)
         if self.gates is None:
             return full

@@ -2,9 +2,15 @@
 
 import torch
 
-from kvbench.engine.attention import Reference
+from kvbench.engine.attention import Float64
 from kvbench.engine.kernels.interface import Sequences, TokenKernel
-from kvbench.method import Entries
+from kvbench.method import Entries, Limit
+from kvbench.models.attention import Rules
+
+
+def rules(scaling: float, sliding: int | None) -> Rules:
+    """Softmax attention within a sliding window."""
+    return Rules(scaling, None if sliding is None else Limit(sliding))
 
 
 class Made:
@@ -52,12 +58,11 @@ class Made:
             here = torch.tensor([[self.here[u]]], device=keys.device)
             own = Entries(self.keys[u, None, None], self.values[u, None, None], here)
             results.append(
-                Reference().chunk(
+                Float64().chunk(
                     self.queries[u, None, :, None],
                     Entries(keys, values, positions),
                     own,
-                    scaling=scaling,
-                    sliding=sliding,
+                    rules(scaling, sliding),
                 )[0, :, 0]
             )
         return torch.stack(results)
@@ -67,7 +72,7 @@ class Made:
         scaling = self.queries.shape[-1] ** -0.5
         want = self.expected(scaling, sliding)
         before = [[tensor.clone() for tensor in tensors] for tensors in self.stored]
-        got = kernel(self.queries, self.keys, self.values, self.sequences, scaling, sliding)
+        got = kernel(self.queries, self.keys, self.values, self.sequences, rules(scaling, sliding))
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
         for u, slot in enumerate(self.slots):
             new = (self.keys[u], self.values[u], self.here[u])
