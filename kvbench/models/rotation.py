@@ -43,6 +43,12 @@ class LongRope:
                 module.original_inv_freq = module.long_inv_freq = sets[name]
         return name
 
+    def release(self) -> None:
+        """Leave the choice to transformers and to later calls of `choose`."""
+        self.fixed = False
+        for module, sets in self._sets:
+            module.original_inv_freq, module.long_inv_freq = sets["short"], sets["long"]
+
 
 def rope_kinds(config: Any) -> Iterator[dict[str, Any]]:
     """The parameters of RoPE: one dictionary, or one for each type of layer."""

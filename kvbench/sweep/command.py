@@ -61,6 +61,7 @@ def run_sweep(choices: Choices, home: Path) -> int:
     specs, left_out = choose_methods(choices, read_card(folder) if folder else ModelCard())
 
     from kvbench.engine.attention import resolve_attention
+    from kvbench.engine.self_check import self_check
     from kvbench.models.load import load_model, resolve_device
     from kvbench.sweep.runner import warm_up
 
@@ -68,6 +69,7 @@ def run_sweep(choices: Choices, home: Path) -> int:
     model = load_model(
         choices.model, device=choices.device, dtype=choices.dtype, attention=attention
     )
+    checked = asdict(self_check(model))
     settings = choose_settings(choices, model)
     check_shapes(specs, model, settings)
     common = common_settings(model, settings)
@@ -89,7 +91,8 @@ def run_sweep(choices: Choices, home: Path) -> int:
         return finish(out, [])
     warm_up(model)
     sweep = make_sweep(choices, model, settings, tasks)
-    return measure(choices, sweep, common, open_cells, out, len(cells))
+    this = {**invocation(choices), "self_check": checked}
+    return measure(sweep, common, this, open_cells, out, len(cells))
 
 
 def make_sweep(
@@ -110,17 +113,17 @@ def make_sweep(
 
 
 def measure(
-    choices: Choices,
     sweep: "Sweep",
     common: dict[str, Any],
+    this: dict[str, Any],
     open_cells: Sequence[Cell],
     out: Path,
     planned: int,
 ) -> int:
-    """Measure the open cells into the run directory `out`."""
+    """Measure the open cells into the run directory `out`; `this` describes the process."""
     if len(open_cells) < planned:
         say(f"continuing {out}: {planned - len(open_cells)} of {planned} cells are there")
-    with RunWriter(out, common, invocation(choices)) as writer:
+    with RunWriter(out, common, this) as writer:
         try:
             with show_progress(open_cells) as progress:
                 failed = sweep.run(open_cells, writer, progress)
