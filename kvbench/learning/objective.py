@@ -65,4 +65,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def forward(model: Any, ids: Tensor, attention: Any, **wanted: Any) -> Any:
     """The model's output with `attention` in place of a KV cache; gradients as they are enabled."""
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    return model(input_ids=ids, position_ids=positions, use_cache=False, kv=attention, **wanted)
+    return model(
+        input_ids=ids,
+        position_ids=positions,
+        use_cache=False,
+        kv=attention,
+        kv_positions=positions,
+        **wanted,
+    )

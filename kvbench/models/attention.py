@@ -53,7 +53,7 @@ class LayerShape:
     value_size: int
     limit: Limit | None = None  # what the model itself lets the layer see
     source: int = 0  # the layer whose keys and values it reads: itself, or an earlier one
-    readers: tuple[int, ...] = ()  # layers that read this one's keys, itself included
+    readers: tuple[int, ...] = ()  # all layers that read these keys and values, the source first
 
     @property
     def group(self) -> int:
@@ -172,12 +172,13 @@ def registered_attention(
     s_aux: Tensor | None = None,
     kv: KVAttention | None = None,
     kv_layers: Sequence[LayerShape] | None = None,
+    kv_positions: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls; returns [B, T, H, Dv] and no weights.
 
     `kv_layers` are the model's layers as they were found; without them only the arguments are
-    checked. InputError if the model asks for something that kvbench does not compute.
+    checked. `kv_positions` [B, T] are the tokens' positions. InputError if the model asks for something that kvbench does not compute.
     """
     check_arguments(module, others)
     if kv is None:
@@ -197,7 +198,7 @@ def registered_attention(
         limit = None if sliding_window is None else Limit(sliding_window)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    query = rescaled(module, query, others.get("position_ids"))
+    query = rescaled(module, query, kv_positions)
     sinks = None if s_aux is None else s_aux.unflatten(0, (key.shape[1], -1))
     rules = Rules(scaling, limit, softcap or None, sinks)
     call = AttentionCall(layer, query, key, value, rules)
@@ -248,7 +249,7 @@ def rescaled(module: Any, query: Tensor, positions: Tensor | None) -> Tensor:
     if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
         return query
     if positions is None:
-        raise InputError("the model's attention depends on positions that it is not given")
+        raise InputError("the model's attention depends on positions, which it was not given")
 
     def scale(at: Tensor) -> Tensor:
         steps = torch.floor((at.float() + 1) / module.floor_scale)

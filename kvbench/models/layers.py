@@ -19,6 +19,11 @@ KIND_LISTS = ("layer_types", "layers_block_type", "block_types")  # names in con
 
 def check_kinds(config: Any, name: str) -> None:
     """InputError for a configuration that names layers that kvbench does not measure."""
+    if getattr(config, "index_topk", None) is not None:
+        raise InputError(
+            f"model '{name}' selects entries with an indexer (DeepSeek sparse attention), which "
+            "kvbench does not compute"
+        )
     for key in KIND_LISTS:
         listed = getattr(config, key, None)
         unknown = sorted({str(kind) for kind in listed or ()} - KINDS)
@@ -28,11 +33,6 @@ def check_kinds(config: Any, name: str) -> None:
                 "decoders whose layers all attend (full_attention, sliding_attention or "
                 "chunked_attention)"
             )
-    if getattr(config, "index_topk", None) is not None:
-        raise InputError(
-            f"model '{name}' selects entries with an indexer (DeepSeek sparse attention), which "
-            "kvbench does not compute"
-        )
 
 
 def probe_layers(model: Any, layers: int, name: str) -> tuple[LayerShape, ...]:
@@ -44,15 +44,16 @@ def probe_layers(model: Any, layers: int, name: str) -> tuple[LayerShape, ...]:
     model.set_attn_implementation(PROBE)
     probe = Probe()
     device = next(model.parameters()).device
-    ids = torch.arange(1, 4, device=device)[None]
+    ids, positions = (torch.arange(n, n + 3, device=device)[None] for n in (1, 0))
     try:
         with torch.inference_mode():
             model(
                 input_ids=ids,
-                position_ids=torch.arange(3, device=device)[None],
+                position_ids=positions,
                 use_cache=False,
                 logits_to_keep=torch.tensor([2], device=device),
                 kv=probe,
+                kv_positions=positions,
             )
     except InputError as error:
         raise InputError(f"model '{name}' cannot be measured: {error}") from None
@@ -92,7 +93,7 @@ def found_layers(calls: Sequence[AttentionCall], layers: int, name: str) -> tupl
                 f"model '{name}' attends in layer {call.layer} with queries, keys and values of "
                 f"shapes {shapes}, which do not fit together"
             )
-        readers = tuple(layer for layer in range(layers) if sources[layer] == call.layer)
+        readers = tuple(layer for layer in range(layers) if sources[layer] == source)
         found.append(
             LayerShape(kv_heads, heads, size, call.value.shape[3], call.rules.limit, source, readers)
         )

@@ -246,6 +246,7 @@ def forward(
         logits_to_keep=keep,
         kv=kv,
         kv_layers=model.layers,
+        kv_positions=positions,
     )
     logits: Tensor = out.logits
     if ends is None:
