@@ -139,7 +139,7 @@ def test_the_check_finds_logits_that_are_changed(
 
 
 def test_the_check_leaves_the_model_as_it_was() -> None:
-    model = wrap_model(measured_model("mistral-sliding"), None, name="m")
+    model = wrap_model(measured_model("gemma3"), None, name="m")
     self_check(model)
     assert model.model.config.sliding_window == 24
     assert model.model.model.layers[0].self_attn.sliding_window == 24
