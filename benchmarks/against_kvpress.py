@@ -3,22 +3,22 @@
     python benchmarks/against_kvpress.py [--contexts 1536,2048,4096] [--samples 1] [--new N]
 
 The cells are {snapkv, pyramidkv} x 6 budgets of each sample of `needle`; the model is smollm2-135m
-(`make smollm2`). kvpress needs an older transformers, so it lives in an environment of its own:
-`build/kvpress`, made at the first use, or that of `--kvpress-python`, which has kvpress and gguf.
+(`make smollm2`). kvpress needs an older transformers, so it has a separate environment:
+`build/kvpress`, made at the first use, or that of `--kvpress-python`, with kvpress and gguf.
 
-The same on both sides: the weights (one GGUF file, float32), the tokenizer, the prompts token for
-token, the methods' window and kernel, the new tokens (no end token stops a cell), PyTorch's SDPA,
-the threads. The sides take turns, sample by sample; loading the models is not counted.
+Both sides have the same weights (one GGUF file, float32), tokenizer, prompts (token for token),
+window and kernel of the methods, number of new tokens (no end token stops a cell), PyTorch's SDPA,
+and threads. The sides take turns, sample by sample; loading the models is not counted.
 
-Each side runs the cells as its users do: kvbench hands all cells of a sample to `run_rows` in one
-call, kvpress's pipeline is called for one cell after another.
+Each side runs the cells as its users do: kvbench passes all cells of a sample to `run_rows` in one
+call, kvpress's pipeline is called once for each cell.
 
-What differs: kvpress compresses a context and feeds a question behind it whole. All of the prompt
-but its last token is the context here, since kvbench's methods see the question too, and since
-kvpress's pyramidkv, whose layers differ in length, takes no longer question with SDPA. Its
-observation window thus ends one token earlier, its pyramidkv does not keep the mean of the layers
-at the budget, and its budgets round otherwise. So the texts need not be equal; the share of answers
-that are right is shown for both.
+What differs: kvpress compresses a context and then reads a question whole. Here the context is the
+prompt without its last token, because kvbench's methods see the question too, and because kvpress's
+pyramidkv, whose layers differ in length, accepts no longer question with SDPA. Therefore its
+observation window ends one token earlier, its pyramidkv does not keep the mean of the layers at the
+budget, and its budgets are rounded differently. The texts need not be equal; the share of right
+answers is shown for both.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def ours(model: LoadedModel, prompt: list[int], new: int) -> tuple[float, list[s
 
 
 class Peer:
-    """kvpress in a process of its own."""
+    """kvpress in a separate process."""
 
     def __init__(self, python: Path, threads: int) -> None:
         gguf = WHEELS[MODEL].installed(MODEL)
@@ -134,7 +134,7 @@ class Peer:
         print(json.dumps(request), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit("kvpress's side stopped; what it said is above")
+            raise SystemExit("the kvpress side stopped; its messages are above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -144,14 +144,14 @@ class Peer:
 
 
 def environment() -> Path:
-    """The interpreter of kvpress's environment, which is made if it is not there."""
+    """The interpreter of kvpress's environment, which is made if needed."""
     python = ENVIRONMENT / "bin" / "python"
     ready = ENVIRONMENT / "ready"
     if not ready.exists():
         print(f"making {ENVIRONMENT.relative_to(ROOT)} for {KVPRESS}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
         torch_version = torch.__version__.partition("+")[0]
-        # PyTorch first and by version, so that both sides have the same
+        # PyTorch first, so that both sides have the same version
         for packages in ([f"torch=={torch_version}"], [KVPRESS, "gguf"]):
             subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
         ready.touch()

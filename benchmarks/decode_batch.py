@@ -2,8 +2,8 @@
 
     python benchmarks/decode_batch.py [--model tiny] [--context 1024] [--rows 16] [--new 64]
 
-Full attention; the rows have different prompts. Only the decoding is timed. The batch and the
-single row take turns, and the medians are compared.
+Full attention; the rows have different prompts. Only decoding is timed. The batch and the single
+row take turns, and medians are compared.
 """
 
 import argparse

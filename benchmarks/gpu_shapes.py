@@ -2,13 +2,13 @@
 
     python benchmarks/gpu_shapes.py [--contexts 8192,32768,131072] [--chunk 32768] [--new 64]
 
-For full, snapkv-patched and prulong at 0.3: prefill and decoding against the model's own flash (or
-SDPA) attention with transformers' cache in the same run, and against the floor: the arithmetic at
-the speed of a large matrix product, the bytes at that of a large copy, both measured here. Peak
-bytes of keys and values, as counted, against what the counted peak of entries predicts; and all
-that the allocator gave beside the weights, of which a chunk's activations are the greater part.
-Random weights keep nothing sensible, which changes neither time nor memory; the head scores are
-random too. Up to 32,768 tokens the second of two runs counts.
+For full, snapkv-patched and prulong at 0.3. Prefill and decoding are compared with the model's own
+flash (or SDPA) attention and transformers' cache in the same run, and with a floor: the arithmetic
+at the speed of a large matrix product, the bytes at the speed of a large copy, both measured here.
+Peak bytes of keys and values as counted are compared with what the peak of entries predicts. The
+last column is everything that was allocated besides the weights, mostly a chunk's activations.
+Random weights and head scores keep nothing sensible, which changes neither time nor memory. Up to
+32,768 tokens, the second of two runs counts.
 """
 
 import argparse
@@ -42,12 +42,12 @@ SHAPE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-WARMED = 32768  # tokens; longer prompts are read once, and not warmed up first
+WARMED = 32768  # tokens; longer prompts run once, without a warm-up
 
 
 @dataclass(frozen=True)
 class Times:
-    """Of one prompt: seconds of the prefill and of a decoded token; peak bytes but the weights'."""
+    """Of one prompt: seconds of the prefill and of a decoded token; peak bytes without weights."""
 
     prefill: float
     token: float
@@ -82,7 +82,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         scores = Path(folder) / "scores.tsv"
-        table = torch.rand(arguments.layers, SHAPE["num_key_value_heads"]).tolist()
+        table = torch.rand(arguments.layers, config.num_key_value_heads).tolist()
         scores.write_text("\n".join("\t".join(map(str, row)) for row in table))
         for context in map(int, arguments.contexts.split(",")):
             prompt = torch.randint(1, 1000, (context - arguments.new,)).tolist()
@@ -122,7 +122,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def plain_times(model: LlamaForCausalLM, prompt: list[int], new: int) -> Times:
-    """With the model's own attention and cache."""
+    """Times with the model's own attention and cache."""
     ids = torch.tensor([prompt], device="cuda")
     for _ in range(2 if len(prompt) <= WARMED else 1):
         torch.cuda.empty_cache()

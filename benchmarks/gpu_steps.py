@@ -1,24 +1,25 @@
-"""Decoding on a GPU: steps captured in a CUDA graph against the same steps launched one by one.
+"""Decoding on a GPU: steps captured in a CUDA graph against steps that are launched one by one.
 
     python benchmarks/gpu_steps.py [--context 1024] [--new 64] [--rows 1,16]
 
 The embedded model, and the shapes of SmolLM2-135M and Llama-3.2-1B with random weights, in
-bfloat16: milliseconds a step, the capture included. The last column is the share of a step that
-reading its tokens costs, against replaying the graph without ever waiting for it.
+bfloat16: milliseconds a step, the capture included. The last column is the share of a step that it
+costs to read its tokens, compared with replaying the graph without waiting for it.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvbench.engine import graph, run
+from kvbench.engine.graph import Repeated
 from kvbench.engine.row import Row
-from kvbench.engine.run import run_rows
+from kvbench.engine.run import Repeat, run_rows
 from kvbench.models.load import LoadedModel, load_model, wrap_model
 from kvbench.spec import parse_method
 
@@ -26,8 +27,8 @@ SHAPES = {
     "smollm2-135m": (49152, 576, 1536, 30, 9, 3),
     "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8),
 }
-NEVER = 10**9
-REPLAYED = 30  # steps, of which each second half reads its tokens
+one_by_one = partial(Repeated, first=10**9)  # captures nothing
+REPLAYED = 30  # steps; the second half reads its tokens
 
 
 def main() -> None:
@@ -48,9 +49,8 @@ def main() -> None:
             length = arguments.context - arguments.new
             prompts = torch.randint(1, 200, (count, length)).tolist()
             rows = [Row(prompt, arguments.new, spec, 1.0) for prompt in prompts]
-            with captured_after(NEVER):
-                plain = step(model, rows)
-            captured, waiting = step(model, rows), share_of_reading(model, rows)
+            plain, captured = step(model, rows, one_by_one), step(model, rows, Repeated)
+            waiting = share_of_reading(model, rows)
             print(
                 f"{name:14} {count:4} {1000 * plain:11.2f} {1000 * captured:9.2f} "
                 f"{plain / captured:6.2f} {waiting:11.0%}",
@@ -79,37 +79,26 @@ def made(name: str) -> LoadedModel:
     return wrap_model(LlamaForCausalLM(config).eval().to("cuda", torch.bfloat16), None, name=name)
 
 
-@contextmanager
-def captured_after(calls: int) -> Iterator[None]:
-    """Steps are captured after so many."""
-    before, graph.FIRST = graph.FIRST, calls
-    try:
-        yield
-    finally:
-        graph.FIRST = before
-
-
-def step(model: LoadedModel, rows: list[Row]) -> float:
+def step(model: LoadedModel, rows: list[Row], repeat: Repeat) -> float:
     """Seconds of a step, the best of three runs."""
-    return min(
-        sum(outcome.decode_seconds for outcome in run_rows(model, rows, prefill_chunk=None))
-        / (rows[0].max_new_tokens - 1)
-        for _ in range(3)
-    )
+    runs = [run_rows(model, rows, prefill_chunk=None, repeat=repeat) for _ in range(3)]
+    seconds = min(sum(outcome.decode_seconds for outcome in outcomes) for outcomes in runs)
+    return seconds / (rows[0].max_new_tokens - 1)
 
 
 def share_of_reading(model: LoadedModel, rows: list[Row]) -> float:
-    """What reading tokens after every step adds to replaying alone, as a share of both."""
+    """The share of replaying a step and reading its tokens that the reading costs."""
     found = []
 
-    class Timed(graph.Repeated):
+    class Timed(Repeated):
         def __call__(self) -> None:
             super().__call__()
-            if self.calls != graph.FIRST + 2 or self.graph is None:
+            if self.calls != self.first + 2 or self.graph is None:
                 return
             tokens = torch.zeros(len(rows), dtype=torch.long, device="cuda")
             seconds = []
-            for read in (lambda: None, tokens.tolist):
+            reads: list[Callable[[], object]] = [lambda: None, tokens.tolist]
+            for read in reads:
                 torch.cuda.synchronize()
                 started = time.perf_counter()
                 for _ in range(REPLAYED // 2):
@@ -118,19 +107,15 @@ def share_of_reading(model: LoadedModel, rows: list[Row]) -> float:
                 torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - started)
             found.append(1 - seconds[0] / seconds[1])
-            raise Enough  # the steps that were replayed have taken the room of the row's own
+            raise Enough  # the replayed steps have used up the storage for the answer
 
-    before, run.Repeated = run.Repeated, Timed
-    try:
-        with suppress(Enough):
-            run_rows(model, rows, prefill_chunk=None)
-    finally:
-        run.Repeated = before
+    with suppress(Enough):
+        run_rows(model, rows, prefill_chunk=None, repeat=Timed)
     return found[0]
 
 
 class Enough(Exception):
-    """What is measured has been measured."""
+    """The measurement is done."""
 
 
 if __name__ == "__main__":

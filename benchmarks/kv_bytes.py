@@ -2,12 +2,12 @@
 
     python benchmarks/kv_bytes.py [--model tiny] [--context 4096] [--layers N]
 
-`--layers` takes, in the model's place, random weights of so many layers with 8 KV heads, as
-Llama-3.1-8B has with 32, narrow ones: bytes over prediction do not depend on a head's size.
+`--layers N` replaces the model by random weights with N layers of 8 narrow KV heads (Llama-3.1-8B
+has 32 layers of 8); bytes over prediction do not depend on the size of a head.
 
-An entry takes 2 x head size x bytes of the dtype. What is above 1.00 is room kept in all layers for
-what is still to come, while one layer holds a whole chunk, and the storage of one KV head while an
-eviction moves its entries: the fewer layers, the more. Head scores are drawn at random.
+An entry takes 2 x head size x bytes of the dtype. Bytes above the prediction are storage reserved
+in all layers for later entries while one layer holds a whole chunk, and the copy of one KV head
+while an eviction moves its entries; they matter more with fewer layers. Head scores are random.
 """
 
 import argparse
@@ -42,7 +42,7 @@ METHODS = (
 
 
 def random_model(arguments: argparse.Namespace) -> LoadedModel:
-    """As many layers and KV heads as a real model has, with random weights."""
+    """Random weights with the layers and KV heads of a real model."""
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=128,

@@ -2,7 +2,7 @@
 
     python benchmarks/one_cell.py [--model tiny] [--context 1024] [--new 32] [--repeats 9]
 
-Both are greedy and give the same tokens; they take turns, and the medians are compared.
+Both are greedy and give the same tokens. They take turns, and medians are compared.
 """
 
 import argparse
@@ -40,7 +40,8 @@ def main() -> None:
             max_new_tokens=arguments.new,
             do_sample=False,
         )
-        return out[0, ids.shape[1] :].tolist()
+        tokens: list[int] = out[0, ids.shape[1] :].tolist()
+        return tokens
 
     def run_ours() -> list[int]:
         return run_rows(ours, [row], prefill_chunk=None)[0].tokens

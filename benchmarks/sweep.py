@@ -2,9 +2,9 @@
 
     python benchmarks/sweep.py [--model tiny] [--context 1024] [--new 16] [--repeats 3]
 
-Cells are {snapkv, pyramidkv} x budgets, of one sample and of four, answers of fixed length. What is
-compared takes turns within one run, and the medians are compared. In float32 the tokens are equal
-too; where they are not, it says how many rows differ.
+Cells are {snapkv, pyramidkv} x budgets of one sample and of four, with answers of fixed length.
+What is compared takes turns within one run, and medians are compared. In float32 the tokens are
+equal too; the output says how many rows differ.
 """
 
 import argparse
@@ -36,7 +36,9 @@ def main() -> None:
     model.model.generation_config.eos_token_id = -1
     context, new = arguments.context, arguments.new
 
-    def rows(methods: tuple[str, ...], budgets: tuple[float, ...], samples: int, length: int):
+    def rows(
+        methods: tuple[str, ...], budgets: tuple[float, ...], samples: int, length: int
+    ) -> list[Row]:
         made = []
         for sample in range(samples):
             torch.manual_seed(sample)
@@ -75,7 +77,7 @@ def main() -> None:
         )
         for some in (sweep, chunked)
     ]
-    times = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(arguments.repeats):
         for name, function in runs.items():
             started = time.perf_counter()

@@ -1,7 +1,8 @@
-"""What only a GPU shows: its kernels, graphs, memory, and that nothing waits within a layer."""
+"""Tests that need a GPU: kernels, graphs, memory, and layers that do not synchronise."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from helpers.models import plain_model
 from helpers.sequences import Made
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kvbench.engine.attention import Reference, backend_of, cuda_partial, gpu_token_kernel
+from kvbench.engine.attention import Float64, backend_of, cuda_partial, gpu_token_kernel
 from kvbench.engine.decoding import DecodeKV
+from kvbench.engine.graph import Repeated
 from kvbench.engine.prefill import PrefillKV
 from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
 from kvbench.learning.attention import streaming_blocks, streaming_flex
 from kvbench.method import Entries
+from kvbench.models.attention import AttentionCall
 from kvbench.models.load import LoadedModel, load_model, wrap_model
 from kvbench.spec import method_names, parse_method
 
@@ -88,7 +91,7 @@ def test_partial_attention_gives_the_logarithm_of_its_normaliser(
     monkeypatch.setattr("kvbench.engine.attention.WORTH_CUDNN", {"own": 0, "past": 0})
     with sdpa_kernel(kernel):
         got, total = cuda_partial(q, Entries(keys, values, values), 0.2, causal)
-    grouped = q[0].unflatten(0, (2, 4)).double()
+    grouped = q[0].view(2, 4, 128, 64).double()
     logits = torch.einsum("kgtd,ksd->kgts", grouped, keys.double()) * 0.2
     if causal:
         logits = logits.masked_fill(torch.ones(128, 128, device="cuda").triu(1).bool(), -torch.inf)
@@ -111,7 +114,7 @@ def waiting_is_an_error() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_layer_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     for kind in (PrefillKV, DecodeKV):
-        attend = kind.attend
+        attend: Any = kind.attend
 
         def watched(*arguments: Any, attend: Any = attend) -> Any:
             with waiting_is_an_error():
@@ -119,7 +122,7 @@ def test_no_layer_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torc
 
         monkeypatch.setattr(kind, "attend", watched)
     with pytest.raises(RuntimeError, match="synchroniz"), waiting_is_an_error():
-        torch.ones(1, device="cuda").item()  # or the check would check nothing
+        torch.ones(1, device="cuda").item()  # shows that the check works
     assert run_rows(on_gpu(dtype=dtype), rows(), prefill_chunk=25)
 
 
@@ -127,13 +130,16 @@ def test_a_captured_step_gives_what_a_plain_one_does(monkeypatch: pytest.MonkeyP
     model, several = on_gpu(), rows(new=30)
     replayed = []
     replay = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(
-        torch.cuda.CUDAGraph, "replay", lambda graph: (replayed.append(graph), replay(graph))
-    )
+
+    def watched(graph: torch.cuda.CUDAGraph) -> None:
+        replayed.append(graph)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", watched)
     captured = run_rows(model, several, prefill_chunk=25)
     assert len(replayed) > 20
-    monkeypatch.setattr("kvbench.engine.graph.FIRST", 10**9)
-    for a, b in zip(captured, run_rows(model, several, prefill_chunk=25), strict=True):
+    plain = run_rows(model, several, prefill_chunk=25, repeat=partial(Repeated, first=10**9))
+    for a, b in zip(captured, plain, strict=True):
         assert a.tokens == b.tokens
 
 
@@ -142,9 +148,9 @@ def test_a_step_that_cannot_be_captured_goes_on_as_it_is(monkeypatch: pytest.Mon
     expected = run_rows(model, several, prefill_chunk=25)
     attend = DecodeKV.attend
 
-    def waits(self: DecodeKV, *arguments: Any) -> Any:
+    def waits(self: DecodeKV, call: AttentionCall) -> torch.Tensor:
         self.here.sum().item()
-        return attend(self, *arguments)
+        return attend(self, call)
 
     monkeypatch.setattr(DecodeKV, "attend", waits)
     for a, b in zip(expected, run_rows(model, several, prefill_chunk=25), strict=True):
@@ -170,7 +176,7 @@ def test_bfloat16_agrees_with_the_reference_as_far_as_it_can() -> None:
     slow = wrap_model(
         plain_model().to("cuda", torch.bfloat16), None, name="llama", attention="reference"
     )
-    assert isinstance(backend_of(slow.attention), Reference)
+    assert isinstance(backend_of(slow.attention), Float64)
     first = [
         [outcome.tokens[0] for outcome in run_rows(each, rows(new=2), prefill_chunk=25)]
         for each in (model, slow)
@@ -184,8 +190,9 @@ def test_streaming_attention_in_training_is_what_blocks_give() -> None:
     given = [torch.randn(shape, device="cuda", requires_grad=True) for shape in shapes]
     weights = torch.randn(shapes[0], device="cuda")
     found = []
+    query, key, value = given
     for attend in (streaming_blocks, streaming_flex):
-        out = attend(*given, 0.2, 4, 64, None)
+        out = attend(query, key, value, 0.2, 4, 64, None)
         found.append([out, *torch.autograd.grad((out * weights).sum(), given)])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)

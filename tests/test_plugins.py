@@ -1,4 +1,4 @@
-"""A new method is one new file: beside the built-in ones, or in a package of somebody else's."""
+"""A new method is one new file: next to the built-in ones, or in a package of its author."""
 
 import shutil
 import subprocess
@@ -21,7 +21,7 @@ from kvbench.registry import register_method
 @register_method("oldest")
 @dataclass(frozen=True)
 class Oldest(Method):
-    """Keep the entries that came first, but for a share `skip` of them."""
+    """Keep the entries nearest to the position `skip * prompt`; by default the first ones."""
 
     family = Family.POST_FILL
     skip: float = 0.0
@@ -33,21 +33,19 @@ class Oldest(Method):
 USE = """
 from kvbench.spec import method_names, parse_method
 from helpers.models import loaded_model
-from kvbench.engine.cache import Ledger
-from kvbench.engine.prefill import prefill
 from kvbench.engine.row import Row
-import torch
+from kvbench.engine.run import run_rows
 assert {"oldest", "oldest-naive"} <= set(method_names()), method_names()
 spec = parse_method("oldest", {"skip": "0.0"})
-with torch.inference_mode():
-    state = prefill(loaded_model(), [Row([1] * 40, 2, spec, 0.25)], None, Ledger())[0]
-assert state.cache.kept(0)[1] == list(range(10)), state.cache.kept(0)
+rows = [Row([1] * 40, 2, spec, 0.25)]
+kept = run_rows(loaded_model(), rows, prefill_chunk=None, keep_positions=True)[0].kept
+assert kept[0][1] == list(range(10)), kept
 print("works")
 """
 
 
 def python(code: str, folder: Path) -> str:
-    """Run code that finds what lies in `folder` first."""
+    """Run code that imports from `folder` first."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -69,7 +67,7 @@ def test_a_new_file_beside_the_methods_is_enough(tmp_path: Path) -> None:
     assert python(USE, tmp_path) == "works\n"
 
 
-def test_a_package_of_somebody_elses_is_enough(tmp_path: Path) -> None:
+def test_a_third_party_package_is_enough(tmp_path: Path) -> None:
     (tmp_path / "kv_oldest.py").write_text(OLDEST)
     info = tmp_path / "kv_oldest-1.0.dist-info"
     info.mkdir()

@@ -1,5 +1,6 @@
-"""Naming methods and their options, and what is said of names and options that are wrong."""
+"""Names and options of methods, and the messages for wrong ones."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from kvbench.errors import InputError
 from kvbench.heads import ScoreSet, nearest, read_scores
 from kvbench.method import KVShape
 from kvbench.models.card import EMBEDDED, ModelCard, model_folder, read_card
+from kvbench.registry import methods
 from kvbench.spec import Chunking, check_option_names, parse_method
 
 TINY = KVShape(layers=4, kv_heads=4, query_heads=8, head_dim=32)
@@ -67,6 +69,12 @@ def test_what_is_wrong_is_said(name: str, options: dict[str, object], message: s
     with pytest.raises(InputError, match=message) as caught:
         parse_method(name, options)
     assert "\n" not in str(caught.value)
+
+
+def test_every_option_has_a_help_text() -> None:
+    for name in methods.names():
+        for field in fields(methods.get(name)):
+            assert field.metadata.get("help"), (name, field.name)
 
 
 def test_an_option_that_no_method_has_is_refused() -> None:

@@ -1,1 +1,1 @@
-"""Runs rows: prefill, eviction, decoding, and the count of what is resident."""
+"""Runs rows: prefill, eviction, decoding, and counting. Start in `run`, or in `reference`."""

@@ -1,9 +1,8 @@
 """Counts what a row holds: its KV footprint, peaks, bytes and timeline; and closed forms of them.
 
 The engine tells `Accounting` what happened (`attended`, `evicted`, `moved`); nothing here decides
-anything. An *entry-row* is one KV entry of one KV head that is resident while one row of the
-footprint (a processed token) is counted: 100 entries resident over 10 tokens are 1,000
-(docs/concepts.md).
+anything. An *entry-row* is one KV entry of one KV head, resident while the model processes one
+token: 100 entries resident over 10 tokens are 1,000 entry-rows (docs/concepts.md).
 
 Layers that the model itself limits count what a row sees of what they hold. Where they hold all
 that later rows can see (`Visible`), chunks change nothing: each row is counted by itself, as a
@@ -58,9 +57,9 @@ class Accounting:
     layers that hold all that is visible are `visible`, and `seen` is the most that a row saw.
     """
 
-    resident_rows: int = 0
-    read_rows: int = 0
-    patch_rows: int = 0
+    resident_rows: int = 0  # entry-rows
+    read_rows: int = 0  # entry-rows that attention read
+    patch_rows: int = 0  # patched tokens that went through the model
     entries: int = 0
     entries_peak: int = 0
     visible: int = 0

@@ -60,7 +60,7 @@ def attend_groups(
         backend.chunk(
             group.of(queries),
             group.resident(),
-            Entries(*(group.of(tensor) for tensor in new)),
+            group.select(new),
             rules if rules.sinks is None else replace(rules, sinks=group.of(rules.sinks)),
         )
         for group in cache.layers[layer]

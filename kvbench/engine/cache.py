@@ -4,7 +4,7 @@ KV heads of a layer that hold equally many entries share storage, a `HeadGroup`.
 after RoPE, and an entry keeps its position in the text, so the order in storage does not matter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,10 @@ class HeadGroup:
         """This group's KV heads of a tensor [K, ...]."""
         return tensor[self._index]
 
+    def select(self, entries: Entries) -> Entries:
+        """This group's KV heads of entries [K, ...]."""
+        return Entries(*(self.of(tensor) for tensor in entries))
+
     def resident(self) -> Entries | None:
         """The resident entries, None if there are none."""
         if not self.length:
@@ -89,7 +93,7 @@ class HeadGroup:
 
     def in_order(self) -> list[Entries]:
         """The resident entries in order of position, in pieces, if they were stored in order."""
-        cuts = [(self.oldest, self.length), (0, self.oldest)]
+        cuts = [(self.oldest, self.length), (0, self.oldest)] if self.length else []
         return [
             Entries(*(tensor[:, start:stop] for tensor in self.entries()))
             for start, stop in cuts
@@ -114,7 +118,7 @@ class HeadGroup:
     def _slots(self, like: Entries, count: int, capacity: int) -> list[Tensor]:
         """Storage for `count` more entries, which count as resident from now on."""
         start, stop = self.length, self.length + count
-        if not start:
+        if self.keys is None:
             self._allocate(like, max(capacity, stop))
         elif stop > self.capacity:
             self.reserve(max(capacity, stop))
@@ -129,11 +133,8 @@ class HeadGroup:
         for name in ("keys", "values", "positions"):
             old: Tensor = getattr(self, name)
             grown = old.new_empty((len(old), capacity, *old.shape[2:]))
-            if name != "positions":
-                self.ledger.allocate(grown.nbytes)
             grown[:, : self.length] = old[:, : self.length]
-            self.free(name)
-            setattr(self, name, grown)
+            self._store(name, grown)
 
     def slide(self, new: Entries, start: int, capacity: int) -> None:
         """Add a chunk's entries, the first at position `start`; evict what leaves the window."""
@@ -195,19 +196,14 @@ class HeadGroup:
         pick = _Pick(source.length, own, chosen, capacity)
         own = Entries(own.keys, own.values, own.positions.int())
         for name, new in zip(("keys", "values", "positions"), own, strict=True):
-            taken = pick.of(getattr(source, name), new)
-            if name != "positions":
-                self.ledger.allocate(taken.nbytes)
-            self.free(name)
-            setattr(self, name, taken)
+            self._store(name, pick.of(getattr(source, name), new))
         self.length = chosen.shape[1]
         self.window, self.oldest = None, 0
 
     def clear(self) -> None:
         """Free the storage."""
-        self.free("keys")
-        self.free("values")
-        self.positions = None
+        for name in ("keys", "values", "positions"):
+            self._store(name, None)
         self.length = self.oldest = 0
 
     def entries(self) -> Entries:
@@ -221,17 +217,15 @@ class HeadGroup:
         for name, given in zip(("keys", "values", "positions"), like, strict=True):
             dtype = torch.int32 if name == "positions" else given.dtype
             shape = (len(self.heads), capacity, *given.shape[2:])
-            made = torch.empty(shape, dtype=dtype, device=given.device)
-            if name != "positions":
-                self.ledger.allocate(made.nbytes)
-            setattr(self, name, made)
+            self._store(name, torch.empty(shape, dtype=dtype, device=given.device))
 
-    def free(self, name: str) -> None:
-        """Free the storage of `keys`, `values` or `positions`."""
-        old = getattr(self, name)
-        if old is not None and name != "positions":
-            self.ledger.allocate(-old.nbytes)
-        setattr(self, name, None)
+    def _store(self, name: str, new: Tensor | None) -> None:
+        """Replace the storage of `keys`, `values` or `positions`; the old one is freed."""
+        old: Tensor | None = getattr(self, name)
+        if name != "positions":
+            self.ledger.allocate(0 if new is None else new.nbytes)
+            self.ledger.allocate(0 if old is None else -old.nbytes)
+        setattr(self, name, new)
 
 
 class _Pick:
@@ -272,8 +266,9 @@ class RowCache:
     """The cache of all layers of one row.
 
     `windows` are the windows of each layer's KV heads, none for a layer that reads the keys of
-    another one; `limits` are the model's own limits of the layers. With `apart`, each KV head that does not
-    stream has separate storage, so that evicting copies one head at a time and not a whole layer.
+    another one; `limits` are the model's own limits of the layers. In the
+    layers `apart`, each KV head that does not stream has separate storage, so that evicting copies
+    one head at a time and not a whole layer.
     """
 
     def __init__(
@@ -283,14 +278,15 @@ class RowCache:
         device: torch.device,
         *,
         limits: Sequence[Limit | None],
-        apart: bool = False,
+        apart: Container[int] = (),
     ) -> None:
         self.layers: list[list[HeadGroup]] = []
         self.orders: list[Tensor | None] = []  # index of each KV head among a layer's groups
-        for layer, limit in zip(windows, limits, strict=True):
+        for index, (layer, limit) in enumerate(zip(windows, limits, strict=True)):
             kinds: dict[object, list[int]] = {}
             for head, window in enumerate(layer):
-                alone = apart and (window is None or isinstance(window, Visible))
+                scored = window is None or isinstance(window, Visible)
+                alone = scored and index in apart
                 kinds.setdefault(head if alone else window, []).append(head)
             self.layers.append(
                 [

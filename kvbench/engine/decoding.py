@@ -21,9 +21,9 @@ from kvbench.models.attention import AttentionCall, LayerShape
 class DecodeKV:
     """A `KVAttention` for R rows that decode one token each per step.
 
-    The caches must have storage for all tokens that will be decoded. With kernels, tables describe
-    the sequences of all layers one after another, those of a layer row by row; the lengths in the
-    caches are not updated.
+    `prompts` are the lengths of the prompts. The caches must have storage for all tokens that will
+    be decoded. With kernels, tables describe the sequences of all layers one after another, those
+    of a layer row by row; the lengths in the caches are not updated.
     """
 
     def __init__(
@@ -128,11 +128,10 @@ class DecodeKV:
             attended = attend_groups(cache, source, grouped, own, call.rules, self.backend)
             out[row] = attended.flatten(0, 1)
             for group in cache.layers[source] if last else ():
-                mine = Entries(*(group.of(tensor) for tensor in own))
                 if group.window is None:
-                    group.add(mine, group.capacity)
+                    group.add(group.select(own), group.capacity)
                 else:
-                    group.slide(mine, int(self.positions[row]), group.capacity)
+                    group.slide(group.select(own), int(self.positions[row]), group.capacity)
         return out
 
     def advance(self) -> None:

@@ -1,7 +1,7 @@
 """Where a budget becomes an eviction: which entries of a layer stay after a prefill chunk.
 
 `kvbench.engine.prefill` calls `choose` once a layer has attended to a chunk, and moves the entries.
-Windows of streaming KV heads need no choice: the cache keeps them by position.
+Streaming KV heads need no choice: their windows keep entries by position.
 """
 
 from collections.abc import Sequence
@@ -88,7 +88,7 @@ class EvictionPolicy:
         layer = self.layers[index]
         if layer.source != index:
             return []
-        acting = self.shape.acting is None or index in self.shape.acting
+        acting = index in self.acting
         if layer.limit is None or (acting and layer.limit.size >= self.prompt + self.decoded):
             return chosen[index] if chosen and acting else [None] * layer.kv_heads
         visible = Visible.under(layer.limit)
@@ -107,10 +107,14 @@ class EvictionPolicy:
         """The model's own limit of each layer."""
         return [layer.limit for layer in self.layers]
 
+    @property
+    def acting(self) -> Sequence[int]:
+        """The layers that methods act on."""
+        return range(len(self.layers)) if self.shape.acting is None else self.shape.acting
+
     def scores(self, layer: int, group: HeadGroup) -> bool:
         """Whether a method may score the entries of these KV heads of a layer."""
-        acting = self.shape.acting is None or layer in self.shape.acting
-        return acting and (group.window is None or isinstance(group.window, Visible))
+        return layer in self.acting and (group.window is None or isinstance(group.window, Visible))
 
     @cached_property
     def chunks(self) -> Sequence[Chunk]:
@@ -180,8 +184,7 @@ class EvictionPolicy:
         if window is not None:
             shared = len(self.layers[layer].readers) > 1
             return min(whole, window.sinks + window.size + shared)
-        acting = self.shape.acting is None or layer in self.shape.acting
-        late = self.evicts_by_score and acting
+        late = self.evicts_by_score and layer in self.acting
         return self.prompt - self.chunks[-1].length if late else whole
 
     def reserved_from(self, chunk: Chunk, view: LayerView) -> int:
@@ -204,7 +207,7 @@ class EvictionPolicy:
         Storage for the answer is included, so that nothing moves later, unless that would raise the
         peak by more than 1%: all layers hold it while one still holds what it is about to evict.
         """
-        layers = len(self.shape.acting or self.layers)
+        layers = len(self.acting)
         raised = min(self.decoded * layers, new) if kept + self.decoded > before else 0
         return kept + (self.decoded if 100 * raised <= kept * layers else 0)
 
@@ -213,7 +216,7 @@ class EvictionPolicy:
 class LayerChunk:
     """A layer that has attended to a chunk and is about to evict."""
 
-    layer: int
+    index: int  # of the layer
     chunk: Chunk
     own: Entries  # [K, T, ...], of the chunk, without the patched ones
     patch: Entries | None  # [K, W, ...], the patched ones
@@ -224,10 +227,6 @@ class LayerChunk:
     def entry_bytes(self) -> EntryBytes:
         """The bytes of an entry of this layer."""
         return EntryBytes.of(self.own)
-
-    def own_of(self, group: HeadGroup) -> Entries:
-        """The chunk's entries of a group of KV heads."""
-        return Entries(*(group.of(tensor) for tensor in self.own))
 
 
 class LayerScores:
@@ -273,7 +272,7 @@ class LayerScores:
     def _draw_seed(self, policy: EvictionPolicy) -> int:
         # Without chunking, the choice must not depend on how the prompt was cut into chunks.
         start = self.layer.chunk.start if policy.scores_each_chunk else 0
-        return draw_seed(policy.seed, self.layer.layer, start)
+        return draw_seed(policy.seed, self.layer.index, start)
 
     def _make_view(self, policy: EvictionPolicy) -> LayerView:
         layer, chunk, shape = self.layer, self.layer.chunk, policy.shape
@@ -287,7 +286,7 @@ class LayerScores:
             grouped = torch.cat([group.of(grouped) for group in self.groups])
             sinks = None if sinks is None else torch.cat([group.of(sinks) for group in self.groups])
         tokens = new = chunk.length if policy.scores_each_chunk else policy.prompt
-        limit = policy.layers[layer.layer].limit
+        limit = policy.layers[layer.index].limit
         if limit is not None:
             new = min(new, limit.held(policy.prompt))
         return LayerView(
@@ -296,7 +295,7 @@ class LayerScores:
             query_positions=torch.arange(seen - window, seen, device=self.device),
             scaling=layer.rules.scaling,
             kv_heads=tuple(heads),
-            layer=layer.layer,
+            layer=layer.index,
             layers=shape.layers,
             prompt=policy.prompt,
             new=new,
@@ -311,8 +310,5 @@ class LayerScores:
         )
 
     def _blocks(self, group: HeadGroup) -> list[Entries]:
-        pieces = group.in_order() if group.length else []
-        for new in (self.layer.own, self.layer.patch):
-            if new is not None:
-                pieces.append(Entries(*(group.of(tensor) for tensor in new)))
-        return pieces
+        new = [e for e in (self.layer.own, self.layer.patch) if e is not None]
+        return [*group.in_order(), *(group.select(entries) for entries in new)]

@@ -20,7 +20,7 @@ from kvbench.engine.eviction import Chunk, LayerChunk, LayerScores, choose
 from kvbench.engine.row import Row, RowState, policy_of
 from kvbench.method import Entries
 from kvbench.models.attention import AttentionCall, LayerShape, Rules
-from kvbench.models.load import LoadedModel, forward
+from kvbench.models.load import LoadedModel, best_tokens, forward
 
 PACKED_TOKENS = 2048  # tokens that go through the model at once, unless one chunk has more
 
@@ -53,7 +53,7 @@ def read(model: LoadedModel, pack: "Sequence[Piece]", ids: Tensor) -> None:
     positions = torch.cat([piece.positions for piece in pack])
     kv = PrefillKV(pack, backend_of(model.attention), model.layers)
     logits = forward(model, torch.cat(fed)[None], positions[None], kv, ends)
-    first = logits.argmax(-1).tolist() if pack[0].chunk.last else [None] * len(pack)
+    first = best_tokens(logits).tolist() if pack[0].chunk.last else [None] * len(pack)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)  # so that no later chunk pays for this one
     seconds = (time.perf_counter() - started) / sum(piece.chunk.tokens for piece in pack)
@@ -148,25 +148,26 @@ class Stream:
 
     def evict(self, layer: LayerChunk) -> None:
         """Count what attended, then choose and move what each row keeps of a chunk."""
-        groups, chunk = self.cache.layers[layer.layer], layer.chunk
+        groups, chunk = self.cache.layers[layer.index], layer.chunk
         policy = self.states[0].policy
-        scored = [group for group in groups if policy.scores(layer.layer, group)]
+        scored = [group for group in groups if policy.scores(layer.index, group)]
         scores = LayerScores(scored, layer)
         for state in self.states:
             count_attended(state, groups, layer)
+            chosen: Sequence[HeadGroup] = []
             if chunk.last or state.cache is self.cache:
-                move_kept(state, groups, layer, scores)
-            count_visible(state, groups, layer)
+                chosen = move_kept(state, groups, layer, scores)
+            count_visible(state, [group for group in groups if group not in chosen], layer)
         if self.states[-1].cache is self.cache:
             return
         for group in groups:  # the cache of no row, only for reading the prompt
-            reserved = policy.reserved(layer.layer, group.window)
+            reserved = policy.reserved(layer.index, group.window)
             if chunk.last:
                 group.clear()
             elif group.window is None:
-                group.add(layer.own_of(group), reserved)
+                group.add(group.select(layer.own), reserved)
             else:
-                group.slide(layer.own_of(group), chunk.start, reserved)
+                group.slide(group.select(layer.own), chunk.start, reserved)
 
     def latest_queries(self, layer: int, queries: Tensor) -> Tensor:
         """A chunk's queries [H, T, D], after those of earlier chunks that may be needed."""
@@ -190,7 +191,7 @@ def count_attended(state: RowState, groups: Sequence[HeadGroup], layer: LayerChu
         if policy.evicts(group.window, chunk):
             stored = chunk.tokens  # the chunk's own storage, until what stays is moved
         elif not chunk.start:
-            stored = policy.reserved(layer.layer, group.window)
+            stored = policy.reserved(layer.index, group.window)
         heads, held, limit = len(group.heads), group.length, group.limit
         if limit is None:
             accounting.attended(heads, held, chunk.length, chunk.patched, stored, size)
@@ -215,16 +216,22 @@ def count_visible(state: RowState, groups: Sequence[HeadGroup], layer: LayerChun
     chunk, policy, size = layer.chunk, state.policy, layer.entry_bytes
     for group in groups:
         if isinstance(group.window, Visible):
-            heads, room = len(group.heads), policy.reserved(layer.layer, group.window)
-            if not chunk.start:
-                state.accounting.moved(heads, 0, room, size)
-            state.accounting.freed(heads, chunk.tokens, chunk.patched, size)
+            room = policy.reserved(layer.index, group.window)
+            # heads that will be scored have separate storage when the row runs alone
+            times = len(group.heads) if policy.scores_once and layer.index in policy.acting else 1
+            heads = len(group.heads) // times
+            for _ in range(times):
+                if not chunk.start:
+                    state.accounting.moved(heads, 0, room, size)
+                state.accounting.freed(heads, chunk.tokens, chunk.patched, size)
 
 
 def move_kept(
     state: RowState, groups: Sequence[HeadGroup], layer: LayerChunk, scores: LayerScores
-) -> None:
+) -> Sequence[HeadGroup]:
     """Move to a row's cache what it keeps of a chunk, and of `groups` if it evicts from those.
+
+    Returns the groups whose entries were chosen by score.
 
     `groups` hold the entries of earlier chunks. They are in the row's own cache, or in that of the
     stream that the row leaves.
@@ -241,19 +248,19 @@ def move_kept(
             scored = []  # all that is visible stays, as under full attention
         if policy.scores_each_chunk:
             reserved = policy.reserved_from(chunk, scores.view(policy))
-    own_cache = groups is state.cache.layers[layer.layer]
+    own_cache = groups is state.cache.layers[layer.index]
     if own_cache:
         scores.release()  # or all old entries of the layer would be kept until all have moved
     for group in groups:
-        own, size = layer.own_of(group), layer.entry_bytes
+        own, size = group.select(layer.own), layer.entry_bytes
         heads, before, capacity = len(group.heads), group.length, group.capacity
         if policy.scores_once and group in scored:
             move_chosen(state, group, own, next(stay), layer)
         elif group.window is not None:
-            room = policy.reserved(layer.layer, group.window)
+            room = policy.reserved(layer.index, group.window)
             mine = group
             if not own_cache:
-                mine = state.cache.group_like(layer.layer, group)
+                mine = state.cache.group_like(layer.index, group)
                 mine.copy(group, room)
             mine.slide(own, chunk.start, room)
             if isinstance(group.window, Visible):
@@ -274,9 +281,10 @@ def move_kept(
             counted = counted_of(group, before, chunk)
             state.accounting.evicted(heads, before, chunk.tokens, group.length, size, counted)
         elif own_cache:
-            group.add(own, policy.reserved(layer.layer, None))
+            group.add(own, policy.reserved(layer.index, None))
         else:
             raise AssertionError("a row left a stream with heads that it does not score")
+    return scored
 
 
 def counted_of(group: HeadGroup, before: int, chunk: Chunk) -> int:
@@ -316,10 +324,10 @@ def move_chosen(
         stay = everything.expand(len(group.heads), -1)
     kept = stay.shape[1]
     reserved = state.policy.reserved_for_answer(kept, before, new)
-    state.cache.group_like(layer.layer, group).replace(group, own, stay, reserved)
+    state.cache.group_like(layer.index, group).replace(group, own, stay, reserved)
     for _ in group.heads:  # when the row runs alone, each head has its storage and moves by itself
         if isinstance(window, Visible) and limit is not None:
-            stored = state.policy.reserved(layer.layer, window) if layer.chunk.start else 0
+            stored = state.policy.reserved(layer.index, window) if layer.chunk.start else 0
             accounting.moved(1, stored, reserved, layer.entry_bytes)
             accounting.left_sight(1, limit, layer.chunk.start + new, kept)
             accounting.freed(1, layer.chunk.tokens, 0, layer.entry_bytes)
@@ -345,9 +353,8 @@ def make_streams(
     for row, policy in zip(rows, policies, strict=True):
         # The storage of a shared cache stays as a whole until the last row has left it.
         apart = policy.scores_once and not (policy.keeps_whole_prompt and sharing)
-        cache = RowCache(
-            policy.windows, ledger, model.device, limits=policy.limits, apart=apart
-        )
+        layers = policy.acting if apart else ()
+        cache = RowCache(policy.windows, ledger, model.device, limits=policy.limits, apart=layers)
         states.append(RowState(row, policy, cache))
         if policy.keeps_all:
             keeping.append(states[-1])

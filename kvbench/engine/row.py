@@ -12,7 +12,7 @@ from kvbench.engine.accounting import (
 from kvbench.engine.cache import HeadGroup, Ledger, RowCache, Visible
 from kvbench.engine.eviction import EvictionPolicy
 from kvbench.errors import InputError
-from kvbench.models.load import LoadedModel
+from kvbench.models.load import NOT_FINITE, LoadedModel
 from kvbench.spec import MethodSpec
 
 
@@ -48,6 +48,7 @@ class Outcome:
     shared_rows: int  # rows of its prefill group, itself included
     group_bytes_peak: int  # keys and values of all rows of the call
     kept: list[list[list[int]]] | None = None  # as `RowState.kept`, if it was asked for
+    failure: str | None = None  # why the row could not be measured
 
 
 @dataclass
@@ -64,7 +65,9 @@ class RowState:
     kept: list[list[list[int]]] | None = None  # [layers][KV heads], positions after the prompt
 
     def ended(self, model: LoadedModel) -> bool:
-        """Whether the row has generated its answer."""
+        """Whether the row has generated its answer, or cannot go on."""
+        if self.tokens[-1] == NOT_FINITE:
+            return True
         return self.tokens[-1] in model.end_tokens or len(self.tokens) >= self.row.max_new_tokens
 
     def reserve_answer(self) -> None:
@@ -138,9 +141,15 @@ def outcome(
     counted = state.accounting
     prompt, fed = len(state.row.prompt), len(state.tokens) - 1
     full = full_attention_rows(model.layers, prompt, fed)
-    tokens = state.tokens
+    tokens, failure = state.tokens, None
+    if tokens[-1] == NOT_FINITE:
+        failure = (
+            f"logits are not finite at token {len(tokens)} of the answer: the weights hold NaN or "
+            f"infinity, or values overflow {str(model.dtype).removeprefix('torch.')} (try another "
+            "--dtype)"
+        )
     return Outcome(
-        tokens=tokens[:-1] if tokens[-1] in model.end_tokens else tokens,
+        tokens=tokens[:-1] if failure or tokens[-1] in model.end_tokens else tokens,
         kv_footprint=counted.resident_rows / full,
         kv_peak=counted.entries_peak / full_attention_peak(model.layers, prompt + fed),
         kv_reads=counted.read_rows / full,
@@ -157,4 +166,5 @@ def outcome(
         shared_rows=shared_rows,
         group_bytes_peak=ledger.peak,
         kept=state.kept,
+        failure=failure,
     )

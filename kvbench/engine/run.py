@@ -17,7 +17,7 @@ from kvbench.engine.decoding import DecodeKV
 from kvbench.engine.graph import Repeated
 from kvbench.engine.prefill import prefill
 from kvbench.engine.row import Outcome, Row, RowState, check, held, outcome, policy_of
-from kvbench.models.load import LoadedModel, forward
+from kvbench.models.load import LoadedModel, best_tokens, forward
 
 Repeat = Callable[[Callable[[], None], bool], Repeated]  # of a step, and whether to capture it
 
@@ -90,7 +90,8 @@ def decode(model: LoadedModel, states: Sequence[RowState], repeat: Repeat) -> No
     ids = torch.tensor([state.tokens[-1] for state in batch], device=model.device)
 
     def step() -> None:
-        ids.copy_(forward(model, ids[:, None], kv.positions[:, None], kv).argmax(-1))
+        fed = ids.clamp(min=0)  # rows that have ended may keep their places
+        ids.copy_(best_tokens(forward(model, fed[:, None], kv.positions[:, None], kv)))
         kv.advance()
 
     take_step = repeat(step, kv.capturable)

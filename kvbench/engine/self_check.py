@@ -102,7 +102,7 @@ def worst_of(found: "Sequence[tuple[int, float]]", model: LoadedModel) -> Check:
             f"deviation (at most {tolerance:g} is rounding); the architecture computes something "
             "that kvbench does not know"
         )
-    return Check(max(far for _, far in found), tolerance, len(found))
+    return Check(max((far for _, far in found), default=0.0), tolerance, len(found))
 
 
 def differences(model: LoadedModel) -> list[tuple[int, float]]:
@@ -125,6 +125,13 @@ def differences(model: LoadedModel) -> list[tuple[int, float]]:
         own_logits(model, [*prompt, *outcome.tokens[:-1]])
         for prompt, outcome in zip(prompts, outcomes, strict=True)
     ]
+    if any(outcome.failure for outcome in outcomes):
+        if all(logits.isfinite().all() for logits in own):
+            raise InputError(
+                f"model '{model.name}' is not computed right: logits are not finite where the "
+                "model's own are"
+            )
+        return []  # the model's own are not finite either; each cell will say so
     result = []
     for row, position, logits in found_rows(recorder.found, len(rows)):
         expected = own[row][position]

@@ -8,7 +8,7 @@ A second name, `PROBE`, is for one short forward when a model is wrapped: masks 
 (`MaskRule`) instead of left out, so that `kvbench.models.layers` learns what each layer sees.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -96,15 +96,11 @@ class AttentionCall:
     value: Tensor  # [B, K, T, Dv]
     rules: Rules
 
-    def split(self, sizes: Sequence[int]) -> "Iterable[AttentionCall]":
+    def split(self, sizes: Sequence[int]) -> "list[AttentionCall]":
         """The calls of the parts of a packed sequence (B = 1), `sizes` tokens each."""
-        if len(sizes) == 1:
-            return [self]
         tensors = (tensor.split(sizes, dim=2) for tensor in (self.query, self.key, self.value))
-        return [
-            replace(self, query=query, key=key, value=value)
-            for query, key, value in zip(*tensors, strict=True)
-        ]
+        parts = zip(*tensors, strict=True)
+        return [replace(self, query=query, key=key, value=value) for query, key, value in parts]
 
 
 class KVAttention(Protocol):

@@ -1,4 +1,4 @@
-"""What a model's folder says of itself: a sensible context, chunk and options (`kvbench.json`)."""
+"""Model cards: the default context, prefill chunk and options of a model (`kvbench.json`)."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -14,11 +14,10 @@ CARD = "kvbench.json"
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Defaults for a model; 0 where it has none.
+    """Defaults for a model; 0 means no default.
 
-    `options` are option defaults by registered method, `training` those of `kvbench train`. Models
-    of short context scale sinks and windows with it; the scaled values are recorded with every
-    result like any other.
+    `options` are the options of each registered method, `training` those of `kvbench train`. Models
+    with a short context have smaller sinks and windows; records contain the values that were used.
     """
 
     context: int = 0  # tokens of a prompt and its answer
@@ -29,9 +28,9 @@ class ModelCard:
 
 
 def model_folder(name: str) -> Path | None:
-    """The folder of a model's card: None for a name that only a hub can know.
+    """The folder of a model's card; None for a name of the Hugging Face hub.
 
-    Of embedded and local models it holds the model too. InputError for a path that does not exist.
+    For embedded and local models it also contains the model. InputError if there is no such folder.
     """
     if name in EMBEDDED:
         return EMBEDDED[name]
@@ -53,9 +52,10 @@ def model_folder(name: str) -> Path | None:
 
 
 def read_card(folder: Path) -> ModelCard:
-    """The card of a model's folder, and the head scores that lie beside it.
+    """The card in a model's folder; ModelCard() if there is none.
 
-    A file `scores-METHOD.json` or `.tsv` becomes the default of that method's option `scores`.
+    A file `scores-METHOD.json` or `.tsv` in the folder becomes the default of that method's option
+    `scores`. InputError if the card cannot be read.
     """
     path = folder / CARD
     try:

@@ -1,7 +1,7 @@
-"""Reading a Llama model out of a GGUF file: configuration, dequantised weights and tokenizer.
+"""Reads a Llama model from a GGUF file: configuration, dequantised weights and tokenizer.
 
-transformers reads such a file too and gets the same weights, but it goes over the file three times,
-needs one more package, and splits spaces before a digit otherwise than the model was trained on.
+transformers reads such a file and gets the same weights, but it reads the file three times, needs
+another package, and splits spaces before a digit differently from how the model was trained.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from kvbench.errors import InputError
 from kvbench.models.files import check_weights
 
-CONTROL = 3  # a token's type: one that text is never split into
+CONTROL = 3  # the token type of special tokens
 
 WEIGHTS = {
     "token_embd": "model.embed_tokens",
@@ -35,9 +35,9 @@ WEIGHTS = {
 
 
 def read_gguf(path: Path, **options: Any) -> tuple[Any, Any]:
-    """The model and the tokenizer of a GGUF file; `options` are those of `from_pretrained`.
+    """The model and the tokenizer of a GGUF file; `options` go to `from_pretrained`.
 
-    InputError for a model that is no Llama, or a tokenizer of a kind not known here.
+    InputError if the model is not a Llama or the tokenizer's kind is unknown.
     """
     reader = GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -57,7 +57,7 @@ def read_gguf(path: Path, **options: Any) -> tuple[Any, Any]:
 
 
 def read_config(fields: dict[str, Any], *, tied: bool) -> LlamaConfig:
-    """The configuration that a file's fields say."""
+    """The configuration in a file's fields."""
     heads = fields["llama.attention.head_count"]
     return LlamaConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
@@ -82,7 +82,7 @@ def read_weight(tensor: Any, config: LlamaConfig) -> tuple[str, Tensor]:
     layer = f"model.layers.{block[1]}." if block else ""
     values = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
     if name in ("attn_q", "attn_k"):
-        # the file has the two halves that RoPE turns side by side, transformers one after another
+        # The file interleaves the two halves that RoPE rotates; transformers concatenates them.
         heads = config.num_attention_heads if name == "attn_q" else config.num_key_value_heads
         values = values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
     return f"{layer}{WEIGHTS[name]}.{kind}", values
@@ -96,7 +96,7 @@ def read_tokenizer(path: Path, fields: dict[str, Any]) -> PreTrainedTokenizerFas
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    # each digit by itself, then as GPT-2 splits text
+    # Single digits first, then as GPT-2 splits text.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

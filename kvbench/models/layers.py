@@ -29,8 +29,8 @@ def check_kinds(config: Any, name: str) -> None:
         unknown = sorted({str(kind) for kind in listed or ()} - KINDS)
         if unknown:
             raise InputError(
-                f"model '{name}' has layers of type {', '.join(unknown)}; kvbench measures "
-                "decoders whose layers all attend (full_attention, sliding_attention or "
+                f"model '{name}' is not an attention-only decoder: it has layers of type "
+                f"{', '.join(unknown)} (known are full_attention, sliding_attention and "
                 "chunked_attention)"
             )
 

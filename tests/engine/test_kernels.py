@@ -1,4 +1,4 @@
-"""Kernels for single tokens: against float64, and where there is no compiler."""
+"""Kernels for single tokens: compared with float64, and without a compiler."""
 
 import subprocess
 from pathlib import Path
@@ -26,6 +26,18 @@ def test_the_kernel_agrees_with_float64(
     kernel = token_kernel(size, value_size)
     assert kernel is not None
     Made([1, 40, 600, 33, 256], size, value_size, group).check(kernel, sliding, 2e-5)
+
+
+@without_compiler
+@pytest.mark.parametrize("group", [1, 3, 6])
+@pytest.mark.parametrize(("softcap", "sinks"), [(0.7, False), (None, True), (2.0, True)])
+@pytest.mark.parametrize("sliding", [None, 20])
+def test_the_kernel_caps_logits_and_has_sinks(
+    group: int, softcap: float | None, sinks: bool, sliding: int | None
+) -> None:
+    kernel = token_kernel(8, 8)
+    assert kernel is not None
+    Made([1, 40, 600, 33, 256], 8, 8, group).check(kernel, sliding, 2e-5, softcap, sinks)
 
 
 @without_compiler

@@ -1,4 +1,4 @@
-"""Bytes of keys and values: what is counted, what the footprint predicts, what is allocated."""
+"""Bytes of keys and values: counted, predicted by the footprint, and really allocated."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,8 @@ import torch
 from helpers.models import loaded_model
 from torch.profiler import ProfilerActivity, profile
 
+from kvbench.engine.cache import Ledger
+from kvbench.engine.prefill import prefill
 from kvbench.engine.row import Outcome, Row
 from kvbench.engine.run import run_rows
 from kvbench.spec import MethodSpec, parse_method
@@ -51,7 +53,7 @@ def test_peak_bytes_are_within_two_percent_of_the_footprints_at_4k_tokens(tmp_pa
 
 
 def allocated(function: Callable[[], list[Outcome]]) -> tuple[list[Outcome], int]:
-    """What a call returns, and the most bytes that it had allocated at one moment."""
+    """What a call returns, and the peak of the bytes that it allocated."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     events: list[Any] = profiler.profiler.kineto_results.events()
@@ -75,9 +77,21 @@ def test_no_more_is_allocated_than_is_counted(name: str, budget: float, tmp_path
     row = Row(prompt(context), 8, spec(name, write_scores(tmp_path, layers, heads)), budget)
     if name == "full":
         row = Row(row.prompt, 8, row.spec, 1.0)
-    run_rows(model, [row], prefill_chunk=chunk)  # the first run sets things up
+    run_rows(model, [row], prefill_chunk=chunk)  # the first run allocates other things too
     (outcome,), peak = allocated(lambda: run_rows(model, [row], prefill_chunk=chunk))
-    # Beside it are the activations of a chunk, the attention of an observation window, and
-    # positions; a layer whose old and new entries were there at once would be far more.
+    # The rest is a chunk's activations, the attention of an observation window, and positions. It
+    # would be far more if old and new entries of a whole layer existed at the same time.
     layer = heads * context * 2 * head_dim * 4
     assert outcome.group_bytes_peak <= peak < outcome.group_bytes_peak + layer / 5
+
+
+def test_storage_is_counted_once_if_a_chunk_keeps_nothing() -> None:
+    # The last layer keeps no entry of the first chunk, so its storage is allocated but empty.
+    row = Row(prompt(100), 4, parse_method("pyramidkv-patched", {"window": 6}), 0.1)
+    ledger = Ledger()
+    with torch.inference_mode():
+        state = prefill(loaded_model(), [row], 30, ledger)[0]
+    groups = [group for groups in state.cache.layers for group in groups]
+    stored = [group.entries() for group in groups]
+    assert ledger.bytes == sum(each.keys.nbytes + each.values.nbytes for each in stored)
+    assert ledger.bytes == state.accounting.bytes

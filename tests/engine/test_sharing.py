@@ -1,4 +1,4 @@
-"""What rows share changes nothing that they give or hold: a sweep equals its cells run alone."""
+"""Rows that share work give the same as rows that run alone."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -11,6 +11,8 @@ from helpers.models import loaded_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvbench.engine.cache import Ledger
+from kvbench.engine.prefill import prefill
 from kvbench.engine.row import Outcome, Row
 from kvbench.engine.run import run_rows
 from kvbench.spec import method_names
@@ -20,7 +22,7 @@ COMBINED = ["prulong+snapkv", "duoattention+pyramidkv-naive", "prulong+snapkv-pa
 
 
 def measured(outcome: Outcome) -> Outcome:
-    """An outcome without what depends on company: times, and the memory of all together."""
+    """An outcome without what depends on the other rows: times, and memory of all rows."""
     return replace(
         outcome,
         prefill_seconds=0.0,
@@ -87,10 +89,7 @@ def test_any_rows_together_equal_each_alone(
 
 
 def test_forks_do_not_disturb_each_other_or_the_baseline() -> None:
-    """The same rows in any company and order keep the same entries."""
-    from kvbench.engine.cache import Ledger
-    from kvbench.engine.prefill import prefill
-
+    """The same rows keep the same entries, in any order and with any other rows."""
     model = loaded_model()
     rows = [
         Row(tokens(90), 5, spec(name), budget, 2)
@@ -108,11 +107,11 @@ def test_forks_do_not_disturb_each_other_or_the_baseline() -> None:
             for group in groups
             if group.keys is not None and group.values is not None
         )
-        assert ledger.bytes == held  # whatever is shared is freed or belongs to a row
-        found = {
-            i: [s.cache.kept(x) for x in range(LAYERS)] for i, s in zip(order, states, strict=True)
-        }
-        storages = [g.keys.data_ptr() for s in states for gs in s.cache.layers for g in gs]
+        assert ledger.bytes == held  # all storage belongs to a row, or is freed
+        found = {i: state.cache.kept() for i, state in zip(order, states, strict=True)}
+        storages = [
+            g.entries().keys.data_ptr() for s in states for gs in s.cache.layers for g in gs
+        ]
         assert len(set(storages)) == len(storages)
         return [found[i] for i in sorted(order)]
 
@@ -138,9 +137,9 @@ def test_the_area_under_the_timeline_is_the_footprint(
     assert line[0] == [0, 0]
     assert line[-1][0] == prompt + got.new_tokens - 1
     assert all(a[0] <= b[0] for a, b in pairwise(line))
-    # Every row adds an entry to every head in its own course: a triangle of area 1/2 to a count of
-    # 1. While a full window decodes the entry leaves again at once: the line is flat, and the count
-    # one more than it.
+    # Each token adds an entry to each head: the line counts 1/2 for it on the way up, and the count
+    # is 1. While a full window decodes, that entry leaves at once: the line is flat, and the count
+    # is 1 above it.
     twice_area = sum((b[0] - a[0]) * (a[1] + b[1]) for a, b in pairwise(line))
     heads = LAYERS * KV_HEADS
     twice = twice_area + heads * line[-1][0]

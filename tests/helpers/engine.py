@@ -12,21 +12,21 @@ SCORES = Path(__file__).parent.parent / "data" / "scores.tsv"
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
-    """Random token ids; equal arguments give equal ones."""
+    """Random token ids, the same for the same arguments."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, 199, (count,), generator=generator).tolist()
 
 
 def spec(name: str, window: int = 6) -> MethodSpec:
-    """A method with windows that fit short prompts, and head scores where it needs them."""
+    """A method with windows for short prompts, and with head scores if it needs them."""
     options: dict[str, Any] = {"snapkv.window": window, "pyramidkv.window": window}
     for split in ("prulong", "duoattention"):
         options |= {f"{split}.scores": str(SCORES), f"{split}.sinks": 2, f"{split}.window": 7}
     return parse_method(name, options)
 
 
-def view_of(prompt: int, window: int, budget: float, layer: int, layers: int) -> LayerView:
-    """A view with nothing in it but numbers, for capacities."""
+def view_of(prompt: int, window: int, layer: int, layers: int) -> LayerView:
+    """A view without any content, for capacities."""
     empty = torch.empty(1, prompt, 0)
     positions = torch.arange(prompt)[None]
     return LayerView(
@@ -37,7 +37,6 @@ def view_of(prompt: int, window: int, budget: float, layer: int, layers: int) ->
         kv_heads=(0,),
         layer=layer,
         layers=layers,
-        budget=budget,
         prompt=prompt,
         new=prompt,
         patched=0,

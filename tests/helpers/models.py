@@ -1,4 +1,4 @@
-"""Small models of random weights, one for each architecture that kvbench says it takes."""
+"""Small models with random weights, one for each architecture that kvbench supports."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": 0,
-    "initializer_range": 0.3,  # far from uniform attention, so that a wrong entry shows
+    "initializer_range": 0.3,  # attention far from uniform, so that a wrong entry matters
 }
 SLIDING = {"sliding_window": 24}
 
@@ -54,7 +54,7 @@ ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 def plain_model(architecture: str = "llama", **changes: Any) -> Any:
-    """A model with its own attention; equal arguments give equal weights."""
+    """A model with its own attention; the same weights for the same arguments."""
     model_class, config_class, special = ARCHITECTURES[architecture]
     torch.manual_seed(0)
     config = config_class(**{**SIZES, **special, **changes})
@@ -65,7 +65,7 @@ def plain_model(architecture: str = "llama", **changes: Any) -> Any:
 
 
 def loaded_model(architecture: str = "llama", **changes: Any) -> LoadedModel:
-    """The same model, loaded into the harness."""
+    """The same model, wrapped for kvbench."""
     attention = changes.pop("attention", "sdpa")
     model = plain_model(architecture, **changes)
     return wrap_model(model, None, name=architecture, attention=attention)

@@ -1,4 +1,4 @@
-"""Reading a GGUF file: written here with the format's own library, read back the same."""
+"""Reading a GGUF file that was written with the format's own library."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def some_model(*, tied: bool = False) -> Any:
 
 
 def write(path: Path, model: Any, *, architecture: str = "llama", pre: str = "smollm") -> None:
-    """The model as a GGUF file, each head's rows of q and k as the format has them."""
+    """Write the model as a GGUF file, with each head's rows of q and k in the format's order."""
     config, file = model.config, GGUFWriter(path, architecture)
     file.add_context_length(config.max_position_embeddings)
     file.add_embedding_length(config.hidden_size)
@@ -63,7 +63,7 @@ def write(path: Path, model: Any, *, architecture: str = "llama", pre: str = "sm
             number, _, whole = whole.removeprefix("model.layers.").partition(".")
             layer = f"blk.{number}."
         if whole.endswith(("q_proj", "k_proj")):
-            # row r of the first half of a head, then row r of the second, for every r
+            # for every r: row r of the first half of a head, then row r of the second half
             heads = [head.chunk(2) for head in weight.split(config.head_dim)]
             rows = [row for a, b in heads for pair in zip(a, b, strict=True) for row in pair]
             weight = torch.stack(rows)
@@ -106,6 +106,6 @@ def test_the_tokenizer_splits_digits_and_keeps_special_tokens_whole(tmp_path: Pa
 def test_what_is_not_known_here_is_refused(
     tmp_path: Path, change: dict[str, str], message: str
 ) -> None:
-    write(tmp_path / "model.gguf", some_model(), **change)  # type: ignore[arg-type]
+    write(tmp_path / "model.gguf", some_model(), **change)
     with pytest.raises(InputError, match=message):
         read_gguf(tmp_path / "model.gguf")

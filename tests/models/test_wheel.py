@@ -1,4 +1,4 @@
-"""Models that a package of the package index carries: found, read rightly, or named as missing."""
+"""Models whose weights ship in a Python package: found and read, or reported as missing."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ NAME = "smollm2-135m"
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *hidden: str) -> None:
-    """Let modules seem to be there, but for those named."""
+    """Make all modules but those named seem to be installed."""
 
     class Found:
         submodule_search_locations = (str(Path(__file__).parent),)
@@ -65,7 +65,7 @@ def smollm2() -> LoadedModel:
 
 def test_its_tokenizer_splits_as_the_model_was_trained(smollm2: LoadedModel) -> None:
     tokenizer = smollm2.tokenizer
-    # by hand, from the pre-tokenizer's definition: digits alone, spaces before them together
+    # From the definition of the pre-tokenizer: single digits, and the spaces before them together.
     assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
     assert tokenizer.tokenize("It's <|im_end|>") == ["It", "'s", "Ġ", "<|im_end|>"]
     text = " é \n\n\tdef f(x):  return 0x1F <|im_start|>"

@@ -1,10 +1,10 @@
 /* Attention of single tokens: softmax(q K) V for each of many sequences of different lengths.
  *
- * One sequence is a KV head of a row: its keys and values are read once, where they lie, for all
- * query heads of its group. The threads are PyTorch's own: it has loaded the same OpenMP.
+ * A sequence is a KV head of a row. Its keys and values are read once, where they are stored, for
+ * all query heads of its group. The threads are those of PyTorch, which has loaded the same OpenMP.
  *
- * Compiled for one SIZE of keys and queries and one VALUE_SIZE of values: so that sums stay in
- * registers, which makes it up to twice as fast.
+ * It is compiled for one SIZE of keys and queries and one VALUE_SIZE of values, so that sums stay in
+ * registers; this makes it up to twice as fast.
  */
 #include <math.h>
 #include <omp.h>
@@ -12,11 +12,12 @@
 #include <string.h>
 
 #define AT_ONCE 4 /* queries that share a pass over the keys */
-#define BLOCK 256 /* entries whose keys and values are in the processor's cache together */
-#define LEAST -1e30f /* a logit that hides an entry: -ffast-math knows no infinity */
+#define BLOCK 256 /* entries whose keys and values fit in the processor's cache */
+#define LEAST -1e30f /* a logit that hides an entry; -ffast-math has no infinity */
 
-/* Attends to `length` entries more, those at positions up to `hidden` left out if `positions` are
- * given; logits are capped by `softcap` if that is not 0; out is the weighted sum so far, total that of the weights, most the largest logit. */
+/* Attends to `length` more entries; if `positions` are given, those up to `hidden` are left out; if
+ * `softcap` is not 0, logits are capped by it.
+ * out is the weighted sum so far, total the sum of the weights, most the largest logit. */
 static inline __attribute__((always_inline)) void
 attend(const int queries, const float *restrict q, const float *restrict keys,
        const float *restrict values, const int32_t *restrict positions, int64_t hidden,
@@ -64,9 +65,8 @@ attend(const int queries, const float *restrict q, const float *restrict keys,
     }
 }
 
-/* Attention of some queries to a sequence's entries and to its own token, which comes last: what
- * all hidden entries have left in the sums is gone then. A learnt sink, where there are `sinks`, is
- * an entry without a value. */
+/* Attention of some queries to a sequence's entries and to its own token. The token comes last, which
+ * removes what hidden entries have left in the sums. A learnt sink is an entry without a value. */
 static inline __attribute__((always_inline)) void
 finish(const int queries, const float *q, const float *keys, const float *values,
        const int32_t *positions, int64_t hidden, int64_t length, const float *key,
@@ -86,10 +86,10 @@ finish(const int queries, const float *q, const float *keys, const float *values
             out[g * VALUE_SIZE + d] /= total[g];
 }
 
-/* Each of `count` sequences has a token: q [count, group, SIZE], key [count, SIZE], value [count,
- * VALUE_SIZE], all contiguous, at the positions `here`. It attends to itself and to the first
- * lengths[u] entries at the addresses keys[u] and values[u], to those of the last `sliding` tokens
- * only if that is not 0, and then takes the place slots[u]. sinks [count, group] or 0, out [count,
+/* Each of `count` sequences has a token at position here[u]: q [count, group, SIZE], key [count,
+ * SIZE] and value [count, VALUE_SIZE], all contiguous. It attends to itself and to the first
+ * lengths[u] entries at the addresses keys[u] and values[u] (only the last `sliding` tokens if that
+ * is not 0); then its entry is stored in slots[u]. sinks is [count, group] or 0, out is [count,
  * group, VALUE_SIZE]. */
 void kvbench_token(const float *q, const float *key, const float *value, const int64_t *here,
                    const int64_t *keys, const int64_t *values, const int64_t *positions,

@@ -1,7 +1,7 @@
 """Attention of single tokens on a CPU, compiled from `cpu.c` by the machine's C compiler.
 
-It reads every sequence where it lies, which no kernel of PyTorch's does. Where there is no compiler
-each row is attended to by itself. What is compiled is kept in the user's cache folder.
+Unlike PyTorch's kernels, it reads every sequence where it is stored. Without a compiler, the rows
+attend one after the other. The compiled file is kept in the user's cache folder.
 """
 
 import ctypes
@@ -22,16 +22,16 @@ from kvbench.engine.kernels.interface import Sequences, TokenKernel, sinks_of
 from kvbench.models.attention import Rules
 
 SOURCE = Path(__file__).parent / "cpu.c"
-# Linked apart from -ffast-math, which would make the whole process flush denormal numbers.
+# Linked without -ffast-math, which would make the whole process flush denormal numbers.
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared", "-fopenmp", "-lm")
 
 
 @cache
 def token_kernel(size: int, value_size: int) -> TokenKernel | None:
-    """The kernel for float32 keys and values of such sizes; None if it cannot be compiled.
+    """The kernel for float32 keys and values of these sizes; None if it cannot be compiled.
 
-    It is compiled if it was not yet on this machine.
+    It is compiled once on each machine.
     """
     try:
         function = ctypes.CDLL(str(library(size, value_size))).kvbench_token
@@ -58,7 +58,7 @@ def token_kernel(size: int, value_size: int) -> TokenKernel | None:
 
 
 def library(size: int, value_size: int) -> Path:
-    """The compiled file; OSError or SubprocessError if there is none and none can be made."""
+    """The compiled file; OSError or SubprocessError if it cannot be compiled."""
     compiler = shlex.split(os.environ.get("CC", "cc"))
     compile_ = [*COMPILE, f"-DSIZE={size}", f"-DVALUE_SIZE={value_size}"]
     made_from = [SOURCE.read_text(), *compiler, *compile_, *LINK, processor()]
@@ -79,7 +79,7 @@ def library(size: int, value_size: int) -> Path:
 
 
 def processor() -> str:
-    """What `-march=native` depends on: a cache folder may be shared by different machines."""
+    """What `-march=native` depends on, because different machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

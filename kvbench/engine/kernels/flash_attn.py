@@ -1,7 +1,7 @@
-"""Attention of prefill chunks by the package flash-attn, where it is installed.
+"""Attention of prefill chunks by the package flash-attn, if it is installed.
 
-Its kernels for sequences of different lengths read keys and values where they lie, whatever the
-strides; a chunk's queries are one sequence.
+Its kernels for sequences of different lengths read keys and values with any strides, so nothing is
+copied; a chunk's queries are one sequence.
 """
 
 from importlib import import_module
@@ -15,7 +15,7 @@ from kvbench.method import Entries
 
 
 def flash_attn_partial() -> Partial | None:
-    """flash-attn as a `Partial`, None where it is not installed or does not load."""
+    """flash-attn as a `Partial`; None if it is not installed or does not load."""
     try:
         package: Any = import_module("flash_attn")
         varlen = package.flash_attn_varlen_func

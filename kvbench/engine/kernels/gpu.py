@@ -1,8 +1,8 @@
 """Attention of single tokens on a GPU, in Triton: the counterpart of `cpu`.
 
-Each sequence is cut into parts, read at the same time where they lie; a second kernel joins them
-(flash decoding), attends to the sequence's own token and puts that in its place. Nothing here waits
-for the GPU or depends on what it holds, so a step of decoding can be captured in a CUDA graph.
+One kernel reads the parts of each sequence in parallel, where they are stored. A second kernel
+merges the parts (flash decoding), attends to the sequence's own token and stores its entry. Nothing
+here synchronises with the GPU, so a decoding step can be captured in a CUDA graph.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from kvbench.engine.kernels.interface import Sequences, sinks_of
 from kvbench.models.attention import Rules
 
 BLOCK = 64  # entries that a program reads at once
-LEAST_PART = 256  # entries that a program is worth
-PROGRAMS = 4  # of one kernel, for each of the GPU's multiprocessors
+LEAST_PART = 256  # the fewest entries that justify a program
+PROGRAMS = 4  # programs of a kernel for each multiprocessor
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -40,7 +40,7 @@ def token_kernel(
         "GROUP": group,
         "SIZE": size,
         "VALUE_SIZE": value_size,
-        "GROUP_ROOM": max(16, triton.next_power_of_2(group)),  # what a matrix unit takes at least
+        "GROUP_ROOM": max(16, triton.next_power_of_2(group)),  # 16 is the least for a matrix unit
         "SIZE_ROOM": max(16, triton.next_power_of_2(size)),
         "VALUE_ROOM": max(16, triton.next_power_of_2(value_size)),
         "SLIDING": rules.sliding or 0,
@@ -84,7 +84,7 @@ def token_kernel(
 
 
 def parts_of(count: int, longest: int, device: torch.device) -> int:
-    """Parts that sequences are cut into: enough to keep the GPU busy, none too short."""
+    """How many parts each sequence is cut into: enough to keep the GPU busy, none too short."""
     processors = 1
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -190,7 +190,7 @@ def _join(
     SINKS: tl.constexpr,
     PARTS_ROOM: tl.constexpr,
 ):
-    """All parts of a sequence together and its own token, which then takes its place."""
+    """Merge all parts of a sequence and its own token, and store that token's entry."""
     u = tl.program_id(0)
     d, e, p = tl.arange(0, SIZE_ROOM), tl.arange(0, VALUE_ROOM), tl.arange(0, PARTS_ROOM)
     k = tl.load(key + u * SIZE + d, mask=d < SIZE, other=0.0)

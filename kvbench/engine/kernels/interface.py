@@ -1,4 +1,4 @@
-"""What kernels take and give."""
+"""The types of attention kernels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,30 +11,28 @@ from kvbench.models.attention import Rules
 
 @dataclass(frozen=True)
 class Sequences:
-    """KV heads of one layer of some rows, U of them, as they decode: where the entries of each lie.
+    """Where the entries of U sequences are stored: the KV heads of one layer of decoding rows.
 
-    All are int64 tensors [U]: the position of the token that each has now, the addresses of its
-    first key, value and position, the number of entries that are resident, and the place that the
-    token takes once it has attended. No sequence ever holds more than `longest`.
+    The tensors are int64 [U].
     """
 
-    here: Tensor
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    lengths: Tensor
-    slots: Tensor
-    longest: int
+    here: Tensor  # position of each sequence's current token
+    keys: Tensor  # address of the first key
+    values: Tensor  # address of the first value
+    positions: Tensor  # address of the first position
+    lengths: Tensor  # resident entries
+    slots: Tensor  # index in storage where the current token's entry goes
+    longest: int  # the most entries that any sequence will hold
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in this order."""
+        """All tensors, in this order."""
         return self.here, self.keys, self.values, self.positions, self.lengths, self.slots
 
 
 # (queries [U, G, D], keys [U, D], values [U, Dv], sequences, how the layer attends) -> [U, G, Dv]:
-# each sequence's token attends to all it holds and to itself, and takes its place. Of limits only
-# sliding windows hide entries here; what a chunk of attention hides is not resident.
+# the current token of each sequence attends to the resident entries and to itself, and its entry is
+# stored. Of limits only sliding windows hide entries; other chunks of attention are not resident.
 TokenKernel = Callable[[Tensor, Tensor, Tensor, Sequences, Rules], Tensor]
 
 
@@ -44,6 +42,7 @@ def sinks_of(rules: Rules, count: int) -> Tensor:
     return rules.sinks.float().repeat(count // len(rules.sinks), 1)
 
 
-# (queries [1, H, T, D], entries, scaling, causal) -> attention [H, T, D] to these entries alone,
-# and the logarithm [H, T] of its normaliser
+
+# (queries [1, H, T, D], entries, scaling, causal) -> the attention [H, T, D] to these entries only,
+# and the logarithm [H, T] of its normaliser.
 Partial = Callable[[Tensor, Entries, float, bool], tuple[Tensor, Tensor]]

@@ -1,1 +1,1 @@
-"""The card of SmolLM2-135M-Instruct, and its head scores; a package of its own has the weights."""
+"""The card and the head scores of SmolLM2-135M-Instruct; the weights ship in another package."""

@@ -1,1 +1,1 @@
-"""The embedded model: where it lies, how it is trained, what it scores."""
+"""The files of the embedded model: weights, tokenizer, card and head scores."""
