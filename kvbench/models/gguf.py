@@ -50,7 +50,12 @@ def read_gguf(path: Path, **options: Any) -> tuple[Any, Any]:
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model, found = LlamaForCausalLM.from_pretrained(
-        None, config=config, state_dict=weights, output_loading_info=True, **options
+        None,
+        config=config,
+        state_dict=weights,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # `check_weights` names them
+        **options,
     )
     check_weights(found, path.name)
     return model, read_tokenizer(path, fields)

@@ -123,7 +123,12 @@ def read_model(name: str, **options: Any) -> tuple[Any, Any]:
     several = several and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     model_class = AutoModelForMultimodalLM if several else AutoModelForCausalLM
     model, found = model_class.from_pretrained(
-        source, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        source,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # `check_weights` names them
+        **options,
     )
     check_weights(found, name)
     return model, tokenizer

@@ -31,12 +31,16 @@ class LongRope:
             long, _ = make(module.config, short.device, seq_len=threshold + 1)
             self._sets.append((module, {"short": short.clone(), "long": long}))
 
+    def name_for(self, tokens: int) -> str:
+        """The set for inputs of `tokens` tokens."""
+        return "long" if tokens > self.threshold else "short"
+
     def choose(self, tokens: int, *, fix: bool = False) -> str:
         """Use the set for inputs of `tokens` tokens; returns its name, 'short' or 'long'.
 
         With `fix`, later calls without it change nothing.
         """
-        name = "long" if tokens > self.threshold else "short"
+        name = self.name_for(tokens)
         if fix or not self.fixed:
             self.fixed = self.fixed or fix
             for module, sets in self._sets:

@@ -1,13 +1,14 @@
 """`kvbench run`: from the command line's choices to a finished sweep."""
 
+import json
 import os
 import platform
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,15 @@ from kvbench.models.card import ModelCard, model_folder, read_card
 from kvbench.records import BASELINE, Record, RunWriter, check_common, read_records
 from kvbench.registry import tasks as task_registry
 from kvbench.spec import MethodSpec, check_option_names, method_names, parse_method
-from kvbench.sweep.plan import Cell, Settings, common_settings, digest, get_tasks, make_plan
+from kvbench.sweep.plan import (
+    TEMPLATE_DATE,
+    Cell,
+    Settings,
+    common_settings,
+    digest,
+    get_tasks,
+    make_plan,
+)
 from kvbench.sweep.progress import duration, show_progress
 from kvbench.task import Task
 
@@ -48,6 +57,8 @@ class Choices:
     batch_rows: int | None
     memory_limit: int | None
     dry_run: bool
+    template_date: str = TEMPLATE_DATE
+    template_option: dict[str, str] = field(default_factory=dict)
 
 
 def run_sweep(choices: Choices, home: Path) -> int:
@@ -72,6 +83,9 @@ def run_sweep(choices: Choices, home: Path) -> int:
     checked = asdict(self_check(model))
     settings = choose_settings(choices, model)
     check_shapes(specs, model, settings)
+    say_what_the_template_does(model, settings)
+    if model.long_rope is not None:
+        model.long_rope.choose(settings.context, fix=True)
     common = common_settings(model, settings)
     out = choices.out or home / run_name(model, common)
     if out.exists() and not out.is_dir():
@@ -192,7 +206,41 @@ def choose_settings(choices: Choices, model: "LoadedModel") -> Settings:
         prefill_chunks=choices.prefill_chunk or (default or max(1, context // 4),),
         budgets=choices.budgets,
         chat_template=has_template and choices.chat_template != "off",
+        template_date=template_date(choices.template_date),
+        template_options=template_options(choices.template_option),
     )
+
+
+def template_date(text: str) -> str:
+    """The day that `--template-date` names; InputError if it is none."""
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise InputError(
+            f"--template-date {text} is not a day; write it like {TEMPLATE_DATE}"
+        ) from None
+
+
+def template_options(given: dict[str, str]) -> tuple[tuple[str, Any], ...]:
+    """What `--template-option` gives: JSON values (false, 3, "x"), or text as it stands."""
+
+    def value(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    return tuple(sorted((name, value(text)) for name, text in given.items()))
+
+
+def say_what_the_template_does(model: "LoadedModel", settings: Settings) -> None:
+    """A line for the user if the chat template opens a thinking block before the answer."""
+    tag = settings.chat.opens_thinking(model.tokenizer) if settings.chat else None
+    if tag:
+        say(
+            f"the chat template opens a {tag} block, so that answers start inside it; most "
+            "templates close it with --template-option enable_thinking=false"
+        )
 
 
 def check_shapes(specs: Sequence[MethodSpec], model: "LoadedModel", settings: Settings) -> None:

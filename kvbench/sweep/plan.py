@@ -5,6 +5,7 @@ import inspect
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from kvbench.spec import MethodSpec
 
 ANSWER_PREFIX = "answer_prefix"
+TEMPLATE_DATE = "2025-01-01"  # a fixed day, so that the same command makes the same prompts
+# Put before a chat template: its `strftime_now` then writes a fixed day. Templates are given data
+# only, no functions, and the line's end is not part of what they write.
+TODAY = (
+    "{% macro strftime_now(format) %}{% set day = namespace(text=format) %}"
+    "{% for code, part in kvbench_today.items() %}"
+    "{% set day.text = day.text.replace(code, part) %}{% endfor %}{{ day.text }}{% endmacro %}\n"
+)
 
 # What can change a result: folders with all they hold, and the contract.
 _MEASURING = ("engine", "models", "heads.py", "method.py", "registry.py", "spec.py", "task.py")
@@ -52,6 +61,64 @@ class Settings:
     prefill_chunks: tuple[int, ...]
     budgets: tuple[float, ...]
     chat_template: bool
+    template_date: str = TEMPLATE_DATE  # the day that a chat template takes for today, ISO 8601
+    template_options: tuple[tuple[str, Any], ...] = ()  # what else the chat template is given
+
+    @property
+    def chat(self) -> "Chat | None":
+        """How prompts become a user's turn; None without a chat template."""
+        if not self.chat_template:
+            return None
+        return Chat(self.template_date, self.template_options)
+
+
+def parts_of_day(day: str) -> dict[str, str]:
+    """What each code of `strftime` writes for a day, at noon."""
+    noon = datetime.fromisoformat(day).replace(hour=12)
+    codes = [f"%{flag}{letter}" for letter in "aAbBcdHIjmMpSUwWxXyYZ" for flag in ("-", "")]
+    return {code: noon.strftime(code) for code in codes}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What a chat template is given beside the prompt: a fixed day, and options."""
+
+    date: str = TEMPLATE_DATE
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def text(self, tokenizer: Any, content: str) -> str:
+        """The prompt as a user's turn, up to where the answer starts.
+
+        InputError if the template fails. Templates that write the date would otherwise make another
+        prompt every day.
+        """
+        turns = [{"role": "user", "content": content}]
+        given = {**dict(self.options), "kvbench_today": parts_of_day(self.date)}
+        try:
+            template = TODAY + tokenizer.get_chat_template()
+            return str(
+                tokenizer.apply_chat_template(
+                    turns,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **given,
+                )
+            )
+        except Exception as error:  # templates raise whatever they like
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(
+                f"the model's chat template fails ({reason}); give it what it wants with "
+                "--template-option, or use --chat-template off"
+            ) from None
+
+    def opens_thinking(self, tokenizer: Any) -> str | None:
+        """The tag of a thinking block that the template opens before the answer, if it does."""
+        text = self.text(tokenizer, "")
+        for tag in ("think", "thinking", "thought", "reasoning"):
+            if text.rfind(f"<{tag}>") > text.rfind(f"</{tag}>"):
+                return f"<{tag}>"
+        return None
 
 
 def common_settings(model: "LoadedModel", settings: Settings) -> dict[str, Any]:
@@ -68,6 +135,9 @@ def common_settings(model: "LoadedModel", settings: Settings) -> dict[str, Any]:
         "context": settings.context,
         "seed": settings.seed,
         "chat_template": settings.chat_template,
+        "template_date": settings.template_date if settings.chat_template else None,
+        "template_options": dict(settings.template_options) if settings.chat_template else {},
+        "rope": None if model.long_rope is None else model.long_rope.name_for(settings.context),
         "kvbench": f"{kvbench.__version__}+{_code_hash()}",
         "torch": str(torch.__version__),
         "transformers": str(transformers.__version__),
@@ -91,7 +161,7 @@ def make_plan(
     for index in range(settings.samples):
         for task in tasks:
             sample = make_sample(model, task, index, settings)
-            prompt = encode_prompt(model.tokenizer, sample, chat=settings.chat_template)
+            prompt = encode_prompt(model.tokenizer, sample, chat=settings.chat)
             _check_length(model, task, sample, prompt)
             what = {
                 "common": common,
@@ -125,26 +195,25 @@ def _variants(
 def make_sample(model: "LoadedModel", task: Task, index: int, settings: Settings) -> Sample:
     """Sample `index` of a task, short enough to leave room for the chat template if there is."""
     room = settings.context
-    if settings.chat_template:
-        room -= len(_in_chat(model.tokenizer, "", ""))
+    if settings.chat is not None:
+        room -= len(_in_chat(model.tokenizer, settings.chat, "", ""))
     return task.sample(index, seed=settings.seed, context=room, tokenizer=model.tokenizer)
 
 
-def encode_prompt(tokenizer: Any, sample: Sample, *, chat: bool) -> list[int]:
+def encode_prompt(tokenizer: Any, sample: Sample, *, chat: Chat | None) -> list[int]:
     """The prompt's token ids, with `chat` as a user's turn in the tokenizer's chat template.
 
     Where the prompt ends with the beginning of the answer (`metadata["answer_prefix"]`), that part
     goes behind the template's assistant header, so that the model continues it.
     """
-    if not chat:
+    if chat is None:
         return list(tokenizer.encode(sample.prompt))
     prefix = str(sample.metadata.get(ANSWER_PREFIX, ""))
-    return _in_chat(tokenizer, sample.prompt.removesuffix(prefix).rstrip(), prefix.lstrip())
+    return _in_chat(tokenizer, chat, sample.prompt.removesuffix(prefix).rstrip(), prefix.lstrip())
 
 
-def _in_chat(tokenizer: Any, content: str, answer: str) -> list[int]:
-    turns = [{"role": "user", "content": content}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+def _in_chat(tokenizer: Any, chat: Chat, content: str, answer: str) -> list[int]:
+    text = chat.text(tokenizer, content)
     return list(tokenizer.encode(text + answer, add_special_tokens=False))
 
 
