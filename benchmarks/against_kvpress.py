@@ -96,7 +96,7 @@ def sample_of(model: LoadedModel, context: int, index: int) -> Sample:
 
 def prompt_of(model: LoadedModel, sample: Sample) -> list[int]:
     """The token ids of a sample's prompt."""
-    return encode_prompt(model.tokenizer, sample, chat=True)
+    return encode_prompt(model.tokenizer, sample, chat=Chat())
 
 
 def right(sample: Sample, texts: list[str]) -> float:

@@ -37,7 +37,5 @@ class PyramidKV(SnapKV):
             low = 2 * spread - high
         fall = (high - low) / (layers - 1)
         # Differences of rounded sums keep the total over the layers within one entry.
-        below, here = (
-            round(n * high - fall * n * (n - 1) / 2) for n in (layer, layer + 1)
-        )
+        below, here = (round(n * high - fall * n * (n - 1) / 2) for n in (layer, layer + 1))
         return window + here - below

@@ -31,9 +31,7 @@ QUERY_BLOCK = 512  # queries that share one mask, so that a mask has at most 512
 class Backend(Protocol):
     """Computes attention."""
 
-    def chunk(
-        self, queries: Tensor, past: Entries | None, own: Entries, rules: Rules
-    ) -> Tensor:
+    def chunk(self, queries: Tensor, past: Entries | None, own: Entries, rules: Rules) -> Tensor:
         """T new tokens attend to the E resident entries of `past`, and causally to themselves.
 
         queries [K, G, T, D], past [K, E, ...], own [K, T, ...]; returns [K, G, T, Dv]. Past entries
@@ -78,9 +76,7 @@ class Sdpa:
     def __init__(self, on_gpu: Partial | None = None) -> None:
         self.on_gpu = on_gpu
 
-    def chunk(
-        self, queries: Tensor, past: Entries | None, own: Entries, rules: Rules
-    ) -> Tensor:
+    def chunk(self, queries: Tensor, past: Entries | None, own: Entries, rules: Rules) -> Tensor:
         """As `Backend.chunk`."""
         shape, scaling = queries.shape[:2], rules.scaling
         partial = self._partial(queries, own.values)
@@ -184,8 +180,10 @@ def masked_chunk(queries: Tensor, past: Entries | None, own: Entries, rules: Rul
         seen = Entries(*(tensor[:, : before + stop] for tensor in whole))
         if first:
             seen = side_by_side(past, Entries(*(tensor[:, first:stop] for tensor in own)))
+        # past entries, and then own ones, by their place in the chunk
         order = torch.arange(first - before, stop, device=queries.device)
-        visible = (order < first) | (order <= torch.arange(start, stop, device=order.device)[:, None])
+        asking = torch.arange(start, stop, device=queries.device)[:, None]
+        visible = (order < first) | (order <= asking)
         if limit is not None:
             here = own.positions[:, start:stop, None]
             visible = visible & ~limit.hides(here, seen.positions[:, None])
@@ -231,9 +229,7 @@ def side_by_side(past: Entries | None, own: Entries) -> Entries:
 class Float64:
     """Attention by position, in float64."""
 
-    def chunk(
-        self, queries: Tensor, past: Entries | None, own: Entries, rules: Rules
-    ) -> Tensor:
+    def chunk(self, queries: Tensor, past: Entries | None, own: Entries, rules: Rules) -> Tensor:
         """As `Backend.chunk`."""
         keys, values, positions = side_by_side(past, own)
         here, there = own.positions[:, None, :, None], positions[:, None, None, :]

@@ -186,8 +186,8 @@ class HeadGroup:
     def replace(self, source: "HeadGroup", own: Entries, chosen: Tensor, capacity: int) -> None:
         """Hold only the entries `chosen` [Kg, c] of `source` and then `own`; no window any more.
 
-        The indices ascend and count the entries of `source` in order of position, if it is a window.
-        `source` may be this group. Keys move before values, so that old and new
+        The indices ascend, and count the entries of a window in order of position. `source` may be
+        this group. Keys move before values, so that old and new
         storage never exist both in full.
         """
         if source.oldest:

@@ -92,9 +92,9 @@ class DecodeKV:
                 # Until the last layer that reads them has attended, a full window must not lose
                 # its oldest entry: the token waits behind the others.
                 slots = lengths
-            where = (addresses[place] for addresses in self.where)
+            keys, values, positions = (addresses[place] for addresses in self.where)
             self.sequences.append(
-                Sequences(self.here[place], *where, lengths, slots, self.longest)
+                Sequences(self.here[place], keys, values, positions, lengths, slots, self.longest)
             )
 
     def _choose_slots(self) -> None:

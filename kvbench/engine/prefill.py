@@ -294,9 +294,7 @@ def counted_of(group: HeadGroup, before: int, chunk: Chunk) -> int:
     return space_in_sight(before, chunk.length, group.limit) + chunk.patched
 
 
-def among_all(
-    chosen: Tensor | None, own: Entries, group: HeadGroup, chunk: Chunk
-) -> Tensor | None:
+def among_all(chosen: Tensor | None, own: Entries, group: HeadGroup, chunk: Chunk) -> Tensor | None:
     """Indices among a chunk's entries, of indices among those of them that stay visible."""
     assert group.limit is not None
     hidden = chunk.length - min(chunk.length, group.limit.held(chunk.start + chunk.length))

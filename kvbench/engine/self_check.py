@@ -147,13 +147,12 @@ def found_rows(
     row = -1
     for positions, logits in found:
         if len(positions) == rows:
-            pairs = enumerate(positions.tolist())
+            places = list(range(rows))
         else:
-            if positions[0] < CHUNK:
-                row += 1
-            pairs = iter([(row, int(positions[0]))])
-        for index, (place, position) in enumerate(pairs):
-            yield place, position, logits[index]
+            row += int(positions[0] < CHUNK)
+            places = [row]
+        for index, place in enumerate(places):
+            yield place, int(positions[index]), logits[index]
 
 
 def own_logits(model: LoadedModel, text: Sequence[int]) -> Tensor:

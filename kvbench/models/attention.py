@@ -174,7 +174,8 @@ def registered_attention(
     """The attention function that transformers calls; returns [B, T, H, Dv] and no weights.
 
     `kv_layers` are the model's layers as they were found; without them only the arguments are
-    checked. `kv_positions` [B, T] are the tokens' positions. InputError if the model asks for something that kvbench does not compute.
+    checked. `kv_positions` [B, T] are the tokens' positions. InputError if the model asks for
+    something that kvbench does not compute.
     """
     check_arguments(module, others)
     if kv is None:

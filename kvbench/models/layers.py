@@ -95,7 +95,9 @@ def found_layers(calls: Sequence[AttentionCall], layers: int, name: str) -> tupl
             )
         readers = tuple(layer for layer in range(layers) if sources[layer] == source)
         found.append(
-            LayerShape(kv_heads, heads, size, call.value.shape[3], call.rules.limit, source, readers)
+            LayerShape(
+                kv_heads, heads, size, call.value.shape[3], call.rules.limit, source, readers
+            )
         )
         if call.rules.limit != found[source].limit:
             raise InputError(
@@ -125,8 +127,8 @@ def kv_shape(layers: Sequence[LayerShape], name: str) -> KVShape:
     acting = free or own
     if any(layer.limit is not None and layer.limit.chunked for layer in acting):
         raise InputError(
-            f"model '{name}' attends in chunks in all of its layers; kvbench evicts only where some "
-            "layer sees everything, or all have a sliding window"
+            f"model '{name}' attends in chunks in all of its layers; kvbench measures models with "
+            "layers that see everything, or with sliding windows in all"
         )
     shapes = {(layer.kv_heads, layer.query_heads, layer.key_size) for layer in acting}
     if len(shapes) > 1:

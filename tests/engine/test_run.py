@@ -307,7 +307,6 @@ def refusal(model: Any) -> str:
 
 
 def test_models_that_attend_in_other_ways_are_refused() -> None:
-    from helpers.models import SIZES
     from transformers import (
         MambaConfig,
         MambaForCausalLM,

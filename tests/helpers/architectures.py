@@ -96,8 +96,15 @@ MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", ALTERNATE),
     "gemma3n": ("gemma3n_text", GEMMA3N),
     "gemma4": ("gemma4_text", {**GEMMA4, "global_head_dim": 32}),
-    "gemma4-shared": ("gemma4_text", {**GEMMA4, "num_hidden_layers": 6, "num_kv_shared_layers": 2,
-                                      "layer_types": ["sliding_attention", "full_attention"] * 3}),
+    "gemma4-shared": (
+        "gemma4_text",
+        {
+            **GEMMA4,
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+        },
+    ),
     "glm": ("glm", {}),
     "glm4": ("glm4", {}),
     "glm4-moe": ("glm4_moe", EXPERTS),
@@ -130,8 +137,11 @@ MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-sliding": ("phi3", {"sliding_window": 24}),
     "phi4-mini": (
         "phi3",
-        {"sliding_window": None, "original_max_position_embeddings": 256,
-         "rope_parameters": LONGROPE},
+        {
+            "sliding_window": None,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": LONGROPE,
+        },
     ),
     "qwen2": ("qwen2", {}),
     "qwen2-moe": ("qwen2_moe", EXPERTS),
@@ -145,12 +155,18 @@ MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
 # What the refusal says.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "bloom": ("bloom", {}, "not an attention-only decoder"),
-    "deepseek-v3.2": ("deepseek_v32", {**EXPERTS, **LATENT, "index_topk": 16, "index_n_heads": 2,
-                                       "index_head_dim": 16}, "indexer"),
+    "deepseek-v3.2": (
+        "deepseek_v32",
+        {**EXPERTS, **LATENT, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16},
+        "indexer",
+    ),
     "diffllama": ("diffllama", {}, "more than once"),
     "falcon-h1": ("falcon_h1", MAMBA, "hybrid"),
-    "glm-5": ("glm_moe_dsa", {**EXPERTS, **LATENT, "index_topk": 16, "index_n_heads": 2,
-                              "index_head_dim": 16}, "indexer"),
+    "glm-5": (
+        "glm_moe_dsa",
+        {**EXPERTS, **LATENT, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16},
+        "indexer",
+    ),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "conv"),
     "nemotron": ("nemotron", {}, "does not hand its keyword arguments on"),
     "qwen3-next": ("qwen3_next", EXPERTS, "linear_attention"),

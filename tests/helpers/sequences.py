@@ -1,8 +1,7 @@
 """Sequences in separate storage, for tests of kernels for single tokens."""
 
-from typing import Any
-
 from dataclasses import replace
+from typing import Any
 
 import torch
 

@@ -42,7 +42,6 @@ def sinks_of(rules: Rules, count: int) -> Tensor:
     return rules.sinks.float().repeat(count // len(rules.sinks), 1)
 
 
-
 # (queries [1, H, T, D], entries, scaling, causal) -> the attention [H, T, D] to these entries only,
 # and the logarithm [H, T] of its normaliser.
 Partial = Callable[[Tensor, Entries, float, bool], tuple[Tensor, Tensor]]
