@@ -37,7 +37,7 @@ from kvbench.models.load import LoadedModel, load_model
 from kvbench.models.wheel import WHEELS
 from kvbench.registry import tasks
 from kvbench.spec import parse_method
-from kvbench.sweep.plan import Settings, encode_prompt, make_sample
+from kvbench.sweep.plan import Chat, Settings, encode_prompt, make_sample
 from kvbench.task import Sample
 
 MODEL = "smollm2-135m"

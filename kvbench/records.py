@@ -38,6 +38,10 @@ class Record:
     counted whole), and less one half more for every row that a full window decodes (its line is
     flat, the row's entry having replaced another).
 
+    In layers that the model itself limits (a sliding window, chunks), a row counts the entries that
+    it sees; the part of it under full attention is what `full_rows` counts there. Layers that read
+    another layer's keys count nothing.
+
     A cell that failed has `error` set and None for everything that was not measured.
     """
 

@@ -69,20 +69,34 @@ def self_check(model: LoadedModel) -> Check:
     InputError that names the token and the difference if they do not agree to the tolerance of the
     model's dtype.
     """
+    try:
+        return checked(model)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"model '{model.name}' cannot be checked against its own attention "
+            f"({type(error).__name__}: {reason})"
+        ) from None
+
+
+def checked(model: LoadedModel) -> Check:
+    """As `self_check`; errors of the model come as they are."""
     rope = model.long_rope
     with lowered(model.model, THRESHOLDS):
-        checked = wrap_model(model.model, None, name=model.name, attention=model.attention)
-        checked = replace(checked, long_rope=rope)
+        lower = wrap_model(model.model, None, name=model.name, attention=model.attention)
+        lower = replace(lower, long_rope=rope)
         if rope is None:
-            return worst_of(differences(checked), checked)
+            return worst_of(differences(lower), lower)
         found = []
         try:
             for length in (1, rope.threshold + 1):
                 rope.choose(length, fix=True)
-                found += differences(checked)
+                found += differences(lower)
         finally:
             rope.release()
-        return worst_of(found, checked)
+        return worst_of(found, lower)
 
 
 def worst_of(found: "Sequence[tuple[int, float]]", model: LoadedModel) -> Check:
