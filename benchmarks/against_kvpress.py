@@ -37,6 +37,7 @@ from kvbench.models.load import LoadedModel, load_model
 from kvbench.models.wheel import WHEELS
 from kvbench.registry import tasks
 from kvbench.spec import parse_method
+from kvbench.sweep.chat import Chat
 from kvbench.sweep.plan import Settings, encode_prompt, make_sample
 from kvbench.task import Sample
 
@@ -96,7 +97,7 @@ def sample_of(model: LoadedModel, context: int, index: int) -> Sample:
 
 def prompt_of(model: LoadedModel, sample: Sample) -> list[int]:
     """The token ids of a sample's prompt."""
-    return encode_prompt(model.tokenizer, sample, chat=True)
+    return encode_prompt(model.tokenizer, sample, chat=Chat())
 
 
 def right(sample: Sample, texts: list[str]) -> float:

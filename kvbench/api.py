@@ -19,6 +19,7 @@ from kvbench.records import BASELINE
 from kvbench.report.frames import load_records
 from kvbench.report.show import Report, report
 from kvbench.spec import check_option_names, parse_method
+from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.command import Choices, SweepResult, choose_settings, run_sweep
 from kvbench.sweep.progress import Listener
 
@@ -68,6 +69,8 @@ def run(
     dtype: str = "auto",
     attention: str = "auto",
     chat_template: str = "auto",
+    template_date: str = TEMPLATE_DATE,
+    template_options: Mapping[str, Any] | None = None,
     batch_rows: int | None = None,
     memory_limit: int | None = None,
     listener: Listener | None = None,
@@ -92,6 +95,8 @@ def run(
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         attention: `auto`, `sdpa` or `flash`.
         chat_template: `auto`, `on` or `off`: whether prompts go into the model's chat template.
+        template_date: the day that a chat template writes, as `2025-01-01`.
+        template_options: what a chat template is given, such as `{"enable_thinking": False}`.
         batch_rows: cells that are measured together, at most; None for as many as memory allows.
         memory_limit: bytes beside the model; None for most of what is free.
         listener: hears of the progress; None for silence.
@@ -116,6 +121,8 @@ def run(
         attention=attention,
         option={name: str(value) for name, value in (options or {}).items()},
         chat_template=chat_template,
+        template_date=template_date,
+        template_option=dict(template_options or {}),
         batch_rows=batch_rows,
         memory_limit=memory_limit,
     )

@@ -42,7 +42,7 @@ class HeadSplit(Method):
         self, shape: KVShape, budget: float, prompt: int
     ) -> Sequence[Sequence[Window | None]]:
         """None for retrieval heads, sinks and a recent window for streaming heads."""
-        retrieval = retrieval_heads(self.head_scores(shape, budget), budget)
+        retrieval = retrieval_heads(self.head_scores(shape, budget), budget, shape.acting)
         window = Window(self.sinks, self.window)
         return [
             [None if (layer, head) in retrieval else window for head in range(shape.kv_heads)]
@@ -143,13 +143,16 @@ def nearest(sets: Sequence[ScoreSet], sparsity: float) -> ScoreSet:
     return min(sets, key=lambda each: (abs((each.target or 0.0) - sparsity), -(each.target or 0.0)))
 
 
-def retrieval_heads(scores: Table, budget: float) -> set[tuple[int, int]]:
+def retrieval_heads(
+    scores: Table, budget: float, acting: Sequence[int] | None = None
+) -> set[tuple[int, int]]:
     """The `round(budget * layers * KV heads)` pairs (layer, KV head) of highest score.
 
-    Ties go to the earlier layer and head.
+    Only the layers `acting` count (None: all). Ties go to the earlier layer and head.
     """
+    layers = range(len(scores)) if acting is None else acting
     order = sorted(
-        ((layer, head) for layer, row in enumerate(scores) for head in range(len(row))),
+        ((layer, head) for layer in layers for head in range(len(scores[layer]))),
         key=lambda place: -scores[place[0]][place[1]],
     )
     return set(order[: round(budget * len(order))])

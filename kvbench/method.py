@@ -35,13 +35,40 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """What the model itself lets a layer see: a sliding window, or chunks of attention.
+
+    With a sliding window, a token sees itself and the `size - 1` tokens before it. With `chunked`,
+    it sees the tokens of its own chunk: positions are cut into chunks of `size`.
+    """
+
+    size: int
+    chunked: bool = False
+
+    def hides(self, query: "Tensor", entry: "Tensor") -> "Tensor":
+        """Whether tokens at positions `query` do not see earlier entries at positions `entry`."""
+        if self.chunked:
+            return entry // self.size != query // self.size
+        return entry <= query - self.size
+
+    def held(self, tokens: int) -> int:
+        """Entries that the next token can still see once `tokens` tokens have been read."""
+        return tokens % self.size if self.chunked else min(tokens, self.size - 1)
+
+
+@dataclass(frozen=True)
 class KVShape:
-    """The shape of a model's KV cache."""
+    """The shape of a model's KV cache.
+
+    Methods act on the layers `acting` (None: all): those that the model does not limit and that
+    hold keys of their own. What a method decides for another layer is ignored.
+    """
 
     layers: int
-    kv_heads: int  # of a layer
+    kv_heads: int  # of a layer that methods act on
     query_heads: int  # of a layer
     head_dim: int
+    acting: tuple[int, ...] | None = None
 
     @property
     def group(self) -> int:
@@ -86,6 +113,18 @@ class LayerView:
     patched: int  # entries at the end that stand for the prompt's last tokens; they are dropped
     last: bool  # whether this is the prompt's last chunk
     generator: "Generator"  # on the CPU, for methods that draw; seeded by `draw_seed`
+    tokens: int = 0  # tokens that the `new` entries stand for; more where the model hides some
+    acting: tuple[int, ...] | None = None  # the layers that methods act on; None: all
+    limit: Limit | None = None  # what the model itself lets the layer see
+    softcap: float | None = None  # the logits l become softcap * tanh(l / softcap)
+    sinks: "Tensor | None" = None  # [K, G], logits of learnt sinks, which take part of the softmax
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """The layer's place, from 0, among the layers that methods act on, and their number."""
+        if self.acting is None:
+            return self.layer, self.layers
+        return self.acting.index(self.layer), len(self.acting)
 
     @property
     def entries(self) -> int:
@@ -110,7 +149,15 @@ class LayerView:
     @cached_property
     def attention(self) -> "Tensor":
         """[K, E], `observed_attention` of each entry; do not write to it."""
-        return observed_attention(self.queries, self.blocks, self.query_positions, self.scaling)
+        return observed_attention(
+            self.queries,
+            self.blocks,
+            self.query_positions,
+            self.scaling,
+            limit=self.limit,
+            softcap=self.softcap,
+            sinks=self.sinks,
+        )
 
     def _joined(self, which: int) -> "Tensor":
         import torch
@@ -130,25 +177,40 @@ def observed_attention(
     blocks: "Sequence[Sequence[Entries]]",
     query_positions: "Tensor",
     scaling: float,
+    *,
+    limit: Limit | None = None,
+    softcap: float | None = None,
+    sinks: "Tensor | None" = None,
 ) -> "Tensor":
     """Attention that entries receive from an observation window (SnapKV, arXiv 2404.14469).
 
-    queries [K, G, W, D] and `blocks` as in a LayerView; returns [K, E]. Softmax in float32 over all
-    resident entries, causal by position, summed over the W queries and averaged over the G query
-    heads of the group. One KV head at a time, so that it needs G x W x E floats at most.
+    queries [K, G, W, D], `blocks` and the model's own rules as in a LayerView; returns [K, E].
+    Softmax in float32 over all resident entries that a query sees, summed over the W queries and
+    averaged over the G query heads of the group. One KV head at a time, so that it needs G x W x E
+    floats at most.
     """
     import torch
 
     rows: list[Tensor] = []
     for block in blocks:
         for index in range(len(block[0].keys)):
-            query = queries[len(rows)].float()
+            head = len(rows)
+            query = queries[head].float()
             logits = torch.cat([query @ piece.keys[index].float().T for piece in block], -1)
+            logits = logits * scaling
+            if softcap is not None:
+                logits = softcap * (logits / softcap).tanh_()
             positions = torch.cat([piece.positions[index] for piece in block])
-            logits = (logits * scaling).masked_fill_(
-                positions > query_positions[:, None], -torch.inf
-            )
-            rows.append(logits.softmax(-1).sum(1).mean(0))
+            hidden = positions > query_positions[:, None]
+            if limit is not None:
+                hidden |= limit.hides(query_positions[:, None], positions)
+            logits.masked_fill_(hidden, -torch.inf)
+            if sinks is None:
+                weights = logits.softmax(-1)
+            else:
+                sink = sinks[head].float()[:, None, None].expand(-1, logits.shape[1], 1)
+                weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+            rows.append(weights.sum(1).mean(0))
     return torch.stack(rows)
 
 

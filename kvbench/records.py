@@ -41,7 +41,10 @@ class Record:
     another half for every row that is decoded while a window is full (the line is flat there,
     because the row's entry replaced another).
 
-    A cell that failed has `error` set, and None in every field that was not measured.
+
+    In layers that the model itself limits (a sliding window, chunks), a row counts the entries that
+    it sees; the part of it under full attention is what `full_rows` counts there. Layers that read
+    another layer's keys count nothing.
     """
 
     fingerprint: str  # hash of everything that could change the result; one per cell

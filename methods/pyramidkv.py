@@ -27,16 +27,15 @@ class PyramidKV(SnapKV):
         mean = super().capacity(view, budget)
         window = 0 if view.patched else min(self.window, view.new)
         spread = mean - window
-        if spread <= 0 or view.layers == 1:
+        layer, layers = view.depth
+        if spread <= 0 or layers == 1:
             return mean
         low = spread // self.beta
         high = 2 * spread - low
         if high >= view.new - window:
             high = view.new - window
             low = 2 * spread - high
-        fall = (high - low) / (view.layers - 1)
+        fall = (high - low) / (layers - 1)
         # Differences of rounded sums keep the total over the layers within one entry.
-        below, here = (
-            round(n * high - fall * n * (n - 1) / 2) for n in (view.layer, view.layer + 1)
-        )
+        below, here = (round(n * high - fall * n * (n - 1) / 2) for n in (layer, layer + 1))
         return window + here - below

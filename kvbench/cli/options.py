@@ -49,13 +49,13 @@ def comma_list(text: str, name: str, item: Callable[[str], T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(item(part) for part in texts))
 
 
-def key_value(texts: Sequence[str] | None) -> dict[str, str]:
+def key_value(texts: Sequence[str] | None, option: str = "--option") -> dict[str, str]:
     """`key=value` texts as a dictionary; the last of equal keys wins."""
     values = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not name.strip() or not equals:
-            raise InputError(f"--option '{text}' is not key=value, like window=32")
+            raise InputError(f"{option} '{text}' is not key=value, like window=32")
         values[name.strip()] = value.strip()
     return values
 

@@ -11,6 +11,7 @@ from kvbench.cli.messages import Terminal, say
 from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, MEMORY, MODEL, OUTPUT, WHAT, comma_list, opt
 from kvbench.errors import InputError, did_you_mean
 from kvbench.records import read_records
+from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.command import Choices, plan_sweep, run_sweep
 from kvbench.sweep.progress import duration
 
@@ -47,9 +48,9 @@ def read_config(ctx: typer.Context, value: Path | None) -> None:
 
 
 def _config_value(file: Path, name: str, value: Any) -> Any:
-    if name == "option":
+    if name in ("option", "template-option"):
         if not isinstance(value, dict):
-            raise InputError(f"{file}: option must be a mapping, like 'option: {{window: 32}}'")
+            raise InputError(f"{file}: {name} must be a mapping, like 'option: {{window: 32}}'")
         return [f"{key}={item}" for key, item in value.items()]
     if isinstance(value, list) and value and not any(isinstance(v, list | dict) for v in value):
         return ",".join(str(item) for item in value)
@@ -99,6 +100,13 @@ def run(
     chat_template: Annotated[
         Literal["auto", "on", "off"], opt(MODEL, "Put prompts into the model's chat template.")
     ] = "auto",
+    template_date: Annotated[
+        str, opt(MODEL, "The day that a chat template writes.", metavar="YYYY-MM-DD")
+    ] = TEMPLATE_DATE,
+    template_option: Annotated[
+        list[str] | None,
+        opt(MODEL, "Of a chat template: enable_thinking=false; repeatable.", metavar="KEY=VALUE"),
+    ] = None,
     batch_rows: Annotated[
         int | None, opt(MEMORY, "Most cells measured together.", "as memory allows", min=1)
     ] = None,
@@ -134,6 +142,8 @@ def run(
         attention=attention,
         option=options.key_value(option),
         chat_template=chat_template,
+        template_date=template_date,
+        template_option=options.key_value(template_option, "--template-option"),
         batch_rows=batch_rows,
         memory_limit=None if memory_limit is None else options.memory(memory_limit),
     )
@@ -167,8 +177,8 @@ def print_plan(choices: Choices) -> None:
     from kvbench.sweep.runner import gib
 
     plan = plan_sweep(choices)
-    if plan.left_out:
-        say(f"left out: {'; '.join(plan.left_out)}")
+    for note in plan.notes:
+        say(note)
     console = Console()
     methods = Table("method", "budgets", "chunks", "tasks", "cells", box=None)
     for method in dict.fromkeys(cell.spec.name for cell in plan.cells):

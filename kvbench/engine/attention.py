@@ -4,6 +4,7 @@ All backends compute the same. `Float64` is slow and meant for tests.
 """
 
 import sys
+from dataclasses import replace
 from functools import cache
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from kvbench.engine.kernels.flash_attn import flash_attn_partial
 from kvbench.engine.kernels.interface import Partial, TokenKernel
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import Entries
-from kvbench.models.attention import AttentionCall
+from kvbench.models.attention import Rules
 
 # cuDNN's attention is used from this number of (query, key) pairs, over all query heads. It then
 # saves the 40 to 60 ms that it takes to plan for each new length (measured on an H100, see
@@ -30,19 +31,11 @@ QUERY_BLOCK = 512  # queries that share one mask, so that a mask has at most 512
 class Backend(Protocol):
     """Computes attention."""
 
-    def chunk(
-        self,
-        queries: Tensor,
-        past: Entries | None,
-        own: Entries,
-        scaling: float,
-        sliding: int | None,
-    ) -> Tensor:
+    def chunk(self, queries: Tensor, past: Entries | None, own: Entries, rules: Rules) -> Tensor:
         """T new tokens attend to the E resident entries of `past`, and causally to themselves.
 
         queries [K, G, T, D], past [K, E, ...], own [K, T, ...]; returns [K, G, T, Dv]. Past entries
-        are in any order. Positions are used only with `sliding`, the model's own sliding window in
-        tokens.
+        are in any order. Positions are used only where `rules` hide entries.
         """
         ...
 
@@ -55,7 +48,7 @@ class Backend(Protocol):
 
 
 def attend_groups(
-    cache: RowCache, call: AttentionCall, queries: Tensor, new: Entries, backend: Backend
+    cache: RowCache, layer: int, queries: Tensor, new: Entries, rules: Rules, backend: Backend
 ) -> Tensor:
     """A chunk attends to what each KV head of a row's layer holds, and to itself.
 
@@ -66,12 +59,11 @@ def attend_groups(
             group.of(queries),
             group.resident(),
             group.select(new),
-            call.scaling,
-            call.sliding,
+            rules if rules.sinks is None else replace(rules, sinks=group.of(rules.sinks)),
         )
-        for group in cache.layers[call.layer]
+        for group in cache.layers[layer]
     ]
-    return cache.joined(call.layer, parts)
+    return cache.joined(layer, parts)
 
 
 class Sdpa:
@@ -84,28 +76,29 @@ class Sdpa:
     def __init__(self, on_gpu: Partial | None = None) -> None:
         self.on_gpu = on_gpu
 
-    def chunk(
-        self,
-        queries: Tensor,
-        past: Entries | None,
-        own: Entries,
-        scaling: float,
-        sliding: int | None,
-    ) -> Tensor:
+    def chunk(self, queries: Tensor, past: Entries | None, own: Entries, rules: Rules) -> Tensor:
         """As `Backend.chunk`."""
-        shape = queries.shape[:2]
-        q = queries.flatten(0, 1)[None]
+        shape, scaling = queries.shape[:2], rules.scaling
         partial = self._partial(queries, own.values)
-        if past is None and (sliding is None or queries.shape[2] <= sliding):
-            if partial is not None:
-                return partial(q, own, scaling, True)[0].unflatten(0, shape)
+        if rules.softcap is not None or rules.limit is not None:
+            return masked_chunk(queries, past, own, rules)
+        q = queries.flatten(0, 1)[None]
+        if past is None and partial is None and rules.sinks is None:
             k, v = own.keys[None], own.values[None]
             out = sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
             return out[0].unflatten(0, shape)
-        if past is None or sliding is not None or partial is None:
-            return masked_chunk(queries, past, own, scaling, sliding)
-        mine, earlier = partial(q, own, scaling, True), partial(q, past, scaling, False)
-        return merged(mine, earlier).unflatten(0, shape)
+        if partial is None:
+            return masked_chunk(queries, past, own, rules)
+        out, total = partial(q, own, scaling, True)
+        if past is not None:
+            earlier = partial(q, past, scaling, False)
+            out = merged((out, total), earlier)
+            if rules.sinks is not None:
+                total = torch.logaddexp(total, earlier[1])
+        if rules.sinks is not None:
+            share = torch.sigmoid(total - rules.sinks.flatten()[:, None].to(total.dtype))
+            out = out * share[..., None].to(out.dtype)
+        return out.unflatten(0, shape)
 
     def _partial(self, queries: Tensor, values: Tensor) -> Partial | None:
         """The kernel that attends to part of the entries; None without one for such tensors."""
@@ -174,29 +167,56 @@ def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tenso
     return torch.lerp(a, b, share)
 
 
-def masked_chunk(
-    queries: Tensor, past: Entries | None, own: Entries, scaling: float, sliding: int | None
-) -> Tensor:
+def masked_chunk(queries: Tensor, past: Entries | None, own: Entries, rules: Rules) -> Tensor:
     """As `Backend.chunk`, over past and own entries joined, with an explicit mask."""
-    groups, new = queries.shape[1:3]
-    keys, values, positions = side_by_side(past, own)
-    before = keys.shape[1] - new
-    order = torch.arange(keys.shape[1], device=keys.device)
-    q = queries.flatten(0, 1)[None]
+    new, limit = queries.shape[2], rules.limit
+    before = 0 if past is None else past.keys.shape[1]
+    whole = side_by_side(past, own)
     parts = []
     for start in range(0, new, QUERY_BLOCK):
         stop = min(new, start + QUERY_BLOCK)
-        seen = before + stop
-        visible = order[:seen] <= order[before + start : seen, None]
-        if sliding is not None:
+        # own entries that no query of the block sees are left out
+        first = 0 if limit is None else max(0, start + 1 - limit.size)
+        seen = Entries(*(tensor[:, : before + stop] for tensor in whole))
+        if first:
+            seen = side_by_side(past, Entries(*(tensor[:, first:stop] for tensor in own)))
+        # past entries, and then own ones, by their place in the chunk
+        order = torch.arange(first - before, stop, device=queries.device)
+        asking = torch.arange(start, stop, device=queries.device)[:, None]
+        visible = (order < first) | (order <= asking)
+        if limit is not None:
             here = own.positions[:, start:stop, None]
-            near = positions[:, None, :seen] > here - sliding
-            visible = (visible & near).repeat_interleave(groups, 0)[None]
-        k, v = keys[None, :, :seen], values[None, :, :seen]
-        parts.append(
-            sdpa(q[:, :, start:stop], k, v, attn_mask=visible, scale=scaling, enable_gqa=True)
-        )
-    return torch.cat(parts, dim=2)[0].unflatten(0, queries.shape[:2])
+            visible = visible & ~limit.hides(here, seen.positions[:, None])
+        attend = softmax_attention if rules.softmax_only else capped_attention
+        parts.append(attend(queries[:, :, start:stop], seen, visible, rules))
+    return torch.cat(parts, dim=2)
+
+
+def softmax_attention(queries: Tensor, of: Entries, visible: Tensor, rules: Rules) -> Tensor:
+    """Attention [K, G, T, Dv] to the entries that are `visible` ([T, E] or [K, T, E])."""
+    groups = queries.shape[1]
+    mask = visible if visible.dim() == 2 else visible.repeat_interleave(groups, 0)[None]
+    q, k, v = queries.flatten(0, 1)[None], of.keys[None], of.values[None]
+    out = sdpa(q, k, v, attn_mask=mask, scale=rules.scaling, enable_gqa=True)
+    return out[0].unflatten(0, queries.shape[:2])
+
+
+def capped_attention(queries: Tensor, of: Entries, visible: Tensor, rules: Rules) -> Tensor:
+    """As `softmax_attention`, with capped logits or learnt sinks; softmax in float32.
+
+    It holds K x G x T x E logits.
+    """
+    logits = queries @ of.keys[:, None].transpose(2, 3) * rules.scaling
+    if rules.softcap is not None:
+        logits = rules.softcap * torch.tanh(logits / rules.softcap)
+    hidden = ~visible if visible.dim() == 2 else ~visible[:, None]
+    logits = logits.masked_fill(hidden, -torch.inf)
+    if rules.sinks is None:
+        weights = logits.float().softmax(-1)
+    else:
+        sinks = rules.sinks[..., None, None].to(logits.dtype).expand(*logits.shape[:3], 1)
+        weights = torch.cat([logits, sinks], -1).float().softmax(-1)[..., :-1]
+    return weights.to(queries.dtype) @ of.values[:, None]
 
 
 def side_by_side(past: Entries | None, own: Entries) -> Entries:
@@ -209,22 +229,21 @@ def side_by_side(past: Entries | None, own: Entries) -> Entries:
 class Float64:
     """Attention by position, in float64."""
 
-    def chunk(
-        self,
-        queries: Tensor,
-        past: Entries | None,
-        own: Entries,
-        scaling: float,
-        sliding: int | None,
-    ) -> Tensor:
+    def chunk(self, queries: Tensor, past: Entries | None, own: Entries, rules: Rules) -> Tensor:
         """As `Backend.chunk`."""
         keys, values, positions = side_by_side(past, own)
-        distance = own.positions[:, None, :, None] - positions[:, None, None, :]
-        hidden = distance < 0
-        if sliding is not None:
-            hidden = hidden | (distance >= sliding)
-        logits = torch.einsum("kgtd,ked->kgte", queries.double(), keys.double()) * scaling
-        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        here, there = own.positions[:, None, :, None], positions[:, None, None, :]
+        hidden = there > here
+        if rules.limit is not None:
+            hidden = hidden | rules.limit.hides(here, there)
+        logits = torch.einsum("kgtd,ked->kgte", queries.double(), keys.double()) * rules.scaling
+        if rules.softcap is not None:
+            logits = rules.softcap * torch.tanh(logits / rules.softcap)
+        logits = logits.masked_fill(hidden, -torch.inf)
+        if rules.sinks is not None:
+            sinks = rules.sinks.double()[..., None, None].expand(*logits.shape[:3], 1)
+            logits = torch.cat([logits, sinks], -1)
+        weights = logits.softmax(-1)[..., : keys.shape[1]]
         return torch.einsum("kgte,ked->kgtd", weights, values.double()).to(queries.dtype)
 
     def token_kernel(self, entries: Entries) -> TokenKernel | None:

@@ -4,16 +4,28 @@ KV heads of a layer that hold equally many entries share storage, a `HeadGroup`.
 after RoPE, and an entry keeps its position in the text, so the order in storage does not matter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvbench.method import Entries, Window
+from kvbench.method import Entries, Limit, Window
 
 EVERYTHING = Window(0, 2**62)  # stands for no window, for kernels
+
+
+@dataclass(frozen=True)
+class Visible(Window):
+    """All that the model itself lets later tokens of a limited layer see."""
+
+    chunked: bool = False
+
+    @classmethod
+    def under(cls, limit: Limit) -> "Visible":
+        """What a layer with this limit holds under full attention."""
+        return cls(0, limit.size, True) if limit.chunked else cls(0, max(1, limit.size - 1))
 
 
 @dataclass
@@ -34,11 +46,17 @@ class HeadGroup:
 
     keys [Kg, capacity, D], values [Kg, capacity, Dv], positions [Kg, capacity]; the first `length`
     are resident. With a `window`, the entry of position p is stored at p if it is a sink, else at
-    `sinks + (p - sinks) % size`, where it overwrites the entry that leaves the window.
+    `sinks + (p - sinks) % size`, where it overwrites the entry that leaves the window. `limit` is
+    the model's own, if it limits the layer.
     """
 
     def __init__(
-        self, heads: Sequence[int], window: Window | None, ledger: Ledger, device: torch.device
+        self,
+        heads: Sequence[int],
+        window: Window | None,
+        ledger: Ledger,
+        device: torch.device,
+        limit: Limit | None = None,
     ) -> None:
         self.heads = tuple(heads)
         together = self.heads == tuple(range(heads[0], heads[0] + len(heads)))
@@ -46,8 +64,10 @@ class HeadGroup:
         if not together:
             self._index = torch.tensor(heads, device=device)
         self.window = window
+        self.limit = limit
         self.ledger = ledger
         self.length = 0
+        self.oldest = 0  # index of the entry that a full window loses next
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.positions: Tensor | None = None
@@ -70,6 +90,15 @@ class HeadGroup:
         if not self.length:
             return None
         return Entries(*(tensor[:, : self.length] for tensor in self.entries()))
+
+    def in_order(self) -> list[Entries]:
+        """The resident entries in order of position, in pieces, if they were stored in order."""
+        cuts = [(self.oldest, self.length), (0, self.oldest)] if self.length else []
+        return [
+            Entries(*(tensor[:, start:stop] for tensor in self.entries()))
+            for start, stop in cuts
+            if stop > start
+        ]
 
     def add(self, new: Entries, capacity: int) -> None:
         """Add entries [Kg, T, ...]; if there is no storage yet, allocate `capacity` entries."""
@@ -114,32 +143,68 @@ class HeadGroup:
         count = new.positions.shape[1]
         first = min(max(0, sinks - start), count)  # entries of the chunk that are sinks
         rest = max(first, count - size)
+        stop = start + count
+        if isinstance(self.window, Visible) and self.window.chunked:
+            rest = min(count, max(0, stop - stop % size - start))
         if self.positions is None:
             self._allocate(new, capacity)
-        order = torch.arange(start + rest, start + count, device=new.keys.device)
+        order = torch.arange(start + rest, stop, device=new.keys.device)
         slots = sinks + (order - sinks) % size
         for stored, given in zip(self.entries(), new, strict=True):
             stored[:, start : start + first] = given[:, :first]
             stored[:, slots] = given[:, rest:].to(stored.dtype)
-        self.length = min(start + count, sinks + size)
+        if isinstance(self.window, Visible) and self.window.chunked:
+            self.length = stop % size
+            return
+        self.length = min(stop, sinks + size)
+        self.oldest = stop % size if isinstance(self.window, Visible) and stop > size else 0
+
+    def copy(self, other: "HeadGroup", capacity: int) -> None:
+        """Hold what another window holds, in storage for `capacity` entries."""
+        if other.positions is None:
+            return
+        self._allocate(other.entries(), capacity)
+        for mine, theirs in zip(self.entries(), other.entries(), strict=True):
+            count = min(mine.shape[1], theirs.shape[1])
+            mine[:, :count] = theirs[:, :count]
+        self.length, self.oldest = other.length, other.oldest
+
+    def drop_hidden(self, position: int) -> int:
+        """Evict what no token from `position` on can see; returns how many entries are left.
+
+        KV heads of a group stay equally long, so that the one that sees most decides.
+        """
+        assert self.limit is not None
+        positions = self.entries().positions[:, : self.length]
+        hidden = self.limit.hides(torch.tensor(position, device=positions.device), positions)
+        gone = int(hidden.sum(1).min()) if self.length else 0
+        for stored in self.entries() if gone else ():
+            stored[:, : self.length - gone] = stored[:, gone : self.length].clone()
+        self.length -= gone
+        return self.length
 
     def replace(self, source: "HeadGroup", own: Entries, chosen: Tensor, capacity: int) -> None:
-        """Hold only the entries `chosen` [Kg, c] of `source` and then `own`.
+        """Hold only the entries `chosen` [Kg, c] of `source` and then `own`; no window any more.
 
-        The indices ascend. `source` may be this group. Keys move before values, so that old and new
+        The indices ascend, and count the entries of a window in order of position. `source` may be
+        this group. Keys move before values, so that old and new
         storage never exist both in full.
         """
+        if source.oldest:
+            turned = (chosen + source.oldest) % source.length
+            chosen = torch.where(chosen < source.length, turned, chosen)
         pick = _Pick(source.length, own, chosen, capacity)
         own = Entries(own.keys, own.values, own.positions.int())
         for name, new in zip(("keys", "values", "positions"), own, strict=True):
             self._store(name, pick.of(getattr(source, name), new))
         self.length = chosen.shape[1]
+        self.window, self.oldest = None, 0
 
     def clear(self) -> None:
         """Free the storage."""
         for name in ("keys", "values", "positions"):
             self._store(name, None)
-        self.length = 0
+        self.length = self.oldest = 0
 
     def entries(self) -> Entries:
         """The whole storage, resident or not."""
@@ -200,8 +265,10 @@ class _Pick:
 class RowCache:
     """The cache of all layers of one row.
 
-    `windows` are the windows of each layer's KV heads. With `apart`, each KV head that does not
-    stream has separate storage, so that evicting copies one head at a time and not a whole layer.
+    `windows` are the windows of each layer's KV heads, none for a layer that reads the keys of
+    another one; `limits` are the model's own limits of the layers. In the
+    layers `apart`, each KV head that does not stream has separate storage, so that evicting copies
+    one head at a time and not a whole layer.
     """
 
     def __init__(
@@ -210,16 +277,22 @@ class RowCache:
         ledger: Ledger,
         device: torch.device,
         *,
-        apart: bool = False,
+        limits: Sequence[Limit | None],
+        apart: Container[int] = (),
     ) -> None:
         self.layers: list[list[HeadGroup]] = []
         self.orders: list[Tensor | None] = []  # index of each KV head among a layer's groups
-        for layer in windows:
+        for index, (layer, limit) in enumerate(zip(windows, limits, strict=True)):
             kinds: dict[object, list[int]] = {}
             for head, window in enumerate(layer):
-                kinds.setdefault(head if apart and window is None else window, []).append(head)
+                scored = window is None or isinstance(window, Visible)
+                alone = scored and index in apart
+                kinds.setdefault(head if alone else window, []).append(head)
             self.layers.append(
-                [HeadGroup(heads, layer[heads[0]], ledger, device) for heads in kinds.values()]
+                [
+                    HeadGroup(heads, layer[heads[0]], ledger, device, limit)
+                    for heads in kinds.values()
+                ]
             )
             flat = [head for heads in kinds.values() for head in heads]
             ordered = flat == sorted(flat)
@@ -244,28 +317,16 @@ class RowCache:
         together = torch.cat(list(parts))
         return together if order is None else together[order]
 
-    def lengths(self) -> list[list[tuple[int, int, int | None]]]:
-        """For each layer's groups: KV heads, entries of each, and the window's limit or None."""
-        return [
-            [
-                (
-                    len(group.heads),
-                    group.length,
-                    None if group.window is None else group.window.sinks + group.window.size,
-                )
-                for group in groups
-            ]
-            for groups in self.layers
-        ]
-
     def addresses(self, layer: int) -> list[list[int]]:
         """For each KV head of a layer: the addresses of its keys, values and positions, the number
-        of entries, and the sinks and the size of its window.
+        of entries, the sinks and the size of its window, and the chunk of attention that it holds
+        (0: no chunks).
         """
         found = {}
         for group in self.layers[layer]:
             window = group.window or EVERYTHING
-            held = [group.length, window.sinks, window.size]
+            chunk = window.size if isinstance(window, Visible) and window.chunked else 0
+            held = [group.length, window.sinks, window.size, chunk]
             starts = [(t.data_ptr(), t.stride(0) * t.itemsize) for t in group.entries()]
             for row, head in enumerate(group.heads):
                 found[head] = [start + row * step for start, step in starts] + held

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kvbench.engine.accounting import EntryBytes, chunks
-from kvbench.engine.cache import HeadGroup
-from kvbench.method import Entries, KVShape, LayerView, Method, Window, draw_seed
+from kvbench.engine.cache import HeadGroup, Visible
+from kvbench.method import Entries, KVShape, LayerView, Limit, Method, Window, draw_seed
+from kvbench.models.attention import LayerShape, Rules
 from kvbench.spec import Chunking, MethodSpec
 
 
@@ -67,14 +68,53 @@ class EvictionPolicy:
     decoded: int  # tokens that are fed in decoding, at most
     seed: int
     prefill_chunk: int | None  # tokens; None reads the prompt at once
+    layers: tuple[LayerShape, ...]
 
     @cached_property
     def windows(self) -> Sequence[Sequence[Window | None]]:
-        """The window of each layer's KV heads, None for heads that do not stream."""
+        """The window of each layer's KV heads, None for heads that hold all they read.
+
+        A layer that reads the keys of another one has none. Layers that the model limits hold what
+        later tokens can see, and if methods act on them nothing else.
+        """
         chosen = None
         if self.budget < 1:
             chosen = self.spec.method.windows(self.shape, self.budget, self.prompt)
-        return chosen or [[None] * self.shape.kv_heads] * self.shape.layers
+        return [self._layer_windows(layer, chosen) for layer in range(len(self.layers))]
+
+    def _layer_windows(
+        self, index: int, chosen: Sequence[Sequence[Window | None]] | None
+    ) -> Sequence[Window | None]:
+        layer = self.layers[index]
+        if layer.source != index:
+            return []
+        acting = index in self.acting
+        if layer.limit is None or (acting and layer.limit.size >= self.prompt + self.decoded):
+            return chosen[index] if chosen and acting else [None] * layer.kv_heads
+        visible = Visible.under(layer.limit)
+        if not chosen or not acting:
+            late = acting and self.scores_each_chunk
+            return [None if late else visible] * layer.kv_heads
+        # Sinks are out of sight before the end.
+        own = None if self.scores_each_chunk else visible
+        return [
+            own if window is None else Window(0, min(window.sinks + window.size, visible.size))
+            for window in chosen[index]
+        ]
+
+    @cached_property
+    def limits(self) -> Sequence[Limit | None]:
+        """The model's own limit of each layer."""
+        return [layer.limit for layer in self.layers]
+
+    @property
+    def acting(self) -> Sequence[int]:
+        """The layers that methods act on."""
+        return range(len(self.layers)) if self.shape.acting is None else self.shape.acting
+
+    def scores(self, layer: int, group: HeadGroup) -> bool:
+        """Whether a method may score the entries of these KV heads of a layer."""
+        return layer in self.acting and (group.window is None or isinstance(group.window, Visible))
 
     @cached_property
     def chunks(self) -> Sequence[Chunk]:
@@ -106,7 +146,11 @@ class EvictionPolicy:
     @property
     def keeps_whole_prompt(self) -> bool:
         """Whether nothing is evicted before the whole prompt is read."""
-        streaming = any(window is not None for layer in self.windows for window in layer)
+        streaming = any(
+            window is not None and not isinstance(window, Visible)
+            for layer in self.windows
+            for window in layer
+        )
         return not self.scores_each_chunk and not streaming
 
     @property
@@ -119,25 +163,41 @@ class EvictionPolicy:
         return window is not None or self.scores_each_chunk or (self.evicts_by_score and chunk.last)
 
     def capacity(self, view: LayerView) -> int:
-        """How many of the view's new entries each KV head keeps."""
+        """How many of the view's new entries each KV head keeps.
+
+        It is a share of the tokens read, also where the model hides some of their entries.
+        """
         assert self.spec.scorer is not None
-        return self.spec.scorer.capacity(view, self.spec.scorer_budget(self.budget))
+        budget = self.spec.scorer_budget(self.budget)
+        if view.limit is None:
+            return self.spec.scorer.capacity(view, budget)
+        read = replace(view, new=max(view.new, view.tokens))
+        return min(view.new, self.spec.scorer.capacity(read, budget))
 
-    def reserved(self, window: Window | None) -> int:
-        """Entries of storage for each KV head with this window, while the prompt is read.
+    def reserved(self, layer: int, window: Window | None) -> int:
+        """Entries of storage for each KV head of a layer with this window, while it is read.
 
-        Heads that are scored once the prompt is read need none for its last chunk.
+        Heads that are scored once the prompt is read need none for its last chunk. A full window
+        that several layers read needs a place for the token that the first of them brings.
         """
         whole = self.prompt + self.decoded
         if window is not None:
-            return min(whole, window.sinks + window.size)
-        return self.prompt - self.chunks[-1].length if self.evicts_by_score else whole
+            shared = len(self.layers[layer].readers) > 1
+            return min(whole, window.sinks + window.size + shared)
+        late = self.evicts_by_score and layer in self.acting
+        return self.prompt - self.chunks[-1].length if late else whole
 
     def reserved_from(self, chunk: Chunk, view: LayerView) -> int:
         """Entries of storage for each KV head that evicts after this and every later chunk."""
         kept = 0
         for later in (c for c in self.chunks if c.start >= chunk.start):
-            then = replace(view, new=later.length, patched=later.patched, last=later.last)
+            then = replace(
+                view,
+                new=later.length,
+                tokens=later.length,
+                patched=later.patched,
+                last=later.last,
+            )
             kept += min(later.length, self.capacity(then))
         return self.reserved_for_answer(kept, 0, chunk.length)
 
@@ -147,7 +207,7 @@ class EvictionPolicy:
         Storage for the answer is included, so that nothing moves later, unless that would raise the
         peak by more than 1%: all layers hold it while one still holds what it is about to evict.
         """
-        layers = self.shape.layers
+        layers = len(self.acting)
         raised = min(self.decoded * layers, new) if kept + self.decoded > before else 0
         return kept + (self.decoded if 100 * raised <= kept * layers else 0)
 
@@ -161,7 +221,7 @@ class LayerChunk:
     own: Entries  # [K, T, ...], of the chunk, without the patched ones
     patch: Entries | None  # [K, W, ...], the patched ones
     queries: Tensor  # [H, Q, D], the latest ones; as many as an observation window may need
-    scaling: float
+    rules: Rules
 
     @cached_property
     def entry_bytes(self) -> EntryBytes:
@@ -221,24 +281,34 @@ class LayerScores:
         queries = layer.queries[:, layer.queries.shape[1] - window :]
         grouped = queries.unflatten(0, (shape.kv_heads, shape.group))
         heads = [head for group in self.groups for head in group.heads]
+        sinks = layer.rules.sinks
         if heads != list(range(shape.kv_heads)):
             grouped = torch.cat([group.of(grouped) for group in self.groups])
+            sinks = None if sinks is None else torch.cat([group.of(sinks) for group in self.groups])
+        tokens = new = chunk.length if policy.scores_each_chunk else policy.prompt
+        limit = policy.layers[layer.index].limit
+        if limit is not None:
+            new = min(new, limit.held(policy.prompt))
         return LayerView(
             blocks=[self._blocks(group) for group in self.groups],
             queries=grouped,
             query_positions=torch.arange(seen - window, seen, device=self.device),
-            scaling=layer.scaling,
+            scaling=layer.rules.scaling,
             kv_heads=tuple(heads),
             layer=layer.index,
             layers=shape.layers,
             prompt=policy.prompt,
-            new=chunk.length if policy.scores_each_chunk else policy.prompt,
+            new=new,
             patched=chunk.patched,
             last=chunk.last,
             generator=torch.Generator().manual_seed(self._draw_seed(policy)),
+            tokens=tokens,
+            acting=shape.acting,
+            limit=limit,
+            softcap=layer.rules.softcap,
+            sinks=sinks,
         )
 
     def _blocks(self, group: HeadGroup) -> list[Entries]:
         new = [e for e in (self.layer.own, self.layer.patch) if e is not None]
-        pieces = [group.resident(), *(group.select(entries) for entries in new)]
-        return [piece for piece in pieces if piece is not None]
+        return [*group.in_order(), *(group.select(entries) for entries in new)]

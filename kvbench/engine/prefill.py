@@ -8,19 +8,19 @@ evicted before the first chunk has been read, so all streams read that chunk tog
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from kvbench.engine.accounting import space_in_sight
 from kvbench.engine.attention import Backend, attend_groups, backend_of
-from kvbench.engine.cache import HeadGroup, Ledger, RowCache
+from kvbench.engine.cache import HeadGroup, Ledger, RowCache, Visible
 from kvbench.engine.eviction import Chunk, LayerChunk, LayerScores, choose
 from kvbench.engine.row import Row, RowState, policy_of
-from kvbench.errors import InputError
 from kvbench.method import Entries
-from kvbench.models.attention import AttentionCall
-from kvbench.models.load import LoadedModel, forward
+from kvbench.models.attention import AttentionCall, LayerShape, Rules
+from kvbench.models.load import LoadedModel, best_tokens, forward
 
 PACKED_TOKENS = 2048  # tokens that go through the model at once, unless one chunk has more
 
@@ -51,15 +51,9 @@ def read(model: LoadedModel, pack: "Sequence[Piece]", ids: Tensor) -> None:
         if chunk.patched:
             fed.append(ids[len(ids) - chunk.patched :])
     positions = torch.cat([piece.positions for piece in pack])
-    kv = PrefillKV(pack, backend_of(model.attention), [False] * model.shape.layers)
+    kv = PrefillKV(pack, backend_of(model.attention), model.layers)
     logits = forward(model, torch.cat(fed)[None], positions[None], kv, ends)
-    missed = [layer for layer, visited in enumerate(kv.visited) if not visited]
-    if missed:
-        raise InputError(
-            f"layers {missed} of model '{model.name}' do not attend through the registered "
-            "attention (they are recurrent, or share keys with other layers)"
-        )
-    first = logits.argmax(-1).tolist() if pack[0].chunk.last else [None] * len(pack)
+    first = best_tokens(logits).tolist() if pack[0].chunk.last else [None] * len(pack)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)  # so that no later chunk pays for this one
     seconds = (time.perf_counter() - started) / sum(piece.chunk.tokens for piece in pack)
@@ -67,7 +61,7 @@ def read(model: LoadedModel, pack: "Sequence[Piece]", ids: Tensor) -> None:
         chunk = piece.chunk
         states = [state for stream in piece.streams for state in stream.states]
         for state in states:
-            state.accounting.chunk_read(chunk.length, chunk.patched, model.shape.total_kv_heads)
+            state.accounting.chunk_read(chunk.length, chunk.patched)
             state.prefill_seconds += seconds * chunk.tokens / len(states)
             if token is not None:
                 state.tokens.append(token)
@@ -79,14 +73,14 @@ class PrefillKV:
 
     pack: "Sequence[Piece]"
     backend: Backend
-    visited: list[bool]  # [layers]
+    layers: Sequence[LayerShape]
 
     def attend(self, call: AttentionCall) -> Tensor:
         """B = 1, T the tokens of all pieces."""
-        self.visited[call.layer] = True
         calls = call.split([piece.chunk.tokens for piece in self.pack])
         parts = [
-            piece.attend(part, self.backend) for piece, part in zip(self.pack, calls, strict=True)
+            piece.attend(part, self.layers[call.layer], self.backend)
+            for piece, part in zip(self.pack, calls, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
@@ -98,24 +92,41 @@ class Piece:
     streams: "list[Stream]"
     chunk: Chunk
     positions: Tensor  # [T + W], patched tokens at the end
+    queries: dict[int, Tensor] = field(default_factory=dict)  # of layers that wait for a reader
 
-    def attend(self, call: AttentionCall, backend: Backend) -> Tensor:
-        """Attend, then let every row evict. B = 1; returns [1, H, T + W, Dv]."""
+    def attend(self, call: AttentionCall, shape: LayerShape, backend: Backend) -> Tensor:
+        """Attend, then let every row evict. B = 1; returns [1, H, T + W, Dv].
+
+        Where several layers read the same keys, rows evict once the last of them has attended, by
+        the queries of the first.
+        """
         query, key, value = call.query[0], call.key[0], call.value[0]
-        chunk, kv_heads = self.chunk, key.shape[0]
+        chunk, kv_heads, rules = self.chunk, key.shape[0], call.rules
         fed = Entries(key, value, self.positions.expand(kv_heads, -1))
         grouped = query.unflatten(0, (kv_heads, -1))
+        if rules.limit is not None and chunk.start + chunk.tokens <= rules.limit.size:
+            rules = replace(rules, limit=None)  # it hides nothing yet
         if chunk.start:
-            out = attend_groups(self.streams[0].cache, call, grouped, fed, backend)
+            cache = self.streams[0].cache
+            out = attend_groups(cache, shape.source, grouped, fed, rules, backend)
         else:
-            out = backend.chunk(grouped, None, fed, call.scaling, call.sliding)
+            out = backend.chunk(grouped, None, fed, rules)
+        if call.layer != shape.readers[-1]:
+            if call.layer == shape.source:
+                self.queries[call.layer] = query
+        else:
+            self.evict(shape.source, self.queries.pop(shape.source, query), fed, call.rules)
+        return out.flatten(0, 1)[None]
+
+    def evict(self, layer: int, query: Tensor, fed: Entries, rules: Rules) -> None:
+        """Let every row evict from a layer that has attended to the entries `fed`."""
+        chunk = self.chunk
         own = Entries(*(tensor[:, : chunk.length] for tensor in fed))
         patch = Entries(*(t[:, chunk.length :] for t in fed)) if chunk.patched else None
         for stream in self.streams:
-            queries = stream.latest_queries(call.layer, query)
-            stream.evict(LayerChunk(call.layer, chunk, own, patch, queries, call.scaling))
-            stream.remember(call.layer, chunk, queries)
-        return out.flatten(0, 1)[None]
+            queries = stream.latest_queries(layer, query)
+            stream.evict(LayerChunk(layer, chunk, own, patch, queries, rules))
+            stream.remember(layer, chunk, queries)
 
 
 @dataclass
@@ -138,18 +149,25 @@ class Stream:
     def evict(self, layer: LayerChunk) -> None:
         """Count what attended, then choose and move what each row keeps of a chunk."""
         groups, chunk = self.cache.layers[layer.index], layer.chunk
-        scores = LayerScores([group for group in groups if group.window is None], layer)
+        policy = self.states[0].policy
+        scored = [group for group in groups if policy.scores(layer.index, group)]
+        scores = LayerScores(scored, layer)
         for state in self.states:
             count_attended(state, groups, layer)
+            chosen: Sequence[HeadGroup] = []
             if chunk.last or state.cache is self.cache:
-                move_kept(state, groups, layer, scores)
+                chosen = move_kept(state, groups, layer, scores)
+            count_visible(state, [group for group in groups if group not in chosen], layer)
         if self.states[-1].cache is self.cache:
             return
         for group in groups:  # the cache of no row, only for reading the prompt
+            reserved = policy.reserved(layer.index, group.window)
             if chunk.last:
                 group.clear()
+            elif group.window is None:
+                group.add(group.select(layer.own), reserved)
             else:
-                group.add(group.select(layer.own), self.states[0].policy.reserved(None))
+                group.slide(group.select(layer.own), chunk.start, reserved)
 
     def latest_queries(self, layer: int, queries: Tensor) -> Tensor:
         """A chunk's queries [H, T, D], after those of earlier chunks that may be needed."""
@@ -167,22 +185,53 @@ class Stream:
 
 def count_attended(state: RowState, groups: Sequence[HeadGroup], layer: LayerChunk) -> None:
     """Tell a row's accounting that a chunk attended to what `groups` hold."""
-    chunk, policy = layer.chunk, state.policy
+    chunk, policy, accounting = layer.chunk, state.policy, state.accounting
     for group in groups:
-        stored = 0
+        stored, size = 0, layer.entry_bytes
         if policy.evicts(group.window, chunk):
             stored = chunk.tokens  # the chunk's own storage, until what stays is moved
         elif not chunk.start:
-            stored = policy.reserved(group.window)
-        state.accounting.attended(
-            len(group.heads), group.length, chunk.length, chunk.patched, stored, layer.entry_bytes
-        )
+            stored = policy.reserved(layer.index, group.window)
+        heads, held, limit = len(group.heads), group.length, group.limit
+        if limit is None:
+            accounting.attended(heads, held, chunk.length, chunk.patched, stored, size)
+        elif isinstance(group.window, Visible):
+            accounting.attended_in_sight(
+                heads, held, chunk.length, chunk.patched, limit, stored, size
+            )
+        else:
+            past: Tensor | int = held
+            if group.window is None and held:
+                past = group.entries().positions[:, :held]
+            accounting.attended_in_part(
+                heads, past, chunk.length, chunk.patched, limit, stored, size
+            )
+
+
+def count_visible(state: RowState, groups: Sequence[HeadGroup], layer: LayerChunk) -> None:
+    """Tell a row's accounting what happened to KV heads that hold all that is visible.
+
+    Rows that share a stream hold it as if they ran alone.
+    """
+    chunk, policy, size = layer.chunk, state.policy, layer.entry_bytes
+    for group in groups:
+        if isinstance(group.window, Visible):
+            room = policy.reserved(layer.index, group.window)
+            # heads that will be scored have separate storage when the row runs alone
+            times = len(group.heads) if policy.scores_once and layer.index in policy.acting else 1
+            heads = len(group.heads) // times
+            for _ in range(times):
+                if not chunk.start:
+                    state.accounting.moved(heads, 0, room, size)
+                state.accounting.freed(heads, chunk.tokens, chunk.patched, size)
 
 
 def move_kept(
     state: RowState, groups: Sequence[HeadGroup], layer: LayerChunk, scores: LayerScores
-) -> None:
+) -> Sequence[HeadGroup]:
     """Move to a row's cache what it keeps of a chunk, and of `groups` if it evicts from those.
+
+    Returns the groups whose entries were chosen by score.
 
     `groups` hold the entries of earlier chunks. They are in the row's own cache, or in that of the
     stream that the row leaves.
@@ -190,36 +239,84 @@ def move_kept(
     chunk, policy = layer.chunk, state.policy
     stay: Iterator[Tensor | None] = iter(())  # of each group that is scored
     reserved = 0
-    if scores.groups and policy.evicts(None, chunk):
+    scored = scores.groups if policy.evicts(None, chunk) else []
+    if scored:
         chosen = choose(policy, scores)
-        sizes = [len(group.heads) for group in scores.groups]
+        sizes = [len(group.heads) for group in scored]
         stay = iter([None] * len(sizes) if chosen is None else chosen.split(sizes))
+        if chosen is None and isinstance(scored[0].window, Visible):
+            scored = []  # all that is visible stays, as under full attention
         if policy.scores_each_chunk:
             reserved = policy.reserved_from(chunk, scores.view(policy))
-    if groups is state.cache.layers[layer.index]:
+    own_cache = groups is state.cache.layers[layer.index]
+    if own_cache:
         scores.release()  # or all old entries of the layer would be kept until all have moved
     for group in groups:
         own, size = group.select(layer.own), layer.entry_bytes
         heads, before, capacity = len(group.heads), group.length, group.capacity
-        if not policy.evicts(group.window, chunk):
-            group.add(own, policy.reserved(None))
-        elif group.window is None and policy.scores_once:
+        if policy.scores_once and group in scored:
             move_chosen(state, group, own, next(stay), layer)
-        else:
-            if group.window is not None:
-                group.slide(own, chunk.start, policy.reserved(group.window))
-            else:
-                group.take(own, next(stay), reserved)
+        elif group.window is not None:
+            room = policy.reserved(layer.index, group.window)
+            mine = group
+            if not own_cache:
+                mine = state.cache.group_like(layer.index, group)
+                mine.copy(group, room)
+            mine.slide(own, chunk.start, room)
+            if isinstance(group.window, Visible):
+                continue  # `count_visible` does
+            if mine.capacity != capacity:
+                state.accounting.moved(heads, capacity, mine.capacity, size)
+            counted = counted_of(group, before, chunk)
+            state.accounting.evicted(heads, before, chunk.tokens, mine.length, size, counted)
+        elif group in scored:
+            chosen_here = next(stay)
+            if group.limit is not None:
+                chosen_here = among_all(chosen_here, own, group, chunk)
+            group.take(own, chosen_here, reserved)
+            if group.limit is not None:
+                group.drop_hidden(chunk.start + chunk.length)
             if group.capacity != capacity:
                 state.accounting.moved(heads, capacity, group.capacity, size)
-            state.accounting.evicted(heads, before, chunk.tokens, group.length, size)
+            counted = counted_of(group, before, chunk)
+            state.accounting.evicted(heads, before, chunk.tokens, group.length, size, counted)
+        elif own_cache:
+            group.add(own, policy.reserved(layer.index, None))
+        else:
+            raise AssertionError("a row left a stream with heads that it does not score")
+    return scored
+
+
+def counted_of(group: HeadGroup, before: int, chunk: Chunk) -> int:
+    """Entries of a chunk that were counted on top of the `before` ones of a group."""
+    if group.limit is None:
+        return chunk.tokens
+    return space_in_sight(before, chunk.length, group.limit) + chunk.patched
+
+
+def among_all(chosen: Tensor | None, own: Entries, group: HeadGroup, chunk: Chunk) -> Tensor | None:
+    """Indices among a chunk's entries, of indices among those of them that stay visible."""
+    assert group.limit is not None
+    hidden = chunk.length - min(chunk.length, group.limit.held(chunk.start + chunk.length))
+    if chosen is None and hidden:
+        last = torch.arange(chunk.length - hidden, device=own.keys.device)
+        chosen = last.expand(len(group.heads), -1)
+    return None if chosen is None else chosen + hidden
 
 
 def move_chosen(
     state: RowState, group: HeadGroup, own: Entries, stay: Tensor | None, layer: LayerChunk
 ) -> None:
     """Move the entries `stay` [Kg, c] (None: all) of a group and of the prompt's last chunk."""
-    before, new = group.length, layer.chunk.length
+    before, new, limit = group.length, layer.chunk.length, group.limit
+    window, accounting = group.window, state.accounting
+    if limit is not None:  # the chosen ones are counted from the first that is still visible
+        hidden = before + new - limit.held(layer.chunk.start + new)
+        if stay is None:
+            stay = torch.arange(hidden, before + new, device=own.keys.device)
+            stay = stay.expand(len(group.heads), -1)
+        else:
+            stay = stay + hidden
     if stay is None:
         everything = torch.arange(before + new, device=own.keys.device)
         stay = everything.expand(len(group.heads), -1)
@@ -227,8 +324,14 @@ def move_chosen(
     reserved = state.policy.reserved_for_answer(kept, before, new)
     state.cache.group_like(layer.index, group).replace(group, own, stay, reserved)
     for _ in group.heads:  # when the row runs alone, each head has its storage and moves by itself
-        state.accounting.moved(1, before, reserved, layer.entry_bytes)
-        state.accounting.evicted(1, before, new, kept, layer.entry_bytes)
+        if isinstance(window, Visible) and limit is not None:
+            stored = state.policy.reserved(layer.index, window) if layer.chunk.start else 0
+            accounting.moved(1, stored, reserved, layer.entry_bytes)
+            accounting.left_sight(1, limit, layer.chunk.start + new, kept)
+            accounting.freed(1, layer.chunk.tokens, 0, layer.entry_bytes)
+        else:
+            accounting.moved(1, before, reserved, layer.entry_bytes)
+            accounting.evicted(1, before, new, kept, layer.entry_bytes)
 
 
 def make_streams(
@@ -248,7 +351,8 @@ def make_streams(
     for row, policy in zip(rows, policies, strict=True):
         # The storage of a shared cache stays as a whole until the last row has left it.
         apart = policy.scores_once and not (policy.keeps_whole_prompt and sharing)
-        cache = RowCache(policy.windows, ledger, model.device, apart=apart)
+        layers = policy.acting if apart else ()
+        cache = RowCache(policy.windows, ledger, model.device, limits=policy.limits, apart=layers)
         states.append(RowState(row, policy, cache))
         if policy.keeps_all:
             keeping.append(states[-1])
@@ -263,7 +367,9 @@ def make_streams(
     elif len(leaving) == 1:
         add_stream(leaving, leaving[0].cache)
     elif leaving:
-        add_stream(leaving, RowCache(leaving[0].policy.windows, ledger, model.device))
+        policy = leaving[0].policy
+        cache = RowCache(policy.windows, ledger, model.device, limits=policy.limits)
+        add_stream(leaving, cache)
     return states, streams
 
 

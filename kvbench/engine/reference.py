@@ -5,15 +5,17 @@ storage or a cache of scores, with attention in float64. Read it to learn how ev
 tests compare the engine with it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from kvbench.engine.accounting import full_attention_peak
 from kvbench.engine.row import Row
-from kvbench.method import Entries, KVShape, LayerView, Method, draw_seed
+from kvbench.method import Entries, LayerView, Limit, Method, Window, draw_seed
 from kvbench.models.attention import AttentionCall
-from kvbench.models.load import LoadedModel, forward
+from kvbench.models.load import LoadedModel, best_tokens, forward
 from kvbench.spec import Chunking
 
 
@@ -30,13 +32,13 @@ class Reference:
 
 def run_reference(model: LoadedModel, row: Row, prefill_chunk: int | None) -> Reference:
     """Read the prompt of a row in chunks of `prefill_chunk` tokens, then decode greedily."""
-    kv, prompt = ReferenceKV(row, model.shape), len(row.prompt)
+    kv, prompt = ReferenceKV(row, model), len(row.prompt)
 
     def feed(ids: list[int], start: int) -> int:
         positions = torch.arange(start, start + len(ids), device=model.device)
         with torch.inference_mode():
             given = torch.tensor([ids], device=model.device)
-            return int(forward(model, given, positions[None], kv).argmax(-1))
+            return int(best_tokens(forward(model, given, positions[None], kv)))
 
     token = patch_rows = 0
     for start in range(0, prompt, prefill_chunk or prompt):
@@ -51,7 +53,7 @@ def run_reference(model: LoadedModel, row: Row, prefill_chunk: int | None) -> Re
     while len(tokens) < row.max_new_tokens and tokens[-1] not in model.end_tokens:
         kv.start = prompt + len(tokens) - 1
         tokens.append(feed([tokens[-1]], kv.start))
-    full = model.shape.total_kv_heads * (prompt + len(tokens) - 1)
+    full = full_attention_peak(model.layers, prompt + len(tokens) - 1)
     answer = tokens[:-1] if tokens[-1] in model.end_tokens else tokens
     return Reference(answer, kept, kv.resident_rows, patch_rows, kv.peak / full)
 
@@ -63,54 +65,79 @@ class ReferenceKV:
     new = 0  # tokens of the chunk, without the patched ones
     last = False  # whether it is the prompt's last chunk
 
-    def __init__(self, row: Row, shape: KVShape) -> None:
-        self.row, self.shape = row, shape
-        evicts, method = row.budget < 1, row.spec.method
+    def __init__(self, row: Row, model: LoadedModel) -> None:
+        self.row, self.shape, self.layers = row, model.shape, model.layers
+        evicts, method, shape = row.budget < 1, row.spec.method, model.shape
         windows = method.windows(shape, row.budget, len(row.prompt)) if evicts else None
-        self.windows = windows or [[None] * shape.kv_heads] * shape.layers
+        everything = [[None] * layer.kv_heads for layer in self.layers]
+        self.windows: Sequence[Sequence[Window | None]] = windows or everything
+        self.acting = range(shape.layers) if shape.acting is None else shape.acting
+        self.longest = len(row.prompt) + row.max_new_tokens - 1
         self.scorer: Method | None = row.spec.scorer if evicts else None
         self.chunked = row.spec.chunking is not Chunking.NONE
         self.patched = row.spec.chunking is Chunking.PATCHED and self.scorer is not None
         self.window = row.spec.observation_window
         self.held: list[list[Entries]] = [[] for _ in range(shape.layers)]
         self.queries: list[list[Tensor]] = [[] for _ in range(shape.layers)]  # [H, T, D] each
+        self.calls: dict[int, AttentionCall] = {}  # the latest of each layer that holds entries
         self.entries = self.peak = self.resident_rows = 0
 
     def attend(self, call: AttentionCall) -> Tensor:
         """B = 1: add the new entries, attend, count, and evict."""
-        tokens, held = call.key.shape[2], self.held[call.layer]
+        shape = self.layers[call.layer]
+        tokens, held = call.key.shape[2], self.held[shape.source]
         here = torch.arange(self.start, self.start + tokens, device=call.key.device)
-        for head in range(self.shape.kv_heads):
+        for head in range(shape.kv_heads if call.layer == shape.source else 0):
             new = Entries(call.key[:, head], call.value[:, head], here[None])
             if not self.start:
                 held.append(new)
             else:
                 pairs = zip(held[head], new, strict=True)
                 held[head] = Entries(*(torch.cat(pair, 1) for pair in pairs))
-            past = held[head].keys.shape[1] - tokens
-            self.resident_rows += sum(past + i for i in range(1, self.new + 1))
-        self.entries += self.shape.kv_heads * tokens
+            seen = visible(shape.limit, here[: self.new], held[head].positions)
+            self.resident_rows += int(seen.sum())
+            self.entries += tokens
         self.peak = max(self.peak, self.entries)
         self.queries[call.layer].append(call.query[0])
-        heads = range(self.shape.query_heads)
-        out = torch.stack([attention(call, h, held[h // self.shape.group], here) for h in heads])
-        self.evict(call)
+        heads = range(shape.query_heads)
+        out = torch.stack([attention(call, h, held[h // shape.group], here) for h in heads])
+        if call.layer == shape.source:
+            self.calls[call.layer] = call
+        if call.layer == shape.readers[-1]:
+            self.evict(self.calls[shape.source])
         return out[None]
 
     def evict(self, call: AttentionCall) -> None:
         """Drop patched entries, what left a window, and what the method does not choose."""
-        held, windows, end = self.held[call.layer], self.windows[call.layer], self.start + self.new
+        held, end = self.held[call.layer], self.start + self.new
+        limit = self.layers[call.layer].limit
+        windows: Sequence[Window | None] = [None] * len(held)
+        if call.layer in self.acting:
+            windows = self.windows[call.layer]
         scored = [head for head, window in enumerate(windows) if window is None]
         chosen: dict[int, Tensor] = {}
-        if self.scorer is not None and scored and (self.chunked or self.last):
+        scores = self.scorer is not None and call.layer in self.acting
+        if self.scorer is not None and scores and scored and (self.chunked or self.last):
             chosen = dict(zip(scored, self.choose(call, scored, self.scorer), strict=True))
+        hidden = []
         for head, window in enumerate(windows):
             at = held[head].positions[0]
             stay = chosen.get(head, at < end)
             if window is not None:
-                stay &= (at < window.sinks) | (at >= end - window.size)
+                sinks, size = window.sinks, window.size
+                if limit is not None and limit.size < self.longest:
+                    sinks, size = 0, min(sinks + size, limit.size - 1)
+                stay &= (at < sinks) | (at >= end - size)
             self.entries -= int((~stay).sum())
             held[head] = Entries(*(tensor[:, stay] for tensor in held[head]))
+            if limit is not None:
+                at = held[head].positions[0]
+                hidden.append(int(limit.hides(torch.tensor(end), at).sum()))
+        for head, gone in enumerate(hidden):
+            if scores and self.chunked and windows[head] is None:  # they stay equally long
+                gone = min(hidden[each] for each in scored)
+            self.entries -= gone
+            held[head] = Entries(*(tensor[:, gone:] for tensor in held[head]))
 
     def choose(self, call: AttentionCall, heads: list[int], scorer: Method) -> Tensor:
         """Which entries of some KV heads stay by budget and scores: bool [K, E]."""
@@ -121,22 +148,30 @@ class ReferenceKV:
         grouped = queries[:, queries.shape[1] - window :].unflatten(0, (-1, self.shape.group))
         seen, patched = self.start + tokens, tokens - self.new
         seed = draw_seed(self.row.seed, call.layer, self.start if self.chunked else 0)
+        limit, sinks = self.layers[call.layer].limit, call.rules.sinks
+        new = read = self.new if self.chunked else prompt
+        if limit is not None:
+            new = min(read, limit.held(prompt))
         view = LayerView(
             blocks=[[self.held[call.layer][head]] for head in heads],
             queries=grouped[heads],
             query_positions=torch.arange(seen - window, seen, device=queries.device),
-            scaling=call.scaling,
+            scaling=call.rules.scaling,
             kv_heads=tuple(heads),
             layer=call.layer,
             layers=self.shape.layers,
             prompt=prompt,
-            new=self.new if self.chunked else prompt,
+            new=new,
             patched=patched,
             last=self.last,
             generator=torch.Generator().manual_seed(seed),
+            acting=self.shape.acting,
+            limit=limit,
+            softcap=call.rules.softcap,
+            sinks=None if sinks is None else sinks[heads],
         )
         budget = self.row.spec.scorer_budget(self.row.budget)
-        capacity = min(view.new, scorer.capacity(view, budget))
+        capacity = min(new, scorer.capacity(replace(view, new=read), budget))
         observed = 0 if patched else min(self.window, view.new)
         end = view.entries - patched
         first = end - view.new
@@ -153,10 +188,19 @@ class ReferenceKV:
 
 def attention(call: AttentionCall, head: int, entries: Entries, here: Tensor) -> Tensor:
     """[T, Dv], the attention of one query head at positions `here` [T], in float64."""
-    logits = call.query[0, head].double() @ entries.keys[0].double().T * call.scaling
-    distance = here[:, None] - entries.positions
-    hidden = distance < 0
-    if call.sliding is not None:
-        hidden |= distance >= call.sliding
-    weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    rules, size = call.rules, len(entries.keys[0])
+    logits = call.query[0, head].double() @ entries.keys[0].double().T * rules.scaling
+    if rules.softcap is not None:
+        logits = rules.softcap * torch.tanh(logits / rules.softcap)
+    logits = logits.masked_fill(~visible(rules.limit, here, entries.positions), -torch.inf)
+    if rules.sinks is not None:
+        sink = rules.sinks.flatten()[head].double().expand(len(logits), 1)
+        logits = torch.cat([logits, sink], 1)
+    weights = logits.softmax(-1)[:, :size]
     return (weights @ entries.values[0].double()).to(call.query.dtype)
+
+
+def visible(limit: Limit | None, here: Tensor, positions: Tensor) -> Tensor:
+    """[T, E], whether tokens at positions `here` [T] see entries at `positions` [1, E]."""
+    seen = positions <= here[:, None]
+    return seen if limit is None else seen & ~limit.hides(here[:, None], positions)

@@ -2,11 +2,17 @@
 
 from dataclasses import dataclass, field
 
-from kvbench.engine.accounting import Accounting, EntryBytes, full_rows
-from kvbench.engine.cache import Ledger, RowCache
+from kvbench.engine.accounting import (
+    Accounting,
+    EntryBytes,
+    Held,
+    full_attention_peak,
+    full_attention_rows,
+)
+from kvbench.engine.cache import HeadGroup, Ledger, RowCache, Visible
 from kvbench.engine.eviction import EvictionPolicy
 from kvbench.errors import InputError
-from kvbench.models.load import LoadedModel
+from kvbench.models.load import NOT_FINITE, LoadedModel
 from kvbench.spec import MethodSpec
 
 
@@ -42,6 +48,7 @@ class Outcome:
     shared_rows: int  # rows of its prefill group, itself included
     group_bytes_peak: int  # keys and values of all rows of the call
     kept: list[list[list[int]]] | None = None  # as `RowState.kept`, if it was asked for
+    failure: str | None = None  # why the row could not be measured
 
 
 @dataclass
@@ -58,7 +65,9 @@ class RowState:
     kept: list[list[list[int]]] | None = None  # [layers][KV heads], positions after the prompt
 
     def ended(self, model: LoadedModel) -> bool:
-        """Whether the row has generated its answer."""
+        """Whether the row has generated its answer, or cannot go on."""
+        if self.tokens[-1] == NOT_FINITE:
+            return True
         return self.tokens[-1] in model.end_tokens or len(self.tokens) >= self.row.max_new_tokens
 
     def reserve_answer(self) -> None:
@@ -85,7 +94,26 @@ def policy_of(model: LoadedModel, row: Row, prefill_chunk: int | None) -> Evicti
         row.max_new_tokens - 1,
         row.seed,
         prefill_chunk,
+        model.layers,
     )
+
+
+def held(cache: RowCache) -> list[list[Held]]:
+    """What a row's layers hold before it decodes."""
+    return [[held_by(group) for group in groups] for groups in cache.layers]
+
+
+def held_by(group: HeadGroup) -> Held:
+    """What a group of KV heads holds before it decodes."""
+    window, limit = group.window, group.limit
+    heads, entries = len(group.heads), group.length
+    if window is not None:
+        most = window.sinks + window.size
+        return Held(heads, entries, most, limit, isinstance(window, Visible), None)
+    if limit is None:
+        return Held(heads, entries, None, None, False, None)
+    positions = group.entries().positions[:, :entries].clone()
+    return Held(heads, entries, max(entries, limit.size - 1), limit, False, positions)
 
 
 def check(model: LoadedModel, row: Row) -> None:
@@ -110,27 +138,33 @@ def outcome(
     alike: int,
 ) -> Outcome:
     """The measurements of a row that has ended, and that `alike` equal rows share."""
-    held = state.accounting
+    counted = state.accounting
     prompt, fed = len(state.row.prompt), len(state.tokens) - 1
-    heads = model.shape.total_kv_heads
-    full = heads * full_rows(prompt, fed)
-    tokens = state.tokens
+    full = full_attention_rows(model.layers, prompt, fed)
+    tokens, failure = state.tokens, None
+    if tokens[-1] == NOT_FINITE:
+        failure = (
+            f"logits are not finite at token {len(tokens)} of the answer: the weights hold NaN or "
+            f"infinity, or values overflow {str(model.dtype).removeprefix('torch.')} (try another "
+            "--dtype)"
+        )
     return Outcome(
-        tokens=tokens[:-1] if tokens[-1] in model.end_tokens else tokens,
-        kv_footprint=held.resident_rows / full,
-        kv_peak=held.entries_peak / (heads * (prompt + fed)),
-        kv_reads=held.read_rows / full,
-        resident_rows=held.resident_rows,
+        tokens=tokens[:-1] if failure or tokens[-1] in model.end_tokens else tokens,
+        kv_footprint=counted.resident_rows / full,
+        kv_peak=counted.entries_peak / full_attention_peak(model.layers, prompt + fed),
+        kv_reads=counted.read_rows / full,
+        resident_rows=counted.resident_rows,
         full_rows=full,
-        patch_rows=held.patch_rows,
-        kv_bytes_peak=held.bytes_peak,
+        patch_rows=counted.patch_rows,
+        kv_bytes_peak=counted.bytes_peak,
         device_bytes_peak=device_bytes_peak,
         prefill_seconds=state.prefill_seconds / alike,
         decode_seconds=state.decode_seconds / alike,
         prompt_tokens=prompt,
         new_tokens=len(tokens),
-        timeline=[list(point) for point in held.timeline],
+        timeline=[list(point) for point in counted.timeline],
         shared_rows=shared_rows,
         group_bytes_peak=ledger.peak,
         kept=state.kept,
+        failure=failure,
     )

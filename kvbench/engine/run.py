@@ -16,8 +16,8 @@ from kvbench.engine.cache import Ledger
 from kvbench.engine.decoding import DecodeKV
 from kvbench.engine.graph import Repeated
 from kvbench.engine.prefill import prefill
-from kvbench.engine.row import Outcome, Row, RowState, check, outcome, policy_of
-from kvbench.models.load import LoadedModel, forward
+from kvbench.engine.row import Outcome, Row, RowState, check, held, outcome, policy_of
+from kvbench.models.load import LoadedModel, best_tokens, forward
 
 Repeat = Callable[[Callable[[], None], bool], Repeated]  # of a step, and whether to capture it
 
@@ -39,6 +39,8 @@ def run_rows(
     """
     for row in rows:
         check(model, row)
+    if model.long_rope is not None:
+        model.long_rope.choose(max(len(row.prompt) + row.max_new_tokens for row in rows))
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -76,18 +78,20 @@ def decode(model: LoadedModel, states: Sequence[RowState], repeat: Repeat) -> No
     if not batch:
         return
     started = time.perf_counter()
-    held = {id(state): state.cache.lengths() for state in batch}
+    before = {id(state): held(state.cache) for state in batch}
     for state in batch:
         state.reserve_answer()
     kv = DecodeKV(
         [state.cache for state in batch],
         [len(state.row.prompt) for state in batch],
+        model.layers,
         backend_of(model.attention),
     )
     ids = torch.tensor([state.tokens[-1] for state in batch], device=model.device)
 
     def step() -> None:
-        ids.copy_(forward(model, ids[:, None], kv.positions[:, None], kv).argmax(-1))
+        fed = ids.clamp(min=0)  # rows that have ended may keep their places
+        ids.copy_(best_tokens(forward(model, fed[:, None], kv.positions[:, None], kv)))
         kv.advance()
 
     take_step = repeat(step, kv.capturable)
@@ -106,7 +110,7 @@ def decode(model: LoadedModel, states: Sequence[RowState], repeat: Repeat) -> No
             continue
         for place in over:
             state = batch[place]
-            state.accounting.decoded(held[id(state)], len(state.tokens) - 1)
+            state.accounting.decoded(before[id(state)], len(state.tokens) - 1)
         running = [place for place in running if place not in over]
         if kv.capturable and 2 * len(running) > len(batch):
             kv.retire(over)

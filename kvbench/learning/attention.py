@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from kvbench.errors import InputError
 from kvbench.models.attention import AttentionCall
 
 QUERY_BLOCK = 256  # queries that share one mask of at most 256 x (sinks + window + 256)
@@ -48,11 +49,17 @@ class GatedAttention:
 
     def attend(self, call: AttentionCall) -> Tensor:
         """The mixed attention of one layer."""
-        query, key, value, scaling = call.query, call.key, call.value, call.scaling
-        full = full_attention(query, key, value, scaling, call.sliding)
+        query, key, value = call.query, call.key, call.value
+        scaling, sliding = call.rules.scaling, call.rules.sliding
+        if not call.rules.softmax_only or (call.rules.limit and sliding is None):
+            raise InputError(
+                "head scores cannot be learnt for a model with soft-capped logits, learnt sinks or "
+                "chunked attention"
+            )
+        full = full_attention(query, key, value, scaling, sliding)
         if self.gates is None:
             return full
-        stream = Stream(self.sinks, self.window, call.sliding)
+        stream = Stream(self.sinks, self.window, sliding)
         streamed = streaming_attention(query, key, value, scaling, stream)
         gate = self.gates[call.layer].to(full.dtype)
         gate = gate.repeat_interleave(query.shape[1] // key.shape[1], dim=-1)[:, :, None, None]

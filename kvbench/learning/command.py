@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import kvbench
+from kvbench.engine.self_check import self_check
 from kvbench.errors import InputError
 from kvbench.heads import Table
 from kvbench.learning.corpus import STANDARD_LIBRARY
@@ -76,6 +77,7 @@ def train_heads(choices: HeadChoices, say: Callable[[str], None]) -> TrainingRes
     several = accelerator.num_processes > 1
     device = str(accelerator.device) if several else choices.device
     model = load_model(choices.model, device=device, dtype=choices.dtype)
+    self_check(model)
     recipes = make_recipes(choices, model)
     if recipes[0].batch % accelerator.num_processes:
         raise InputError(

@@ -61,4 +61,11 @@ def seeded(*parts: int) -> torch.Generator:
 def forward(model: Any, ids: Tensor, attention: GatedAttention, **wanted: Any) -> Any:
     """The model's output for `ids` [B, T] with `attention`; `wanted` are arguments of the model."""
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    return model(input_ids=ids, position_ids=positions, use_cache=False, kv=attention, **wanted)
+    return model(
+        input_ids=ids,
+        position_ids=positions,
+        use_cache=False,
+        kv=attention,
+        kv_positions=positions,
+        **wanted,
+    )

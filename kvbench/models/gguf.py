@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvbench.errors import InputError
+from kvbench.models.files import check_weights
 
 CONTROL = 3  # the token type of special tokens
 
@@ -48,7 +49,15 @@ def read_gguf(path: Path, **options: Any) -> tuple[Any, Any]:
     weights = dict(read_weight(tensor, config) for tensor in reader.tensors)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, **options)
+    model, found = LlamaForCausalLM.from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # `check_weights` names them
+        **options,
+    )
+    check_weights(found, path.name)
     return model, read_tokenizer(path, fields)
 
 

@@ -6,20 +6,27 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+)
 
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import KVShape
-from kvbench.models.attention import ATTENTION, KVAttention
+from kvbench.models.attention import ATTENTION, KVAttention, LayerShape
 from kvbench.models.card import ModelCard, model_folder, read_card
+from kvbench.models.files import check_files, check_weights, digest_of, folder_digest
+from kvbench.models.layers import check_kinds, kv_shape, probe_layers
+from kvbench.models.rotation import LongRope, length_dependent_rope, longest_input
 from kvbench.models.wheel import WHEELS
-
-LENGTH_DEPENDENT = {"dynamic", "longrope"}  # types of RoPE
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,14 @@ class LoadedModel:
     dtype: torch.dtype
     attention: str
     fingerprint: str
+    layers: tuple[LayerShape, ...]
     card: ModelCard = field(default_factory=ModelCard)
+    long_rope: LongRope | None = None
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether some layers read the keys of other layers."""
+        return any(layer.source != index for index, layer in enumerate(self.layers))
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -98,27 +112,25 @@ def read_model(name: str, **options: Any) -> tuple[Any, Any]:
         from kvbench.models.gguf import read_gguf
 
         return read_gguf(path, **options)
-    source = str(model_folder(name) or name)
+    folder = model_folder(name)
+    if folder is not None:
+        check_files(folder, name)
+    source = str(folder or name)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, use_safetensors=True, trust_remote_code=False, **options
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    several = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    several = several and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    model_class = AutoModelForMultimodalLM if several else AutoModelForCausalLM
+    model, found = model_class.from_pretrained(
+        source,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # `check_weights` names them
+        **options,
     )
+    check_weights(found, name)
     return model, tokenizer
-
-
-def check_rotation(config: Any, name: str) -> None:
-    """InputError if the model's RoPE depends on the length of the input.
-
-    Keys are cached after RoPE, and rows of different lengths share a forward; both would be wrong.
-    """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
-    found = {str(kind.get("rope_type")) for kind in kinds} & LENGTH_DEPENDENT
-    if found:
-        raise InputError(
-            f"model '{name}' has RoPE of type {', '.join(sorted(found))}, which depends on the "
-            "length of the input: its cached keys would be wrong after eviction or in chunks"
-        )
 
 
 def wrap_model(
@@ -135,31 +147,29 @@ def wrap_model(
     The tokenizer may be None if the model is only given token ids. InputError for an architecture
     that kvbench does not measure.
     """
-    config = model.config.get_text_config()
+    config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"model '{name}' is an encoder-decoder; kvbench measures decoders")
+    check_kinds(config, name)
     try:
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        shape = KVShape(config.num_hidden_layers, kv_heads, heads, head_dim)
-        limit = config.max_position_embeddings
+        count, limit = int(config.num_hidden_layers), longest_input(config)
     except AttributeError as error:
         raise InputError(f"model '{name}' is not an attention-only decoder: {error}") from None
-    check_rotation(config, name)
-    model.set_attn_implementation(ATTENTION)
+    layers = probe_layers(model, count, name)
     weight = next(model.parameters())
     return LoadedModel(
         name,
         model,
         tokenizer,
-        shape,
-        int(limit),
+        kv_shape(layers, name),
+        limit,
         weight.device,
         weight.dtype,
         attention,
         fingerprint,
+        layers,
         card or ModelCard(),
+        length_dependent_rope(model, config, name),
     )
 
 
@@ -193,28 +203,15 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
 
 def fingerprint(name: str, config: Any) -> str:
-    """A hash of a model's configuration and weights; for a model of the hub, of its commit."""
-    digest = hashlib.sha256()
+    """A hash of all that is read of a model; for a model of the hub, of its commit."""
     if name in WHEELS:
-        digest.update(file_digest(WHEELS[name].installed(name)))
-        return digest.hexdigest()[:16]
+        return digest_of([("", WHEELS[name].installed(name))])
     folder = model_folder(name)
-    if folder is None:
-        digest.update(str(getattr(config, "_commit_hash", None)).encode())
-        digest.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
-        return digest.hexdigest()[:16]
-    for path in sorted(folder.iterdir()):
-        if path.name == "config.json" or path.name.startswith("tokenizer"):
-            digest.update(path.read_bytes())
-        elif path.suffix == ".safetensors":
-            digest.update(file_digest(path))
-    return digest.hexdigest()[:16]
-
-
-def file_digest(path: Path) -> bytes:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    if folder is not None:
+        return folder_digest(folder)
+    commit = str(getattr(config, "_commit_hash", None))
+    text = commit + json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def quiet() -> None:
@@ -226,6 +223,15 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity(logging.CRITICAL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+NOT_FINITE = -1  # stands for a token where the logits are not finite
+
+
+def best_tokens(logits: Tensor) -> Tensor:
+    """The token of the largest logit of each row of [R, V]; NOT_FINITE where that is not finite."""
+    best = logits.max(-1)
+    return torch.where(best.values.isfinite(), best.indices, NOT_FINITE)
 
 
 def forward(
@@ -241,12 +247,19 @@ def forward(
     the sequence packs several ones: returns [len(ends), V], after each of these tokens.
     """
     keep: int | Tensor = 1
-    if ends is not None and len(ends) > 1:
+    # With a number, models that share keys drop all other tokens before the layers that share.
+    if ends is not None and (len(ends) > 1 or model.shares_keys):
         keep = torch.tensor(ends, device=ids.device)
     elif ends is not None:
         keep = ids.shape[1] - ends[0]
     out = model.model(
-        input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, kv=kv
+        input_ids=ids,
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=keep,
+        kv=kv,
+        kv_layers=model.layers,
+        kv_positions=positions,
     )
     logits: Tensor = out.logits
     if ends is None:

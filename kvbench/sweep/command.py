@@ -11,7 +11,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from kvbench.models.card import ModelCard, model_folder, read_card
 from kvbench.records import BASELINE, Record, RunWriter, check_common, is_run, read_records
 from kvbench.registry import tasks as task_registry
 from kvbench.spec import MethodSpec, check_option_names, method_names, parse_method
+from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.folder import experiment, find_folder
 from kvbench.sweep.plan import Cell, Settings, common_settings, get_tasks, make_plan
 from kvbench.sweep.progress import Listener, Progress
@@ -54,6 +55,8 @@ class Choices:
     attention: str = "auto"
     option: dict[str, Any] = field(default_factory=dict)  # of methods, by name or METHOD.name
     chat_template: str = "auto"  # auto, on or off
+    template_date: str = TEMPLATE_DATE  # what a chat template takes for today, ISO 8601
+    template_option: dict[str, Any] = field(default_factory=dict)  # more for the chat template
     batch_rows: int | None = None  # cells measured together, at most
     memory_limit: int | None = None  # bytes beside the model
 
@@ -113,6 +116,8 @@ class SweepPlan:
     planned: int  # cells
     cells: list[Cell]  # those that are not measured yet
     left_out: list[str]  # methods, each with the reason
+    notes: list[str]  # for the user
+    self_check: dict[str, Any]  # how far full attention is from the model's own
 
     @cached_property
     def batches(self) -> "list[tuple[list[Cell], Cost]]":
@@ -150,8 +155,8 @@ def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult
     plan = plan_sweep(choices)
     out, planned, cells = plan.folder, plan.planned, plan.cells
     reused = planned - len(cells)
-    if plan.left_out:
-        listener.note(f"left out: {'; '.join(plan.left_out)}")
+    for note in plan.notes:
+        listener.note(note)
     if not cells:
         listener.note(f"all {planned} cells are measured already in {out}")
         return SweepResult(out, planned, reused, left_out=plan.left_out)
@@ -163,7 +168,7 @@ def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult
         where = f"new run in {out}"
     progress = Progress(listener, len(cells), sum(cell.tokens for cell in cells))
     interrupted = False
-    with RunWriter(out, plan.common, invocation(choices, plan.experiment)) as writer:
+    with RunWriter(out, plan.common, invocation(choices, plan)) as writer:
         listener.note(where)
         try:
             warm_up(plan.sweep.model)
@@ -187,6 +192,7 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     specs, left_out = choose_methods(choices, read_card(folder) if folder else ModelCard())
 
     from kvbench.engine.attention import resolve_attention
+    from kvbench.engine.self_check import self_check
     from kvbench.models.load import load_model, resolve_device
     from kvbench.sweep.runner import Sweep, free_bytes
 
@@ -194,8 +200,11 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     model = load_model(
         choices.model, device=choices.device, dtype=choices.dtype, attention=attention
     )
+    checked = asdict(self_check(model))
     settings = choose_settings(choices, model)
     check_shapes(specs, model, settings)
+    if model.long_rope is not None:
+        model.long_rope.choose(settings.context, fix=True)
     common = common_settings(model, settings)
     wanted = experiment([task.name for task in tasks], choices.method, choices.option)
     out = choices.out or find_folder(RUNS, common, wanted)
@@ -214,7 +223,9 @@ def plan_sweep(choices: Choices) -> SweepPlan:
         batch_rows=choices.batch_rows,
     )
     missing = [c for c in cells if c.fingerprint not in known or known[c.fingerprint].error]
-    return SweepPlan(sweep, out, common, wanted, len(cells), missing, left_out)
+    notes = [f"left out: {'; '.join(left_out)}"] if left_out else []
+    notes += note_on_template(model, settings)
+    return SweepPlan(sweep, out, common, wanted, len(cells), missing, left_out, notes, checked)
 
 
 def default_tasks() -> list[str]:
@@ -264,7 +275,42 @@ def choose_settings(choices: Choices, model: "LoadedModel") -> Settings:
         prefill_chunks=choices.prefill_chunk or (default or max(1, context // 4),),
         budgets=choices.budgets,
         chat_template=has_template and choices.chat_template != "off",
+        template_date=template_date(choices.template_date),
+        template_options=template_options(choices.template_option),
     )
+
+
+def template_date(text: str) -> str:
+    """The day that `--template-date` names; InputError if it is none."""
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise InputError(
+            f"--template-date {text} is not a day; write it like {TEMPLATE_DATE}"
+        ) from None
+
+
+def template_options(given: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What `--template-option` gives: texts that are JSON (false, 3) as values, others as text."""
+
+    def value(text: Any) -> Any:
+        try:
+            return json.loads(text) if isinstance(text, str) else text
+        except ValueError:
+            return text
+
+    return tuple(sorted((name, value(text)) for name, text in given.items()))
+
+
+def note_on_template(model: "LoadedModel", settings: Settings) -> list[str]:
+    """A note if the chat template opens a thinking block before the answer."""
+    tag = settings.chat.opens_thinking(model.tokenizer) if settings.chat else None
+    if tag is None:
+        return []
+    return [
+        f"the chat template opens a {tag} block, so that answers start inside it; most "
+        "templates close it with --template-option enable_thinking=false"
+    ]
 
 
 def check_shapes(specs: Sequence[MethodSpec], model: "LoadedModel", settings: Settings) -> None:
@@ -273,16 +319,17 @@ def check_shapes(specs: Sequence[MethodSpec], model: "LoadedModel", settings: Se
         spec.method.windows(model.shape, min(settings.budgets), settings.context)
 
 
-def invocation(choices: Choices, experiment: dict[str, Any]) -> dict[str, Any]:
-    """This process, for `run.json`: experiment, settings, versions, hardware, commit."""
+def invocation(choices: Choices, plan: SweepPlan) -> dict[str, Any]:
+    """This process, for `run.json`: experiment, settings, check, versions, hardware, commit."""
     import torch
 
     settings = json.loads(json.dumps(asdict(choices), default=str))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "experiment": experiment,
+        "experiment": plan.experiment,
         "settings": settings,
+        "self_check": plan.self_check,
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": platform.processor() or platform.machine(),

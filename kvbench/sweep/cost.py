@@ -7,6 +7,8 @@ from kvbench.engine.eviction import EvictionPolicy
 from kvbench.engine.prefill import PACKED_TOKENS
 from kvbench.engine.row import Row, policy_of
 from kvbench.engine.run import run_rows
+from kvbench.method import Window
+from kvbench.models.attention import LayerShape
 from kvbench.models.load import LoadedModel
 from kvbench.records import BASELINE
 from kvbench.spec import parse_method
@@ -53,44 +55,64 @@ def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) 
         kinds = {p.chunks[0].patched for p in policies}
         prefill += first * len(kinds) + (n - first) * streams + sum(patches.values())
         attended += streams * n * n // 2
-        held = sum(entries_kept(p) for p in policies if not p.keeps_all)
-        full = max((n + p.decoded for p in late), default=0) * model.shape.total_kv_heads
+        held = sum(bytes_kept(model, p) for p in policies if not p.keeps_all)
+        full = max((bytes_full(model, n + p.decoded) for p in late), default=0)
         keeps = full if any(p.keeps_all for p in policies) else 0
-        most = max(most, (kept + held + full) * entry_bytes(model) + workspace(model, n, first))
+        most = max(most, kept + held + full + workspace(model, n, first))
         kept += held + keeps
-    moved = kept // model.shape.layers
-    most = max(most, (kept + moved) * entry_bytes(model))
+    moved = kept // len(model.shape.acting or model.layers)
+    most = max(most, kept + moved)
     return Cost(prefill, sum(row.max_new_tokens - 1 for row in rows), attended, most)
 
 
-def entries_kept(policy: EvictionPolicy) -> int:
-    """Entries of all KV heads that a row stores: what stays of its prompt, and its answer."""
+def bytes_kept(model: LoadedModel, policy: EvictionPolicy) -> int:
+    """Bytes that a row stores: what stays of its prompt, and its answer."""
     whole = policy.prompt + policy.decoded
     share = policy.spec.scorer_budget(policy.budget) if policy.evicts_by_score else 1.0
     scored = min(whole, round(share * policy.prompt) + 1 + policy.decoded)
     return sum(
-        scored if window is None else min(whole, window.sinks + window.size)
-        for layer in policy.windows
-        for window in layer
+        entry_bytes(model, layer) * policy_entries(window, scored, whole)
+        for layer, windows in zip(model.layers, policy.windows, strict=True)
+        for window in windows
+    )
+
+
+def policy_entries(window: Window | None, scored: int, whole: int) -> int:
+    """Entries of a KV head with this window."""
+    return scored if window is None else min(whole, window.sinks + window.size + 1)
+
+
+def bytes_full(model: LoadedModel, tokens: int) -> int:
+    """Bytes that full attention holds after `tokens` tokens."""
+    return sum(
+        layer.kv_heads
+        * entry_bytes(model, layer)
+        * (tokens if layer.limit is None else min(tokens, layer.limit.size + 1))
+        for index, layer in enumerate(model.layers)
+        if layer.source == index
     )
 
 
 def workspace(model: LoadedModel, prompt: int, chunk: int) -> int:
     """Bytes of one forward's activations and of an observation window's attention, roughly."""
-    config = model.model.config.get_text_config()
-    shape = model.shape
+    config = model.model.config.get_text_config(decoder=True)
     hidden = config.hidden_size
-    wide = getattr(config, "intermediate_size", None) or 4 * hidden
-    heads = (shape.query_heads + 2 * shape.kv_heads) * shape.head_dim
+    given = getattr(config, "intermediate_size", None) or 4 * hidden
+    wide = max(given) if isinstance(given, list | tuple) else given
+    heads = max(
+        layer.query_heads * (layer.key_size + layer.value_size)
+        + 2 * layer.kv_heads * (layer.key_size + layer.value_size)
+        for layer in model.layers
+    )
     tokens = max(chunk, min(PACKED_TOKENS, prompt))
-    activations = tokens * (6 * hidden + 3 * wide + 3 * heads) * model.dtype.itemsize
-    observed = 3 * shape.group * 64 * prompt * 4
+    activations = tokens * (6 * hidden + 3 * wide + 2 * heads) * model.dtype.itemsize
+    observed = 3 * model.shape.group * 64 * prompt * 4
     return activations + observed
 
 
-def entry_bytes(model: LoadedModel) -> int:
-    """Bytes of a key and a value."""
-    return 2 * model.shape.head_dim * model.dtype.itemsize
+def entry_bytes(model: LoadedModel, layer: LayerShape) -> int:
+    """Bytes of a key and a value of a layer."""
+    return (layer.key_size + layer.value_size) * model.dtype.itemsize
 
 
 def trial_length(model: LoadedModel, prefill_chunk: int) -> int:

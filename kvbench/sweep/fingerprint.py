@@ -23,6 +23,7 @@ import kvbench
 MEASURING = (
     "engine",
     "models",
+    "sweep/chat.py",
     "sweep/fingerprint.py",
     "sweep/plan.py",
     "sweep/runner.py",

@@ -12,6 +12,7 @@ import kvbench
 from kvbench.errors import InputError
 from kvbench.records import BASELINE
 from kvbench.registry import tasks as task_registry
+from kvbench.sweep.chat import TEMPLATE_DATE, Chat
 from kvbench.sweep.fingerprint import digest, measuring_code, source_code
 from kvbench.task import Sample, Task
 
@@ -52,6 +53,15 @@ class Settings:
     prefill_chunks: tuple[int, ...]
     budgets: tuple[float, ...]
     chat_template: bool
+    template_date: str = TEMPLATE_DATE  # the day that a chat template takes for today, ISO 8601
+    template_options: tuple[tuple[str, Any], ...] = ()  # what else the chat template is given
+
+    @property
+    def chat(self) -> "Chat | None":
+        """How prompts become a user's turn; None without a chat template."""
+        if not self.chat_template:
+            return None
+        return Chat(self.template_date, self.template_options)
 
 
 def common_settings(model: "LoadedModel", settings: Settings) -> dict[str, Any]:
@@ -68,6 +78,9 @@ def common_settings(model: "LoadedModel", settings: Settings) -> dict[str, Any]:
         "context": settings.context,
         "seed": settings.seed,
         "chat_template": settings.chat_template,
+        "template_date": settings.template_date if settings.chat_template else None,
+        "template_options": dict(settings.template_options) if settings.chat_template else {},
+        "rope": None if model.long_rope is None else model.long_rope.name_for(settings.context),
         "kvbench": f"{kvbench.__version__}+{measuring_code()}",
         "torch": str(torch.__version__),
         "transformers": str(transformers.__version__),
@@ -92,7 +105,7 @@ def make_plan(
         for task in tasks:
             task_code = source_code(type(task))
             sample = make_sample(model, task, index, settings)
-            prompt = encode_prompt(model.tokenizer, sample, chat=settings.chat_template)
+            prompt = encode_prompt(model.tokenizer, sample, chat=settings.chat)
             _check_length(model, task, sample, prompt)
             what = {
                 "common": common,
@@ -135,26 +148,25 @@ def _variants(
 def make_sample(model: "LoadedModel", task: Task, index: int, settings: Settings) -> Sample:
     """Sample `index` of a task; with the chat template it fits the context."""
     tokens = settings.context
-    if settings.chat_template:
-        tokens -= len(_in_chat(model.tokenizer, "", ""))
+    if settings.chat is not None:
+        tokens -= len(_in_chat(model.tokenizer, settings.chat, "", ""))
     return task.sample(index, seed=settings.seed, context=tokens, tokenizer=model.tokenizer)
 
 
-def encode_prompt(tokenizer: Any, sample: Sample, *, chat: bool) -> list[int]:
+def encode_prompt(tokenizer: Any, sample: Sample, *, chat: Chat | None) -> list[int]:
     """The token ids of a prompt; with `chat`, as a user's turn in the model's chat template.
 
     If the prompt ends with the beginning of the answer (`metadata["answer_prefix"]`), that part is
     put after the template's assistant header, so that the model continues it.
     """
-    if not chat:
+    if chat is None:
         return list(tokenizer.encode(sample.prompt))
     prefix = str(sample.metadata.get(ANSWER_PREFIX, ""))
-    return _in_chat(tokenizer, sample.prompt.removesuffix(prefix).rstrip(), prefix.lstrip())
+    return _in_chat(tokenizer, chat, sample.prompt.removesuffix(prefix).rstrip(), prefix.lstrip())
 
 
-def _in_chat(tokenizer: Any, content: str, answer: str) -> list[int]:
-    turns = [{"role": "user", "content": content}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+def _in_chat(tokenizer: Any, chat: Chat, content: str, answer: str) -> list[int]:
+    text = chat.text(tokenizer, content)
     return list(tokenizer.encode(text + answer, add_special_tokens=False))
 
 

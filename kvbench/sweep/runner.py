@@ -109,6 +109,8 @@ class Sweep:
         yield from self._measured(batch[half:])
 
     def _scored(self, cell: Cell, outcome: Outcome) -> Record:
+        if outcome.failure is not None:
+            return self._record(cell, error=outcome.failure)
         prediction = self.model.tokenizer.decode(outcome.tokens, skip_special_tokens=True)
         try:
             score = float(self.tasks[cell.sample.task].score(prediction, cell.sample))
@@ -117,7 +119,7 @@ class Sweep:
         if math.isnan(score) or not 0 <= score <= 1:
             return self._record(cell, error=f"the task's score {score} is not in 0..1")
         measured = asdict(outcome)
-        del measured["tokens"], measured["kept"]
+        del measured["tokens"], measured["kept"], measured["failure"]
         return self._record(cell, prediction=prediction, score=score, **measured)
 
     def _record(self, cell: Cell, **measured: object) -> Record:

@@ -29,6 +29,18 @@ def test_the_kernel_agrees_with_float64(
 
 
 @without_compiler
+@pytest.mark.parametrize("group", [1, 3, 6])
+@pytest.mark.parametrize(("softcap", "sinks"), [(0.7, False), (None, True), (2.0, True)])
+@pytest.mark.parametrize("sliding", [None, 20])
+def test_the_kernel_caps_logits_and_has_sinks(
+    group: int, softcap: float | None, sinks: bool, sliding: int | None
+) -> None:
+    kernel = token_kernel(8, 8)
+    assert kernel is not None
+    Made([1, 40, 600, 33, 256], 8, 8, group).check(kernel, sliding, 2e-5, softcap, sinks)
+
+
+@without_compiler
 def test_rows_decode_the_same_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt = loaded_model(), torch.arange(1, 90).tolist()
     names = ("full", "recency", "snapkv")

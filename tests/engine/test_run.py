@@ -29,7 +29,8 @@ from kvbench.engine.graph import Repeated
 from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
 from kvbench.errors import InputError
-from kvbench.method import Entries
+from kvbench.method import Entries, Limit
+from kvbench.models.attention import Rules
 from kvbench.spec import MethodSpec, method_names, parse_method
 
 LAYERS, KV_HEADS = 3, 2
@@ -222,21 +223,31 @@ def test_rows_that_cannot_be_run_are_refused(scores_file: Path) -> None:
     group=st.integers(1, 3),
     past=st.integers(0, 40),
     new=st.integers(1, 600),
-    sliding=st.one_of(st.none(), st.integers(1, 50)),
+    limit=st.one_of(st.none(), st.builds(Limit, st.integers(1, 50), st.booleans())),
+    softcap=st.sampled_from([None, 0.7]),
+    sinks=st.booleans(),
 )
 def test_sdpa_is_the_float64_reference_for_chunks(
-    heads: int, group: int, past: int, new: int, sliding: int | None
+    heads: int,
+    group: int,
+    past: int,
+    new: int,
+    limit: Limit | None,
+    softcap: float | None,
+    sinks: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(past * 1000 + new)
     q = torch.randn(heads, group, new, 8, generator=generator)
     k, v = (torch.randn(heads, past + new, 8, generator=generator) for _ in range(2))
     positions = torch.arange(past + new).expand(heads, -1)
+    learnt = torch.randn(heads, group, generator=generator) if sinks else None
+    rules = Rules(0.3, limit, softcap, learnt)
     for dtype, atol, rtol in ((torch.float32, 2e-6, 1e-4), (torch.bfloat16, 3e-2, 3e-2)):
         whole = Entries(k.to(dtype), v.to(dtype), positions)
         before = Entries(*(t[:, :past].flip(1) for t in whole)) if past else None
         own = Entries(*(t[:, past:] for t in whole))
-        expected = Float64().chunk(q.to(dtype), before, own, 0.3, sliding)
-        got = Sdpa().chunk(q.to(dtype), before, own, 0.3, sliding)
+        expected = Float64().chunk(q.to(dtype), before, own, rules)
+        got = Sdpa().chunk(q.to(dtype), before, own, rules)
         torch.testing.assert_close(got, expected, atol=atol, rtol=rtol)
 
 
@@ -296,28 +307,19 @@ def refusal(model: Any) -> str:
 
 
 def test_models_that_attend_in_other_ways_are_refused() -> None:
-    from helpers.models import SIZES
     from transformers import (
-        Gemma2Config,
-        Gemma2ForCausalLM,
         MambaConfig,
         MambaForCausalLM,
         T5Config,
         T5ForConditionalGeneration,
     )
 
-    capped = Gemma2ForCausalLM(Gemma2Config(**{**SIZES, "head_dim": 8}))
-    assert "soft-capped" in refusal(capped)
     small = {"vocab_size": 199, "hidden_size": 16, "num_hidden_layers": 2}
     assert "not an attention-only decoder" in refusal(MambaForCausalLM(MambaConfig(**small)))
     both = T5ForConditionalGeneration(T5Config(vocab_size=199, d_model=16, d_ff=16, num_layers=1))
     assert "encoder-decoder" in refusal(both)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rope_that_depends_on_the_length_is_refused(kind: str) -> None:
-    special: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
-    if kind == "longrope":
-        special |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-        special["original_max_position_embeddings"] = 64
-    assert kind in refusal(plain_model(rope_parameters=special))
+def test_rope_that_depends_on_the_length_is_refused() -> None:
+    special: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert "dynamic" in refusal(plain_model(rope_parameters=special))

@@ -1,12 +1,24 @@
 """Sequences in separate storage, for tests of kernels for single tokens."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from kvbench.engine.attention import Float64
 from kvbench.engine.kernels.interface import Sequences, TokenKernel
-from kvbench.method import Entries
+from kvbench.method import Entries, Limit
+from kvbench.models.attention import Rules
+
+
+def rules(
+    scaling: float,
+    sliding: int | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> Rules:
+    """Attention within a sliding window, with capped logits and learnt sinks [U, G]."""
+    return Rules(scaling, None if sliding is None else Limit(sliding), softcap, sinks)
 
 
 class Made:
@@ -47,7 +59,7 @@ class Made:
         """Of keys, values and positions."""
         return [[tensor.data_ptr() for tensor in tensors] for tensors in self.stored]
 
-    def expected(self, scaling: float, sliding: int | None) -> torch.Tensor:
+    def expected(self, how: Rules) -> torch.Tensor:
         """Attention in float64, one sequence after the other."""
         results = []
         for u, length in enumerate(self.lengths):
@@ -59,18 +71,25 @@ class Made:
                     self.queries[u, None, :, None],
                     Entries(keys, values, positions),
                     own,
-                    scaling,
-                    sliding,
+                    how if how.sinks is None else replace(how, sinks=how.sinks[u, None]),
                 )[0, :, 0]
             )
         return torch.stack(results)
 
-    def check(self, kernel: TokenKernel, sliding: int | None, tolerance: float) -> None:
+    def check(
+        self,
+        kernel: TokenKernel,
+        sliding: int | None,
+        tolerance: float,
+        softcap: float | None = None,
+        sinks: bool = False,
+    ) -> None:
         """The kernel agrees with float64 and writes each token's entry to its slot only."""
-        scaling = self.queries.shape[-1] ** -0.5
-        want = self.expected(scaling, sliding)
+        learnt = self.queries[:, :, 0].clone() if sinks else None
+        how = rules(self.queries.shape[-1] ** -0.5, sliding, softcap, learnt)
+        want = self.expected(how)
         before = [[tensor.clone() for tensor in tensors] for tensors in self.stored]
-        got = kernel(self.queries, self.keys, self.values, self.sequences, scaling, sliding)
+        got = kernel(self.queries, self.keys, self.values, self.sequences, how)
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
         for u, slot in enumerate(self.slots):
             new = (self.keys[u], self.values[u], torch.tensor(self.here[u]))

@@ -171,4 +171,4 @@ def test_a_group_stays_below_what_was_predicted(chunk: int | None) -> None:
         measured = run_rows(model, rows, prefill_chunk=chunk)[0].group_bytes_peak
         assert measured <= predicted
         assert predicted - workspace(model, 150, chunk or 150) <= 1.5 * measured
-        assert measured > 100 * entry_bytes(model)
+        assert measured > 100 * entry_bytes(model, model.layers[0])

@@ -15,12 +15,13 @@
 #define BLOCK 256 /* entries whose keys and values fit in the processor's cache */
 #define LEAST -1e30f /* a logit that hides an entry; -ffast-math has no infinity */
 
-/* Attends to `length` more entries; if `positions` are given, those up to `hidden` are left out.
+/* Attends to `length` more entries; if `positions` are given, those up to `hidden` are left out; if
+ * `softcap` is not 0, logits are capped by it.
  * out is the weighted sum so far, total the sum of the weights, most the largest logit. */
 static inline __attribute__((always_inline)) void
 attend(const int queries, const float *restrict q, const float *restrict keys,
        const float *restrict values, const int32_t *restrict positions, int64_t hidden,
-       int64_t length, float scaling, float *restrict out, float *restrict total,
+       int64_t length, float scaling, float softcap, float *restrict out, float *restrict total,
        float *restrict most)
 {
     float weights[AT_ONCE][BLOCK];
@@ -36,6 +37,9 @@ attend(const int queries, const float *restrict q, const float *restrict keys,
             }
         for (int g = 0; g < queries; g++) {
             float *w = weights[g], high = most[g], sum = 0;
+            if (softcap)
+                for (int64_t s = 0; s < count; s++)
+                    w[s] = softcap * tanhf(w[s] / softcap);
             if (positions)
                 for (int64_t s = 0; s < count; s++)
                     w[s] = positions[start + s] <= hidden ? LEAST : w[s];
@@ -62,16 +66,21 @@ attend(const int queries, const float *restrict q, const float *restrict keys,
 }
 
 /* Attention of some queries to a sequence's entries and to its own token. The token comes last, which
- * removes what hidden entries have left in the sums. */
+ * removes what hidden entries have left in the sums. A learnt sink is an entry without a value. */
 static inline __attribute__((always_inline)) void
 finish(const int queries, const float *q, const float *keys, const float *values,
        const int32_t *positions, int64_t hidden, int64_t length, const float *key,
-       const float *value, float scaling, float *out)
+       const float *value, float scaling, float softcap, const float *sinks, float *out)
 {
     float total[AT_ONCE] = {0}, most[AT_ONCE] = {LEAST, LEAST, LEAST, LEAST};
     memset(out, 0, queries * VALUE_SIZE * sizeof(float));
-    attend(queries, q, keys, values, positions, hidden, length, scaling, out, total, most);
-    attend(queries, q, key, value, 0, 0, 1, scaling, out, total, most);
+    if (sinks)
+        for (int g = 0; g < queries; g++) {
+            most[g] = sinks[g];
+            total[g] = 1;
+        }
+    attend(queries, q, keys, values, positions, hidden, length, scaling, softcap, out, total, most);
+    attend(queries, q, key, value, 0, 0, 1, scaling, softcap, out, total, most);
     for (int g = 0; g < queries; g++)
         for (int64_t d = 0; d < VALUE_SIZE; d++)
             out[g * VALUE_SIZE + d] /= total[g];
@@ -80,11 +89,13 @@ finish(const int queries, const float *q, const float *keys, const float *values
 /* Each of `count` sequences has a token at position here[u]: q [count, group, SIZE], key [count,
  * SIZE] and value [count, VALUE_SIZE], all contiguous. It attends to itself and to the first
  * lengths[u] entries at the addresses keys[u] and values[u] (only the last `sliding` tokens if that
- * is not 0); then its entry is stored in slots[u]. out is [count, group, VALUE_SIZE]. */
+ * is not 0); then its entry is stored in slots[u]. sinks is [count, group] or 0, out is [count,
+ * group, VALUE_SIZE]. */
 void kvbench_token(const float *q, const float *key, const float *value, const int64_t *here,
                    const int64_t *keys, const int64_t *values, const int64_t *positions,
-                   const int64_t *lengths, const int64_t *slots, float *out, int64_t count,
-                   int64_t group, int64_t sliding, float scaling, int threads)
+                   const int64_t *lengths, const int64_t *slots, const float *sinks, float *out,
+                   int64_t count, int64_t group, int64_t sliding, float scaling, float softcap,
+                   int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t u = 0; u < count; u++) {
@@ -93,12 +104,13 @@ void kvbench_token(const float *q, const float *key, const float *value, const i
         const float *own_key = key + u * SIZE, *own_value = value + u * VALUE_SIZE;
         for (int64_t g = 0; g < group; g += AT_ONCE) {
             const float *qs = q + (u * group + g) * SIZE;
+            const float *sink = sinks ? sinks + u * group + g : 0;
             float *to = out + (u * group + g) * VALUE_SIZE;
             switch (group - g) {
 #define CASE(label, n)                                                                             \
     label:                                                                                         \
         finish(n, qs, ks, vs, sliding ? places : 0, here[u] - sliding, lengths[u], own_key,        \
-               own_value, scaling, to);                                                            \
+               own_value, scaling, softcap, sink, to);                                             \
         break;
                 CASE(case 1, 1)
                 CASE(case 2, 2)

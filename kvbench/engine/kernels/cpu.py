@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvbench.engine.kernels.interface import Sequences, TokenKernel
+from kvbench.engine.kernels.interface import Sequences, TokenKernel, sinks_of
+from kvbench.models.attention import Rules
 
 SOURCE = Path(__file__).parent / "cpu.c"
 # Linked without -ffast-math, which would make the whole process flush denormal numbers.
@@ -36,24 +37,21 @@ def token_kernel(size: int, value_size: int) -> TokenKernel | None:
         function = ctypes.CDLL(str(library(size, value_size))).kvbench_token
     except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError):
         return None  # RuntimeError: the user has no home folder
-    pointers, sizes = [ctypes.c_void_p] * 10, [ctypes.c_int64] * 3
-    function.argtypes = [*pointers, *sizes, ctypes.c_float, ctypes.c_int]
+    pointers, sizes = [ctypes.c_void_p] * 11, [ctypes.c_int64] * 3
+    function.argtypes = [*pointers, *sizes, ctypes.c_float, ctypes.c_float, ctypes.c_int]
     function.restype = None
 
     def kernel(
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        sequences: Sequences,
-        scaling: float,
-        sliding: int | None,
+        queries: Tensor, keys: Tensor, values: Tensor, sequences: Sequences, rules: Rules
     ) -> Tensor:
         queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
         count, group = queries.shape[:2]
         out = queries.new_empty((count, group, value_size))
-        tensors = (queries, keys, values, *sequences.tensors, out)
-        pointers = (tensor.data_ptr() for tensor in tensors)
-        function(*pointers, count, group, sliding or 0, scaling, torch.get_num_threads())
+        sinks = None if rules.sinks is None else sinks_of(rules, count)
+        tensors = (queries, keys, values, *sequences.tensors, sinks, out)
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        numbers = (count, group, rules.sliding or 0, rules.scaling, rules.softcap or 0.0)
+        function(*pointers, *numbers, torch.get_num_threads())
         return out
 
     return kernel

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.engine.kernels.interface import Sequences
+from kvbench.engine.kernels.interface import Sequences, sinks_of
+from kvbench.models.attention import Rules
 
 BLOCK = 64  # entries that a program reads at once
 LEAST_PART = 256  # the fewest entries that justify a program
@@ -25,8 +26,7 @@ def token_kernel(
     keys: Tensor,
     values: Tensor,
     sequences: Sequences,
-    scaling: float,
-    sliding: int | None,
+    rules: Rules,
 ) -> Tensor:
     """As `kvbench.engine.kernels.interface.TokenKernel`, for float16, bfloat16 and float32."""
     queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
@@ -43,8 +43,10 @@ def token_kernel(
         "GROUP_ROOM": max(16, triton.next_power_of_2(group)),  # 16 is the least for a matrix unit
         "SIZE_ROOM": max(16, triton.next_power_of_2(size)),
         "VALUE_ROOM": max(16, triton.next_power_of_2(value_size)),
-        "SLIDING": sliding or 0,
+        "SLIDING": rules.sliding or 0,
+        "SOFTCAP": rules.softcap or 0.0,
     }
+    sinks = queries if rules.sinks is None else sinks_of(rules, count)
     here, *where, lengths, slots = sequences.tensors
     whole = all(t.shape[1] * t.itemsize % 16 == 0 for t in (keys, values))
     _read[(count, parts)](
@@ -54,7 +56,7 @@ def token_kernel(
         lengths,
         sums,
         *totals,
-        scaling,
+        rules.scaling,
         TYPE=TYPES[queries.dtype],
         BLOCK=BLOCK,
         ALIGNED=16 if whole else 1,
@@ -69,10 +71,12 @@ def token_kernel(
         slots,
         sums,
         *totals,
+        sinks,
         out,
-        scaling,
+        rules.scaling,
         parts,
         TYPE=TYPES[queries.dtype],
+        SINKS=rules.sinks is not None,
         PARTS_ROOM=triton.next_power_of_2(parts),
         **shapes,
     )
@@ -107,6 +111,7 @@ def _read(
     SIZE_ROOM: tl.constexpr,
     VALUE_ROOM: tl.constexpr,
     SLIDING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     TYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -134,6 +139,8 @@ def _read(
         k_at = tl.multiple_of(k_at, (ALIGNED, ALIGNED))
         k = tl.load(k_at, mask=there[None, :] & (d < SIZE)[:, None], other=0.0)
         logits = tl.dot(q, k, input_precision="ieee") * scaling
+        if SOFTCAP:
+            logits = SOFTCAP * (2 * tl.sigmoid(2 * logits / SOFTCAP) - 1)  # tanh
         seen = there
         if SLIDING:
             seen = seen & (tl.load(p_start + at + s, mask=there, other=0) > hidden)
@@ -167,6 +174,7 @@ def _join(
     sums,
     totals,
     mosts,
+    sinks,
     out,
     scaling,
     parts,
@@ -177,7 +185,9 @@ def _join(
     SIZE_ROOM: tl.constexpr,
     VALUE_ROOM: tl.constexpr,
     SLIDING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     TYPE: tl.constexpr,
+    SINKS: tl.constexpr,
     PARTS_ROOM: tl.constexpr,
 ):
     """Merge all parts of a sequence and its own token, and store that token's entry."""
@@ -188,14 +198,21 @@ def _join(
     for g in range(GROUP):
         q = tl.load(queries + (u * GROUP + g) * SIZE + d, mask=d < SIZE, other=0.0)
         logit = tl.sum(q.to(tl.float32) * k.to(tl.float32), 0) * scaling
+        if SOFTCAP:
+            logit = SOFTCAP * (2 * tl.sigmoid(2 * logit / SOFTCAP) - 1)
         at = (u * parts + p) * GROUP + g
         most = tl.load(mosts + at, mask=p < parts, other=-1e30)
         high = tl.maximum(tl.max(most, 0), logit)
+        if SINKS:
+            sink = tl.load(sinks + u * GROUP + g)
+            high = tl.maximum(high, sink)
         weight = tl.exp(most - high)
         total = tl.sum(weight * tl.load(totals + at, mask=p < parts, other=0.0), 0)
         inside = (p < parts)[:, None] & (e < VALUE_SIZE)[None, :]
         sum = tl.load(sums + at[:, None] * VALUE_SIZE + e[None, :], mask=inside, other=0.0)
         own = tl.exp(logit - high)
+        if SINKS:
+            total += tl.exp(sink - high)
         result = (tl.sum(sum * weight[:, None], 0) + own * v.to(tl.float32)) / (total + own)
         to = out + (u * GROUP + g) * VALUE_SIZE + e
         tl.store(to, result.to(TYPE), mask=e < VALUE_SIZE)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvbench.method import Entries
+from kvbench.models.attention import Rules
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,17 @@ class Sequences:
         return self.here, self.keys, self.values, self.positions, self.lengths, self.slots
 
 
-# (queries [U, G, D], keys [U, D], values [U, Dv], sequences, scaling, the model's sliding window in
-# tokens or None) -> [U, G, Dv]: the current token of each sequence attends to the resident entries
-# and to itself, and its entry is stored.
-TokenKernel = Callable[[Tensor, Tensor, Tensor, Sequences, float, int | None], Tensor]
+# (queries [U, G, D], keys [U, D], values [U, Dv], sequences, how the layer attends) -> [U, G, Dv]:
+# the current token of each sequence attends to the resident entries and to itself, and its entry is
+# stored. Of limits only sliding windows hide entries; other chunks of attention are not resident.
+TokenKernel = Callable[[Tensor, Tensor, Tensor, Sequences, Rules], Tensor]
+
+
+def sinks_of(rules: Rules, count: int) -> Tensor:
+    """The learnt sinks of `count` sequences, which take turns over the KV heads: [count, G]."""
+    assert rules.sinks is not None
+    return rules.sinks.float().repeat(count // len(rules.sinks), 1)
+
 
 # (queries [1, H, T, D], entries, scaling, causal) -> the attention [H, T, D] to these entries only,
 # and the logarithm [H, T] of its normaliser.
