@@ -35,12 +35,11 @@ class Record:
     times of all cells add up to the time that passed.
 
     `timeline` says how many entries are resident after each row (prompt tokens, then decoded
-    ones), summed over layers and KV heads, without patched entries. It is linear between points;
-    two points with the same number of rows are a jump. The area under it is `resident_rows`, less
-    half an entry for every row and KV head (a row's own entry counts as a whole one), and less
-    another half for every row that is decoded while a window is full (the line is flat there,
-    because the row's entry replaced another).
-
+    ones), summed over layers and KV heads. It is linear between points; two points with the same
+    number of rows are a jump. Patched entries are a jump up and down at the end of their chunk. The
+    area under the line is `resident_rows`, less half an entry for every row and KV head (a row's
+    own entry counts as a whole one), and less another half for every row that is decoded while a
+    window is full (the line is flat there, because the row's entry replaced another).
 
     In layers that the model itself limits (a sliding window, chunks), a row counts the entries that
     it sees; the part of it under full attention is what `full_rows` counts there. Layers that read
@@ -79,6 +78,8 @@ class Record:
     timeline: list[list[int]] | None = None  # points [rows, entries resident]
     shared_rows: int | None = None  # cells that shared the prefill, this one included
     group_bytes_peak: int | None = None  # keys and values of the whole batch
+    kv_held_peak: float | None = None  # as `kv_peak`, at one instant as executed
+    read_chunk: int | None = None  # tokens of the prefill chunk in which the prompt was read
     method_code: str = ""  # a hash of the method's source, "" in records from before it was kept
     task_code: str = ""  # the same of the task's
     error: str | None = None

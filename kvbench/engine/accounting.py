@@ -52,9 +52,12 @@ class Held(NamedTuple):
 class Accounting:
     """What one row holds over all its layers and KV heads, counted as if it ran alone.
 
-    `entries` and `bytes` are what is resident now, temporary copies included in the bytes; the
-    peaks are their maxima. `timeline` is described in `kvbench.records.Record`. Entries of limited
-    layers that hold all that is visible are `visible`, and `seen` is the most that a row saw.
+    `entries` and `bytes` are what is resident now, temporary copies included in the bytes;
+    `bytes_peak` is their maximum. `entries_peak` takes a row as one moment in all layers: it is the
+    most that was resident at a row, before that row's eviction. `held_peak` is the most at one
+    instant as executed, layer after layer, so it depends on the prefill chunk. `timeline` is
+    described in `kvbench.records.Record`. Entries of limited layers that hold all that is visible
+    are `visible`, and `seen` is the most that a row saw.
     """
 
     resident_rows: int = 0  # entry-rows
@@ -62,6 +65,7 @@ class Accounting:
     patch_rows: int = 0  # patched tokens that went through the model
     entries: int = 0
     entries_peak: int = 0
+    held_peak: int = 0
     visible: int = 0
     seen: int = 0
     bytes: int = 0
@@ -70,6 +74,9 @@ class Accounting:
     _growing: int = 0  # KV heads that have attended to the chunk and count all its tokens
     _windows: list[tuple[int, int]] = field(default_factory=list)  # KV heads that count fewer
     _limits: Counter[Limit] = field(default_factory=Counter)  # KV heads of limited layers
+    _before: int = 0  # entries when the chunk arrived
+    _arrived: int = 0  # entries that came with it, in all layers so far
+    _patched: int = 0  # the patched ones of them
 
     def attended(
         self, heads: int, past: int, new: int, patched: int, stored: int, size: EntryBytes
@@ -81,7 +88,7 @@ class Accounting:
         """
         self._count(heads * entry_rows(past, new))
         self._growing += heads
-        self._hold(heads * (new + patched))
+        self._arrive(heads * new, heads * patched)
         self._allocate(heads * stored * sum(size))
 
     def attended_in_sight(
@@ -102,8 +109,10 @@ class Accounting:
         self._count(heads * contiguous_rows(limit, past, new))
         self._limits[limit] += heads
         self.visible += heads * (limit.held(start + new) - limit.held(start))
-        self.seen += heads * (min(start + new, limit.size) - min(start, limit.size))
-        self._hold(heads * patched)
+        more = heads * (min(start + new, limit.size) - min(start, limit.size))
+        self.seen += more
+        self._arrived += more
+        self._arrive(0, heads * patched)
         self._allocate(heads * stored * sum(size))
 
     def attended_in_part(
@@ -129,7 +138,7 @@ class Accounting:
             self._count(heads * contiguous_rows(limit, 0, new))
         space = space_in_sight(past if isinstance(past, int) else past.shape[1], new, limit)
         self._windows.append((heads, space))
-        self._hold(heads * (space + patched))
+        self._arrive(heads * space, heads * patched)
         self._allocate(heads * stored * sum(size))
 
     def evicted(
@@ -172,9 +181,12 @@ class Accounting:
         """All KV heads have attended to a chunk, and evicted."""
         rows, _ = self.timeline[-1]
         self._course(rows + tokens, self._growing, self._windows, self._limits)
+        self._point(rows + tokens, self.timeline[-1][1] + self._patched)
         self._point(rows + tokens, self.entries + self.visible)
         self.patch_rows += patched
+        self.entries_peak = max(self.entries_peak, self._before + self._arrived)
         self._growing, self._windows, self._limits = 0, [], Counter()
+        self._before, self._arrived, self._patched = self.entries + self.seen, 0, 0
 
     def decoded(self, layers: Sequence[Sequence[Held]], tokens: int) -> None:
         """`tokens` tokens were decoded, one at a time; counted in closed form.
@@ -187,6 +199,7 @@ class Accounting:
         windows: list[tuple[int, int]] = []  # heads, and how many entries they can still take
         limits: Counter[Limit] = Counter()
         within = most = 0  # entries added during the last token's forward, before windows slide
+        last = 0  # entries at the last token's row
         for groups in layers:
             most = max(most, within + sum(held.heads for held in groups if not held.visible))
             for heads, past, at_most, limit, visible, positions in groups:
@@ -205,13 +218,14 @@ class Accounting:
                     self._count(heads * (entry_rows(past, growing) + flat * (past + growing + 1)))
                 self.entries += heads * growing
                 within += heads * (growing == tokens)
+                last += heads * (past + tokens - (growing < tokens) * (tokens - growing - 1))
                 if at_most is None:
                     whole += heads
                 else:
                     windows.append((heads, at_most - past))
         self._course(start + tokens, whole, windows, limits)
-        peak = self.entries - within + most + self.seen
-        self.entries_peak = max(self.entries_peak, peak)
+        self.entries_peak = max(self.entries_peak, last + self.seen)
+        self.held_peak = max(self.held_peak, self.entries - within + most + self.seen)
 
     def _course(
         self,
@@ -252,9 +266,15 @@ class Accounting:
         self.resident_rows += rows
         self.read_rows += rows
 
+    def _arrive(self, new: int, patched: int) -> None:
+        """Entries came with a chunk."""
+        self._arrived += new + patched
+        self._patched += patched
+        self._hold(new + patched)
+
     def _hold(self, entries: int) -> None:
         self.entries += entries
-        self.entries_peak = max(self.entries_peak, self.entries + self.seen)
+        self.held_peak = max(self.held_peak, self.entries + self.seen)
 
     def _allocate(self, size: int) -> None:
         self.bytes += size

@@ -36,9 +36,12 @@ def run_reference(model: LoadedModel, row: Row, prefill_chunk: int | None) -> Re
 
     def feed(ids: list[int], start: int) -> int:
         positions = torch.arange(start, start + len(ids), device=model.device)
+        before, kv.arrived = kv.entries, 0
         with torch.inference_mode():
             given = torch.tensor([ids], device=model.device)
-            return int(best_tokens(forward(model, given, positions[None], kv)))
+            token = int(best_tokens(forward(model, given, positions[None], kv)))
+        kv.peak = max(kv.peak, before + kv.arrived)  # a row is one moment in all layers
+        return token
 
     token = patch_rows = 0
     for start in range(0, prompt, prefill_chunk or prompt):
@@ -80,7 +83,7 @@ class ReferenceKV:
         self.held: list[list[Entries]] = [[] for _ in range(shape.layers)]
         self.queries: list[list[Tensor]] = [[] for _ in range(shape.layers)]  # [H, T, D] each
         self.calls: dict[int, AttentionCall] = {}  # the latest of each layer that holds entries
-        self.entries = self.peak = self.resident_rows = 0
+        self.entries = self.arrived = self.peak = self.resident_rows = 0
 
     def attend(self, call: AttentionCall) -> Tensor:
         """B = 1: add the new entries, attend, count, and evict."""
@@ -97,7 +100,7 @@ class ReferenceKV:
             seen = visible(shape.limit, here[: self.new], held[head].positions)
             self.resident_rows += int(seen.sum())
             self.entries += tokens
-        self.peak = max(self.peak, self.entries)
+            self.arrived += tokens
         self.queries[call.layer].append(call.query[0])
         heads = range(shape.query_heads)
         out = torch.stack([attention(call, h, held[h // shape.group], here) for h in heads])

@@ -33,7 +33,8 @@ class Outcome:
 
     tokens: list[int]  # generated, without the end token
     kv_footprint: float  # of full attention's, 0..1
-    kv_peak: float  # most entries at one moment, of those that full attention ends with
+    kv_peak: float  # most entries at a row in all layers, of those that full attention ends with
+    kv_held_peak: float  # the same at one instant as executed: it depends on the prefill chunk
     kv_reads: float  # entries that attention read, of full attention's
     resident_rows: int  # entry-rows, summed over layers and KV heads
     full_rows: int  # the same under full attention
@@ -152,6 +153,7 @@ def outcome(
         tokens=tokens[:-1] if failure or tokens[-1] in model.end_tokens else tokens,
         kv_footprint=counted.resident_rows / full,
         kv_peak=counted.entries_peak / full_attention_peak(model.layers, prompt + fed),
+        kv_held_peak=counted.held_peak / full_attention_peak(model.layers, prompt + fed),
         kv_reads=counted.read_rows / full,
         resident_rows=counted.resident_rows,
         full_rows=full,

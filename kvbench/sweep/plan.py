@@ -119,6 +119,7 @@ def make_plan(
                     "method": [spec.name, spec.options, codes[spec.name]],
                     "budget": budget,
                     "prefill_chunk": chunk,
+                    "read_chunk": chunk or settings.prefill_chunks[0],
                 }
                 fingerprint = digest({**what, **how})
                 seed = int(digest([settings.seed, task.name, index])[:8], 16)

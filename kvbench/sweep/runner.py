@@ -133,6 +133,7 @@ class Sweep:
             options=cell.spec.options,
             budget=cell.budget,
             prefill_chunk=cell.prefill_chunk,
+            read_chunk=_chunk(cell, self.prefill_chunk),
             sample=cell.sample.index,
             sample_seed=self.seed,
             context=self.context,

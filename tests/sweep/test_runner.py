@@ -25,7 +25,7 @@ def failing(rows: Sequence[Row]) -> list[Outcome]:
     """As run_rows, but out of memory as soon as a `random` row is among the rows."""
     if any(row.spec.name == "random" for row in rows):
         raise MemoryError("no more\nmemory")
-    one = Outcome([5], 0.5, 0.5, 0.5, 5, 10, 0, 100, None, 0.1, 0.1, 2, 1, [[0, 0]], 1, 100)
+    one = Outcome([5], 0.5, 0.5, 0.5, 0.5, 5, 10, 0, 100, None, 0.1, 0.1, 2, 1, [[0, 0]], 1, 100)
     return [one] * len(rows)
 
 
