@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engine import tokens, view_of
+from helpers.engine import SCORES, tokens, view_of
 from helpers.models import loaded_model, plain_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvbench.engine.reference import run_reference
 from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
 from kvbench.method import Entries, LayerView
@@ -204,6 +205,30 @@ def test_a_method_whose_window_is_patched_has_no_floor() -> None:
     """The patched entries are dropped, so there is no window to keep but in the last chunk."""
     found = kept("snapkv-patched", 3, 0.08, 25, window_floor=True)
     assert {len(positions) for layer in found for positions in layer} == {2 + 2 + WINDOW}
+
+
+@pytest.mark.parametrize("chunk", [None, 25, 16])
+def test_the_engine_counts_the_variants_as_its_reference_does(chunk: int | None) -> None:
+    """In retrieval heads too, and for rows that share a prefill."""
+    options: dict[str, Any] = {"chunk_softmax": True, "window_floor": True, "window": WINDOW}
+    pyramid = {**options, "equal_above_half": True, "whole_steps": True}
+    split = {"scores": str(SCORES), "sinks": 2, "window": 7}
+    given = {f"prulong.{key}": value for key, value in split.items()}
+    given |= {f"pyramidkv.{key}": value for key, value in pyramid.items()}
+    specs = [
+        parse_method("snapkv", options),
+        parse_method("snapkv-naive", options),
+        parse_method("pyramidkv-patched", pyramid),
+        parse_method("prulong+pyramidkv-naive", given),
+    ]
+    rows = [Row(tokens(PROMPT, 5), 4, spec, 0.3) for spec in specs]
+    model = loaded_model()
+    outcomes = run_rows(model, rows, prefill_chunk=chunk, keep_positions=True)
+    for row, got in zip(rows, outcomes, strict=True):
+        expected = run_reference(model, row, chunk)
+        assert got.kept == expected.kept, row.spec.name
+        assert got.tokens == expected.tokens, row.spec.name
+        assert got.resident_rows == expected.resident_rows, row.spec.name
 
 
 @settings(max_examples=40, deadline=None)
