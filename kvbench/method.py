@@ -5,7 +5,7 @@ method's scores and capacity into an eviction.
 """
 
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -159,6 +159,15 @@ class LayerView:
             sinks=self.sinks,
         )
 
+    def latest(self, count: int) -> "LayerView":
+        """The layer as if only the last `count` entries of each KV head were resident.
+
+        `attention` is then normalised over these. Nothing is copied; everything else is the same.
+        """
+        if count >= self.entries:
+            return self
+        return replace(self, blocks=[_last_entries(block, count) for block in self.blocks])
+
     def _joined(self, which: int) -> "Tensor":
         import torch
 
@@ -170,6 +179,17 @@ class LayerView:
             torch.cat([piece[which].to(like.dtype) for piece in block], 1, out=joined[start:stop])
             start = stop
         return joined
+
+
+def _last_entries(block: "Sequence[Entries]", count: int) -> list[Entries]:
+    pieces: list[Entries] = []
+    for piece in reversed(block):
+        size = piece.positions.shape[1]
+        taken = min(size, count)
+        if taken:
+            pieces.insert(0, Entries(*(tensor[:, size - taken :] for tensor in piece)))
+        count -= taken
+    return pieces
 
 
 def observed_attention(

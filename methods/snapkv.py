@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from torch import Tensor, cat
-from torch.nn.functional import avg_pool1d
+from torch.nn.functional import avg_pool1d, pad
 
 from kvbench.method import Family, LayerView, Method
 from kvbench.registry import register_method
@@ -19,6 +19,12 @@ class SnapKV(Method):
     kernel: int = field(
         default=5, metadata={"help": "Entries that the scores are averaged over; odd."}
     )
+    chunk_softmax: bool = field(
+        default=False, metadata={"help": "Normalise attention over the prefill chunk alone."}
+    )
+    window_floor: bool = field(
+        default=False, metadata={"help": "Keep the observation window at any budget."}
+    )
 
     def __post_init__(self) -> None:
         self.check(self.window >= 1, f"window must be at least 1, not {self.window}")
@@ -32,12 +38,21 @@ class SnapKV(Method):
         """W, the option `window`."""
         return self.window
 
+    def own_window(self, view: LayerView) -> int:
+        """How many of the new entries belong to the observation window."""
+        return 0 if view.patched else min(self.window, view.new)
+
+    def capacity(self, view: LayerView, budget: float) -> int:
+        """The budget's share; with `window_floor` not less than the observation window."""
+        floor = self.own_window(view) if self.window_floor else 0
+        return max(floor, super().capacity(view, budget))
+
     def scores(self, view: LayerView) -> Tensor:
         """[K, E]: attention from the window, average-pooled over the entries that may go."""
-        stop = view.entries - view.patched
-        start = stop - view.new
-        if not view.patched:
-            stop -= view.queries.shape[2]
-        candidates = view.attention[:, start:stop]
-        pooled = avg_pool1d(candidates, self.kernel, stride=1, padding=self.kernel // 2)
-        return cat([view.attention[:, :start], pooled, view.attention[:, stop:]], dim=1)
+        seen = view.latest(view.new + view.patched) if self.chunk_softmax else view
+        start = seen.entries - seen.patched - seen.new
+        stop = seen.entries - (seen.patched or seen.queries.shape[2])
+        attention = seen.attention
+        pooled = avg_pool1d(attention[:, start:stop], self.kernel, 1, self.kernel // 2)
+        scores = cat([attention[:, :start], pooled, attention[:, stop:]], dim=1)
+        return pad(scores, (view.entries - seen.entries, 0))

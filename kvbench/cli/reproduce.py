@@ -70,7 +70,7 @@ def print_reproduction(found: "Reproduction") -> None:
 
     if found.report is None:
         return
-    print_table(found.table, found.claims)
+    print_table(found.table, found.claims, found.report.threshold)
     for note in found.report.notes:
         say(note, name="note: ")
     say(f"wrote table.csv, table.md, claims.md, figures and report.html to {found.out}", name="")

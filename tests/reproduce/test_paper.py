@@ -1,4 +1,4 @@
-"""The paper's figure through the same fit, and its claims judged on made-up curves."""
+"""The paper's table and figure, and its claims judged on made-up curves."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from kvbench.report.build import make_report
 from kvbench.report.statistics import Status
 from kvbench.reproduce.claims import Verdict, judge
 from kvbench.reproduce.command import compare, table_csv, table_markdown
-from kvbench.reproduce.paper import is_lower_bound, paper_records, paper_report
+from kvbench.reproduce.paper import paper_records, paper_report, paper_table
 from kvbench.sweep.command import Choices, SweepResult
 from kvbench.sweep.progress import Listener
 
@@ -32,11 +32,46 @@ def test_the_papers_figure_gives_the_papers_critical_footprints() -> None:
         assert curve.footprint.status is status
         assert curve.footprint.interval is None
         assert curve.peak is None
-    # below DuoAttention's crossing the figure only says "below the axis"
-    assert is_lower_bound(found["recall", "duoattention"])
-    assert not is_lower_bound(found["recall", "pyramidkv-patched"])
     assert len({task for task, _ in found}) == 8
     assert len(paper_records()) == sum(1 for c in found.values() for _ in c.points)
+
+
+def printed() -> dict[tuple[str, str], tuple[float, str]]:
+    """The paper's values and bounds, by task and method."""
+    columns = ["task", "method", "critical_footprint", "bound"]
+    rows = paper_table(0.9)[columns].itertuples(index=False)
+    return {(task, method): (value, bound) for task, method, value, bound in rows}
+
+
+def test_the_table_has_the_papers_printed_values() -> None:
+    table = printed()
+    assert len(table) == 32
+    assert table["icl", "duoattention"] == (0.49, "")
+    assert table["rerank", "duoattention"] == (0.69, "")
+    assert table["rerank", "prulong"] == (0.61, "")
+    # in the figure there are no points for these three
+    assert table["longqa", "duoattention"] == (0.60, "")
+    assert table["summ", "pyramidkv-naive"] == (0.53, "")
+    assert table["travel_planning", "pyramidkv-naive"] == (0.98, "above")
+    assert table["rag", "pyramidkv-patched"] == (0.34, "below")
+    assert paper_table(0.8).empty
+
+
+def test_the_figure_agrees_with_the_table_where_it_shows_the_crossing() -> None:
+    table, compared = printed(), 0
+    for curve in paper_report(0.9).curves:
+        if (key := (curve.setting.task, curve.method)) not in table:
+            continue  # full attention
+        value, bound = table[key]
+        assert curve.footprint is not None
+        status = curve.footprint.status
+        if status is Status.REACHED:
+            assert curve.footprint.value == pytest.approx(value, abs=0.016)
+            compared += 1
+        # what the paper's signs mean
+        assert bound != "above" or status is Status.EXTRAPOLATED
+        assert bound != "below" or status is Status.AT_MOST
+    assert compared == 20
 
 
 def curves(**at: dict[int | None, list[float]]) -> list[Any]:
@@ -134,14 +169,31 @@ def test_the_table_sets_ours_beside_the_papers(tmp_path: Path) -> None:
     lines = compare(report, paper_report(0.9))
     text = table_markdown(lines, report)
     (row,) = [line for line in text.splitlines() if line.startswith("| prulong")][:1]
-    assert row.endswith("| ≥46.2 |")
+    assert row.endswith("| 46 |")
     assert row.count("(") == 2
-    assert "| duoattention |  |  | ≥58.2 |" in text  # the paper's alone
+    assert "| duoattention |  |  | 58 |" in text  # the paper's alone
+    assert "| pyramidkv-naive |  |  | &gt;93 |" in text
+    assert "| pyramidkv-patched | &lt;36 |" in text  # icl
+    assert "Table 2" in text
+    assert "whole per cent, without intervals; &gt; where none" in text
     assert "## travel_planning" in text
     csv = table_csv(lines).splitlines()
     assert csv[0].startswith("task,method,prefill_chunk,critical_footprint,ci_low,ci_high,status")
     assert sum(line.startswith("recall,prulong,") for line in csv) == 2
     assert sum(line.startswith("recall,snapkv,") for line in csv) == 1
+    assert csv[0].endswith(",paper_critical_footprint,paper_bound,paper_baseline")
+    assert all(line.endswith(",0.46,,0.951") for line in csv if line.startswith("recall,prulong,"))
+    assert "recall,pyramidkv-naive,,,,,,,,0.93,above,0.951" in csv
+
+
+def test_the_papers_column_is_empty_at_another_threshold(tmp_path: Path) -> None:
+    rows = curves(prulong={256: [0.1, 0.9, 0.9]})
+    report = make_report([store(tmp_path / "r", rows)], 0.8)
+    text = table_markdown(compare(report, paper_report(0.8)), report)
+    row = next(line for line in text.splitlines() if line.startswith("| prulong"))
+    assert row.endswith("|  |")
+    assert "at a threshold of 0.9 only, so its column is empty" in text
+    assert "## icl" not in text
 
 
 def test_reproduce_writes_tables_claims_and_page(
