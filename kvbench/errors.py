@@ -1,4 +1,4 @@
-"""The exception whose message is for users, and the hint for a misspelt name."""
+"""The exceptions whose messages are for users, and the hint for a misspelt name."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -8,6 +8,13 @@ class InputError(Exception):
     """A user's input cannot be used. The message says what is wrong with it and what to do.
 
     The command line prints the message on one line and exits with code 2.
+    """
+
+
+class ContractError(Exception):
+    """A method or a task gave something that it may not give. The message names it.
+
+    The cells that it concerns fail with this message; the rest of a sweep is measured.
     """
 
 

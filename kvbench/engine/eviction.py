@@ -5,7 +5,7 @@ Streaming KV heads need no choice: their windows keep entries by position.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -13,6 +13,15 @@ from torch import Tensor
 
 from kvbench.engine.accounting import EntryBytes, chunks
 from kvbench.engine.cache import HeadGroup
+from kvbench.engine.contract import (
+    asking,
+    check_capacity,
+    check_contents,
+    check_observation_window,
+    check_scores,
+    check_windows,
+    contents,
+)
 from kvbench.method import Entries, KVShape, LayerView, Method, Window, draw_seed
 from kvbench.spec import Chunking, MethodSpec
 
@@ -68,13 +77,29 @@ class EvictionPolicy:
     seed: int
     prefill_chunk: int | None  # tokens; None reads the prompt at once
 
+    def __post_init__(self) -> None:
+        """Raise ContractError for an observation window that is not a number of queries."""
+        check_observation_window(self.spec.observation_window, self.who("observation_window"))
+
     @cached_property
     def windows(self) -> Sequence[Sequence[Window | None]]:
         """The window of each layer's KV heads, None for heads that do not stream."""
         chosen = None
         if self.budget < 1:
             chosen = self.spec.method.windows(self.shape, self.budget, self.prompt)
-        return chosen or [[None] * self.shape.kv_heads] * self.shape.layers
+        if chosen is None:
+            return [[None] * self.shape.kv_heads] * self.shape.layers
+        return check_windows(chosen, self.shape, self.who("windows"))
+
+    @cached_property
+    def first_scored(self) -> int:
+        """The first layer with KV heads that are scored."""
+        return next((i for i, layer in enumerate(self.windows) if None in layer), 0)
+
+    def who(self, asked: str, layer: int | None = None) -> str:
+        """The method, and what it is asked for, as errors name them."""
+        where = "" if layer is None else f", layer {layer}"
+        return f"method '{self.spec.name}'{where}: {asked}"
 
     @cached_property
     def chunks(self) -> Sequence[Chunk]:
@@ -119,9 +144,12 @@ class EvictionPolicy:
         return window is not None or self.scores_each_chunk or (self.evicts_by_score and chunk.last)
 
     def capacity(self, view: LayerView) -> int:
-        """How many of the view's new entries each KV head keeps."""
+        """How many of the view's new entries each KV head keeps; all if it is more than these."""
         assert self.spec.scorer is not None
-        return self.spec.scorer.capacity(view, self.spec.scorer_budget(self.budget))
+        who = self.who("capacity", view.layer)
+        with asking(who):
+            capacity = self.spec.scorer.capacity(view, self.spec.scorer_budget(self.budget))
+        return check_capacity(capacity, who)
 
     def reserved(self, window: Window | None) -> int:
         """Entries of storage for each KV head with this window, while the prompt is read.
@@ -169,24 +197,54 @@ class LayerChunk:
         return EntryBytes.of(self.own)
 
 
+@dataclass(frozen=True)
+class MethodView(LayerView):
+    """The view that one method gets; only `blocks` are shared with other methods."""
+
+    shared: LayerView
+
+    @classmethod
+    def of(cls, shared: LayerView) -> "MethodView":
+        """A view for another method that sees the same."""
+        values = {field.name: getattr(shared, field.name) for field in fields(LayerView)}
+        values["queries"] = shared.queries.clone()
+        values["query_positions"] = shared.query_positions.clone()
+        values["generator"] = torch.Generator()
+        return cls(**values, shared=shared)
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """[K, E], a copy of what all methods share, because it takes long to compute."""
+        with torch.inference_mode():
+            return self.shared.attention.clone()
+
+
 class LayerScores:
     """Views and rankings of one layer, made once for all rows that evict from the same entries.
 
-    `groups` are the KV heads that are scored; they store the entries of earlier chunks.
+    `groups` are the KV heads that are scored; they store the entries of earlier chunks. `finite`
+    is what `check_finite` takes, so that the GPU is waited for once and not in each layer.
     """
 
     def __init__(self, groups: Sequence[HeadGroup], layer: LayerChunk) -> None:
         self.groups = groups
         self.layer = layer
         self.device = layer.own.keys.device
-        self._views: dict[tuple[int, int], LayerView] = {}
+        self.finite: list[tuple[str, int, Tensor]] = []
+        self._shared: dict[tuple[int, int], LayerView] = {}
+        self._views: dict[tuple[Method, int], LayerView] = {}
         self._rankings: dict[tuple[Method, int], Tensor] = {}
+        self._contents: list[Tensor] | None = None  # of the blocks, before a method saw them
 
     def view(self, policy: EvictionPolicy) -> LayerView:
         """What the method sees; it does not depend on the budget."""
-        key = policy.spec.observation_window, policy.seed
+        scorer = policy.spec.scorer
+        assert scorer is not None
+        key, kind = (scorer, policy.seed), (policy.spec.observation_window, policy.seed)
         if key not in self._views:
-            self._views[key] = self._make_view(policy)
+            if kind not in self._shared:
+                self._shared[kind] = self._make_view(policy)
+            self._views[key] = MethodView.of(self._shared[kind])
         return self._views[key]
 
     def ranking(self, policy: EvictionPolicy, observed: int) -> Tensor:
@@ -195,19 +253,37 @@ class LayerScores:
         assert scorer is not None
         key = scorer, policy.seed
         if key not in self._rankings:
-            view = self.view(policy)
-            view.generator.manual_seed(self._draw_seed(policy))  # another method may have drawn
-            scores = scorer.scores(view)
-            assert scores is not None
+            view, who = self.view(policy), policy.who("scores", self.layer.index)
             end = view.entries - view.patched
+            scores = self._scores(policy, scorer, view, who)
             candidates = scores[:, end - view.new : end - observed]
             candidates = candidates.to(self.device, non_blocking=True)
+            finite = torch.count_nonzero(candidates.isfinite())
+            self.finite.append((who, candidates.numel(), finite))
             self._rankings[key] = candidates.argsort(dim=-1, descending=True, stable=True)
         return self._rankings[key]
 
     def release(self) -> None:
         """Drop the views, which keep the storage of entries alive. Rankings stay."""
         self._views.clear()
+        self._shared.clear()
+
+    def _scores(
+        self, policy: EvictionPolicy, scorer: Method, view: LayerView, who: str
+    ) -> Tensor:
+        """A method's scores [K, E]; ContractError for a wrong answer, or if it writes to the view.
+
+        Writes that PyTorch does not refuse are looked for in one layer.
+        """
+        look = self.layer.index == policy.first_scored
+        if look and self._contents is None:
+            self._contents = contents(view.blocks)
+        view.generator.manual_seed(self._draw_seed(policy))
+        with asking(who):
+            scores = scorer.scores(view)
+        if look:
+            check_contents(self._contents or [], contents(view.blocks), who)
+        return check_scores(scores, view, who)
 
     def _draw_seed(self, policy: EvictionPolicy) -> int:
         # Without chunking, the choice must not depend on how the prompt was cut into chunks.
@@ -224,7 +300,7 @@ class LayerScores:
         if heads != list(range(shape.kv_heads)):
             grouped = torch.cat([group.of(grouped) for group in self.groups])
         return LayerView(
-            blocks=[self._blocks(group) for group in self.groups],
+            blocks=tuple(self._blocks(group) for group in self.groups),
             queries=grouped,
             query_positions=torch.arange(seen - window, seen, device=self.device),
             scaling=layer.scaling,
@@ -235,10 +311,10 @@ class LayerScores:
             new=chunk.length if policy.scores_each_chunk else policy.prompt,
             patched=chunk.patched,
             last=chunk.last,
-            generator=torch.Generator().manual_seed(self._draw_seed(policy)),
+            generator=torch.Generator(),
         )
 
-    def _blocks(self, group: HeadGroup) -> list[Entries]:
+    def _blocks(self, group: HeadGroup) -> tuple[Entries, ...]:
         new = [e for e in (self.layer.own, self.layer.patch) if e is not None]
         pieces = [group.resident(), *(group.select(entries) for entries in new)]
-        return [piece for piece in pieces if piece is not None]
+        return tuple(piece for piece in pieces if piece is not None)

@@ -8,13 +8,14 @@ evicted before the first chunk has been read, so all streams read that chunk tog
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kvbench.engine.attention import Backend, attend_groups, backend_of
 from kvbench.engine.cache import HeadGroup, Ledger, RowCache
+from kvbench.engine.contract import check_finite
 from kvbench.engine.eviction import Chunk, LayerChunk, LayerScores, choose
 from kvbench.engine.row import Row, RowState, policy_of
 from kvbench.errors import InputError
@@ -59,6 +60,9 @@ def read(model: LoadedModel, pack: "Sequence[Piece]", ids: Tensor) -> None:
             f"layers {missed} of model '{model.name}' do not attend through the registered "
             "attention (they are recurrent, or share keys with other layers)"
         )
+    for stream in (stream for piece in pack for stream in piece.streams):
+        check_finite(stream.finite)
+        stream.finite.clear()
     first = logits.argmax(-1).tolist() if pack[0].chunk.last else [None] * len(pack)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)  # so that no later chunk pays for this one
@@ -129,6 +133,7 @@ class Stream:
     states: list[RowState]
     cache: RowCache
     recent: list[Tensor | None]  # [layers], latest queries [H, W, D] of earlier chunks
+    finite: list[tuple[str, int, Tensor]] = field(default_factory=list)  # see `check_finite`
 
     @property
     def chunks(self) -> Sequence[Chunk]:
@@ -143,6 +148,7 @@ class Stream:
             count_attended(state, groups, layer)
             if chunk.last or state.cache is self.cache:
                 move_kept(state, groups, layer, scores)
+        self.finite += scores.finite
         if self.states[-1].cache is self.cache:
             return
         for group in groups:  # the cache of no row, only for reading the prompt
