@@ -14,8 +14,13 @@ class InputError(Exception):
 class ContractError(Exception):
     """A method or a task gave something that it may not give. The message names it.
 
-    The cells that it concerns fail with this message; the rest of a sweep is measured.
+    The cells that it concerns fail with this message; the rest of a sweep is measured. `method` is
+    the name of the method, "" if it is none.
     """
+
+    def __init__(self, message: str, method: str = "") -> None:
+        super().__init__(message)
+        self.method = method
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -125,7 +125,9 @@ class LayerView:
             start = 0
             for block in self.blocks:
                 stop = start + len(block[0][which])
-                torch.cat([piece[which].to(like.dtype) for piece in block], 1, out=joined[start:stop])
+                torch.cat(
+                    [piece[which].to(like.dtype) for piece in block], 1, out=joined[start:stop]
+                )
                 start = stop
             return joined
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from kvbench.engine.accounting import EntryBytes, chunks
 from kvbench.engine.cache import HeadGroup
 from kvbench.engine.contract import (
+    Asked,
     asking,
     check_capacity,
     check_contents,
@@ -79,7 +80,7 @@ class EvictionPolicy:
 
     def __post_init__(self) -> None:
         """Raise ContractError for an observation window that is not a number of queries."""
-        check_observation_window(self.spec.observation_window, self.who("observation_window"))
+        check_observation_window(self.spec.observation_window, self.asked("observation_window"))
 
     @cached_property
     def windows(self) -> Sequence[Sequence[Window | None]]:
@@ -89,17 +90,16 @@ class EvictionPolicy:
             chosen = self.spec.method.windows(self.shape, self.budget, self.prompt)
         if chosen is None:
             return [[None] * self.shape.kv_heads] * self.shape.layers
-        return check_windows(chosen, self.shape, self.who("windows"))
+        return check_windows(chosen, self.shape, self.asked("windows"))
 
     @cached_property
     def first_scored(self) -> int:
         """The first layer with KV heads that are scored."""
         return next((i for i, layer in enumerate(self.windows) if None in layer), 0)
 
-    def who(self, asked: str, layer: int | None = None) -> str:
-        """The method, and what it is asked for, as errors name them."""
-        where = "" if layer is None else f", layer {layer}"
-        return f"method '{self.spec.name}'{where}: {asked}"
+    def asked(self, what: str, layer: int | None = None) -> Asked:
+        """What the method is asked for, for errors."""
+        return Asked(self.spec.name, what, layer)
 
     @cached_property
     def chunks(self) -> Sequence[Chunk]:
@@ -146,10 +146,10 @@ class EvictionPolicy:
     def capacity(self, view: LayerView) -> int:
         """How many of the view's new entries each KV head keeps; all if it is more than these."""
         assert self.spec.scorer is not None
-        who = self.who("capacity", view.layer)
-        with asking(who):
+        asked = self.asked("capacity", view.layer)
+        with asking(asked):
             capacity = self.spec.scorer.capacity(view, self.spec.scorer_budget(self.budget))
-        return check_capacity(capacity, who)
+        return check_capacity(capacity, asked)
 
     def reserved(self, window: Window | None) -> int:
         """Entries of storage for each KV head with this window, while the prompt is read.
@@ -230,11 +230,10 @@ class LayerScores:
         self.groups = groups
         self.layer = layer
         self.device = layer.own.keys.device
-        self.finite: list[tuple[str, int, Tensor]] = []
+        self.finite: list[tuple[Asked, int, Tensor]] = []
         self._shared: dict[tuple[int, int], LayerView] = {}
         self._views: dict[tuple[Method, int], LayerView] = {}
         self._rankings: dict[tuple[Method, int], Tensor] = {}
-        self._contents: list[Tensor] | None = None  # of the blocks, before a method saw them
 
     def view(self, policy: EvictionPolicy) -> LayerView:
         """What the method sees; it does not depend on the budget."""
@@ -253,13 +252,13 @@ class LayerScores:
         assert scorer is not None
         key = scorer, policy.seed
         if key not in self._rankings:
-            view, who = self.view(policy), policy.who("scores", self.layer.index)
+            view, asked = self.view(policy), policy.asked("scores", self.layer.index)
             end = view.entries - view.patched
-            scores = self._scores(policy, scorer, view, who)
+            scores = self._scores(policy, scorer, view, asked)
             candidates = scores[:, end - view.new : end - observed]
             candidates = candidates.to(self.device, non_blocking=True)
             finite = torch.count_nonzero(candidates.isfinite())
-            self.finite.append((who, candidates.numel(), finite))
+            self.finite.append((asked, candidates.numel(), finite))
             self._rankings[key] = candidates.argsort(dim=-1, descending=True, stable=True)
         return self._rankings[key]
 
@@ -269,21 +268,20 @@ class LayerScores:
         self._shared.clear()
 
     def _scores(
-        self, policy: EvictionPolicy, scorer: Method, view: LayerView, who: str
+        self, policy: EvictionPolicy, scorer: Method, view: LayerView, asked: Asked
     ) -> Tensor:
         """A method's scores [K, E]; ContractError for a wrong answer, or if it writes to the view.
 
         Writes that PyTorch does not refuse are looked for in one layer.
         """
         look = self.layer.index == policy.first_scored
-        if look and self._contents is None:
-            self._contents = contents(view.blocks)
+        before = contents(view) if look else []
         view.generator.manual_seed(self._draw_seed(policy))
-        with asking(who):
+        with asking(asked):
             scores = scorer.scores(view)
         if look:
-            check_contents(self._contents or [], contents(view.blocks), who)
-        return check_scores(scores, view, who)
+            check_contents(before, contents(view), asked)
+        return check_scores(scores, view, asked)
 
     def _draw_seed(self, policy: EvictionPolicy) -> int:
         # Without chunking, the choice must not depend on how the prompt was cut into chunks.

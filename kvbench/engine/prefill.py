@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvbench.engine.attention import Backend, attend_groups, backend_of
 from kvbench.engine.cache import HeadGroup, Ledger, RowCache
-from kvbench.engine.contract import check_finite
+from kvbench.engine.contract import Asked, check_finite
 from kvbench.engine.eviction import Chunk, LayerChunk, LayerScores, choose
 from kvbench.engine.row import Row, RowState, policy_of
 from kvbench.errors import InputError
@@ -133,7 +133,7 @@ class Stream:
     states: list[RowState]
     cache: RowCache
     recent: list[Tensor | None]  # [layers], latest queries [H, W, D] of earlier chunks
-    finite: list[tuple[str, int, Tensor]] = field(default_factory=list)  # see `check_finite`
+    finite: list[tuple[Asked, int, Tensor]] = field(default_factory=list)  # see `check_finite`
 
     @property
     def chunks(self) -> Sequence[Chunk]:

@@ -33,13 +33,18 @@ class Cost:
 def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) -> Cost:
     """The cost of rows run together; the memory is an upper bound, but for the allocator's own.
 
+    A row whose method gives no usable windows costs nothing: it fails before anything is read.
     It is the largest of: while each prompt is read, its streams whole, the forks of its rows, what
     the rows before it keep, and one forward's activations; and, while all decode, all they hold and
     the copy of one layer.
     """
     groups: dict[tuple[int, ...], list[EvictionPolicy]] = {}
     for row in rows:
-        policy = policy_of(model, row, prefill_chunk)
+        try:
+            policy = policy_of(model, row, prefill_chunk)
+            _ = policy.windows
+        except Exception:
+            continue
         groups.setdefault(tuple(row.prompt), []).append(policy)
     prefill = attended = most = kept = 0
     for prompt, policies in groups.items():
