@@ -1,4 +1,4 @@
-"""The exception whose message is for users, and the hint for a misspelt name."""
+"""The exceptions whose messages are for users, and the hint for a misspelt name."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -9,6 +9,18 @@ class InputError(Exception):
 
     The command line prints the message on one line and exits with code 2.
     """
+
+
+class ContractError(Exception):
+    """A method or a task gave something that it may not give. The message names it.
+
+    The cells that it concerns fail with this message; the rest of a sweep is measured. `method` is
+    the name of the method, "" if it is none.
+    """
+
+    def __init__(self, message: str, method: str = "") -> None:
+        super().__init__(message)
+        self.method = method
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

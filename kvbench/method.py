@@ -99,6 +99,7 @@ class LayerView:
 
     `blocks` holds the entries as they are stored: for each run of KV heads, its pieces in order.
     `keys`, `values` and `positions` join the pieces, which copies the layer; `attention` does not.
+    A view is read-only: a method that writes to its tensors is stopped.
     """
 
     blocks: "Sequence[Sequence[Entries]]"
@@ -148,16 +149,19 @@ class LayerView:
 
     @cached_property
     def attention(self) -> "Tensor":
-        """[K, E], `observed_attention` of each entry; do not write to it."""
-        return observed_attention(
-            self.queries,
-            self.blocks,
-            self.query_positions,
-            self.scaling,
-            limit=self.limit,
-            softcap=self.softcap,
-            sinks=self.sinks,
-        )
+        """[K, E], `observed_attention` of each entry."""
+        import torch
+
+        with torch.inference_mode():  # its results are read-only outside
+            return observed_attention(
+                self.queries,
+                self.blocks,
+                self.query_positions,
+                self.scaling,
+                limit=self.limit,
+                softcap=self.softcap,
+                sinks=self.sinks,
+            )
 
     def latest(self, count: int) -> "LayerView":
         """The layer as if only the last `count` entries of each KV head were resident.
@@ -166,19 +170,26 @@ class LayerView:
         """
         if count >= self.entries:
             return self
-        return replace(self, blocks=[_last_entries(block, count) for block in self.blocks])
+        import torch
+
+        with torch.inference_mode():  # slices of what is read-only are read-only too
+            blocks = tuple(tuple(_last_entries(block, count)) for block in self.blocks)
+        return replace(self, blocks=blocks)
 
     def _joined(self, which: int) -> "Tensor":
         import torch
 
-        like = self.blocks[0][0][which]
-        joined = like.new_empty((len(self.kv_heads), self.entries, *like.shape[2:]))
-        start = 0
-        for block in self.blocks:
-            stop = start + len(block[0][which])
-            torch.cat([piece[which].to(like.dtype) for piece in block], 1, out=joined[start:stop])
-            start = stop
-        return joined
+        with torch.inference_mode():  # its results are read-only outside
+            like = self.blocks[0][0][which]
+            joined = like.new_empty((len(self.kv_heads), self.entries, *like.shape[2:]))
+            start = 0
+            for block in self.blocks:
+                stop = start + len(block[0][which])
+                torch.cat(
+                    [piece[which].to(like.dtype) for piece in block], 1, out=joined[start:stop]
+                )
+                start = stop
+            return joined
 
 
 def _last_entries(block: "Sequence[Entries]", count: int) -> list[Entries]:

@@ -12,8 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 import kvbench
+from kvbench.cli import check, report, reproduce, run, train
 from kvbench.cli import list as listing
-from kvbench.cli import report, reproduce, run, train
 from kvbench.cli.messages import say
 from kvbench.errors import InputError, did_you_mean
 
@@ -77,6 +77,7 @@ app = new_group(callback=cli, epilog=run.EXAMPLES)
 app.command("run", epilog=run.EXAMPLES)(run.run)
 app.command("report", epilog=report.EXAMPLES)(report.report)
 app.command("list", epilog=listing.EXAMPLES)(listing.list_command)
+app.command("check", epilog=check.EXAMPLES)(check.check)
 app.command("reproduce", epilog=reproduce.EXAMPLES)(reproduce.reproduce)
 training = new_group(callback=train.train, epilog=train.EXAMPLES)
 prulong = "Learn masks by next-token loss, to a target sparsity (arXiv 2506.17121)."

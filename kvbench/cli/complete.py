@@ -27,6 +27,11 @@ def tasks(incomplete: str) -> list[str]:
     return _in_list(sorted(name for name, _ in _registered("task", plugin_classes())), incomplete)
 
 
+def checkable(incomplete: str) -> list[str]:
+    """Completions of a comma-separated list of methods and tasks."""
+    return [*methods(incomplete), *tasks(incomplete)]
+
+
 def kinds(incomplete: str) -> list[str]:
     """Completions of what `kvbench list` lists."""
     return _in_list(("methods", "tasks", "metrics", "models"), incomplete)

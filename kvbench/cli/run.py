@@ -1,6 +1,6 @@
 """`kvbench run`: the options of a sweep, and what it prints."""
 
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,7 @@ from kvbench.cli import complete, options
 from kvbench.cli.messages import Terminal, say
 from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, MEMORY, MODEL, OUTPUT, WHAT, comma_list, opt
 from kvbench.errors import InputError, did_you_mean
-from kvbench.records import read_records
+from kvbench.records import Record, read_records
 from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.command import Choices, plan_sweep, run_sweep
 from kvbench.sweep.progress import duration
@@ -162,10 +162,24 @@ def measure(choices: Choices) -> int:
         return result.exit_code
     print_summary([r for r in read_records(result.folder) if r.error is None])
     say(f"records are in {result.folder}; for tables and figures: kvbench report {result.folder}")
-    counts = Counter((r.method, r.budget, r.task, r.error) for r in result.failed)
-    for (method, budget, task, error), count in counts.items():
-        say(f"failed: {method} at budget {budget:g} on {task}, {count} samples: {error}")
+    for line in failures(result.failed):
+        say(line)
     return result.exit_code
+
+
+def failures(failed: Sequence[Record]) -> list[str]:
+    """A line for each reason of a failure: which cells, and why."""
+    reasons: dict[tuple[str, str | None], list[Record]] = {}
+    for record in failed:
+        reasons.setdefault((record.task, record.error), []).append(record)
+    lines = []
+    for (task, error), records in reasons.items():
+        methods = dict.fromkeys(record.method for record in records)
+        budgets = dict.fromkeys(f"{record.budget:g}" for record in records)
+        samples = {record.sample for record in records}
+        what = f"{', '.join(methods)} at budget {', '.join(budgets)} on {task}"
+        lines.append(f"failed: {what}, {len(samples)} samples: {error}")
+    return lines
 
 
 def print_plan(choices: Choices) -> None:
@@ -208,6 +222,9 @@ def print_plan(choices: Choices) -> None:
             gib(max(cost.bytes for _, cost in here)),
         )
     console.print(groups)
+    broken = [cell for cell in plan.cells if cell.error]
+    for error in dict.fromkeys(cell.error for cell in broken):
+        say(f"{sum(cell.error == error for cell in broken)} cells cannot be measured: {error}")
     line = f"\n{len(plan.cells)} of {plan.planned} cells to measure in {plan.folder}: "
     if plan.batches:
         line += f"{sum(cost.tokens for _, cost in plan.batches)} tokens at most, "

@@ -5,7 +5,7 @@ Streaming KV heads need no choice: their windows keep entries by position.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -13,6 +13,16 @@ from torch import Tensor
 
 from kvbench.engine.accounting import EntryBytes, chunks
 from kvbench.engine.cache import HeadGroup, Visible
+from kvbench.engine.contract import (
+    Asked,
+    asking,
+    check_capacity,
+    check_contents,
+    check_observation_window,
+    check_scores,
+    check_windows,
+    contents,
+)
 from kvbench.method import Entries, KVShape, LayerView, Limit, Method, Window, draw_seed
 from kvbench.models.attention import LayerShape, Rules
 from kvbench.spec import Chunking, MethodSpec
@@ -70,6 +80,10 @@ class EvictionPolicy:
     prefill_chunk: int | None  # tokens; None reads the prompt at once
     layers: tuple[LayerShape, ...]
 
+    def __post_init__(self) -> None:
+        """Raise ContractError for an observation window that is not a number of queries."""
+        check_observation_window(self.spec.observation_window, self.asked("observation_window"))
+
     @cached_property
     def windows(self) -> Sequence[Sequence[Window | None]]:
         """The window of each layer's KV heads, None for heads that hold all they read.
@@ -80,6 +94,8 @@ class EvictionPolicy:
         chosen = None
         if self.budget < 1:
             chosen = self.spec.method.windows(self.shape, self.budget, self.prompt)
+        if chosen is not None:
+            chosen = check_windows(chosen, self.shape, self.asked("windows"))
         return [self._layer_windows(layer, chosen) for layer in range(len(self.layers))]
 
     def _layer_windows(
@@ -114,7 +130,17 @@ class EvictionPolicy:
 
     def scores(self, layer: int, group: HeadGroup) -> bool:
         """Whether a method may score the entries of these KV heads of a layer."""
-        return layer in self.acting and (group.window is None or isinstance(group.window, Visible))
+        return layer in self.acting and _may_be_scored(group.window)
+
+    @cached_property
+    def first_scored(self) -> int:
+        """The first layer with KV heads that are scored."""
+        acting = (i for i in self.acting if any(map(_may_be_scored, self.windows[i])))
+        return next(acting, 0)
+
+    def asked(self, what: str, layer: int | None = None) -> Asked:
+        """What the method is asked for, for errors."""
+        return Asked(self.spec.name, what, layer)
 
     @cached_property
     def chunks(self) -> Sequence[Chunk]:
@@ -163,16 +189,17 @@ class EvictionPolicy:
         return window is not None or self.scores_each_chunk or (self.evicts_by_score and chunk.last)
 
     def capacity(self, view: LayerView) -> int:
-        """How many of the view's new entries each KV head keeps.
+        """How many of the view's new entries each KV head keeps; all if it is more than these.
 
         It is a share of the tokens read, also where the model hides some of their entries.
         """
         assert self.spec.scorer is not None
-        budget = self.spec.scorer_budget(self.budget)
-        if view.limit is None:
-            return self.spec.scorer.capacity(view, budget)
-        read = replace(view, new=max(view.new, view.tokens))
-        return min(view.new, self.spec.scorer.capacity(read, budget))
+        asked = self.asked("capacity", view.layer)
+        read = view if view.limit is None else replace(view, new=max(view.new, view.tokens))
+        with asking(asked):
+            capacity = self.spec.scorer.capacity(read, self.spec.scorer_budget(self.budget))
+        capacity = check_capacity(capacity, asked)
+        return capacity if view.limit is None else min(view.new, capacity)
 
     def reserved(self, layer: int, window: Window | None) -> int:
         """Entries of storage for each KV head of a layer with this window, while it is read.
@@ -212,6 +239,10 @@ class EvictionPolicy:
         return kept + (self.decoded if 100 * raised <= kept * layers else 0)
 
 
+def _may_be_scored(window: Window | None) -> bool:
+    return window is None or isinstance(window, Visible)
+
+
 @dataclass(frozen=True)
 class LayerChunk:
     """A layer that has attended to a chunk and is about to evict."""
@@ -229,24 +260,59 @@ class LayerChunk:
         return EntryBytes.of(self.own)
 
 
+@dataclass(frozen=True)
+class MethodView(LayerView):
+    """The view that one method gets; only `blocks` are shared with other methods."""
+
+    shared: LayerView
+
+    @classmethod
+    def of(cls, shared: LayerView) -> "MethodView":
+        """A view for another method that sees the same."""
+        values = {field.name: getattr(shared, field.name) for field in fields(LayerView)}
+        values["queries"] = shared.queries.clone()
+        values["query_positions"] = shared.query_positions.clone()
+        values["generator"] = torch.Generator()
+        return cls(**values, shared=shared)
+
+    def latest(self, count: int) -> LayerView:
+        """As `LayerView.latest`."""
+        if count >= self.entries:
+            return self
+        return MethodView.of(self.shared.latest(count))
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """[K, E], a copy of what all methods share, because it takes long to compute."""
+        with torch.inference_mode():
+            return self.shared.attention.clone()
+
+
 class LayerScores:
     """Views and rankings of one layer, made once for all rows that evict from the same entries.
 
-    `groups` are the KV heads that are scored; they store the entries of earlier chunks.
+    `groups` are the KV heads that are scored; they store the entries of earlier chunks. `finite`
+    is what `check_finite` takes, so that the GPU is waited for once and not in each layer.
     """
 
     def __init__(self, groups: Sequence[HeadGroup], layer: LayerChunk) -> None:
         self.groups = groups
         self.layer = layer
         self.device = layer.own.keys.device
-        self._views: dict[tuple[int, int], LayerView] = {}
+        self.finite: list[tuple[Asked, int, Tensor]] = []
+        self._shared: dict[tuple[int, int], LayerView] = {}
+        self._views: dict[tuple[Method, int], LayerView] = {}
         self._rankings: dict[tuple[Method, int], Tensor] = {}
 
     def view(self, policy: EvictionPolicy) -> LayerView:
         """What the method sees; it does not depend on the budget."""
-        key = policy.spec.observation_window, policy.seed
+        scorer = policy.spec.scorer
+        assert scorer is not None
+        key, kind = (scorer, policy.seed), (policy.spec.observation_window, policy.seed)
         if key not in self._views:
-            self._views[key] = self._make_view(policy)
+            if kind not in self._shared:
+                self._shared[kind] = self._make_view(policy)
+            self._views[key] = MethodView.of(self._shared[kind])
         return self._views[key]
 
     def ranking(self, policy: EvictionPolicy, observed: int) -> Tensor:
@@ -255,19 +321,36 @@ class LayerScores:
         assert scorer is not None
         key = scorer, policy.seed
         if key not in self._rankings:
-            view = self.view(policy)
-            view.generator.manual_seed(self._draw_seed(policy))  # another method may have drawn
-            scores = scorer.scores(view)
-            assert scores is not None
+            view, asked = self.view(policy), policy.asked("scores", self.layer.index)
             end = view.entries - view.patched
+            scores = self._scores(policy, scorer, view, asked)
             candidates = scores[:, end - view.new : end - observed]
             candidates = candidates.to(self.device, non_blocking=True)
+            finite = torch.count_nonzero(candidates.isfinite())
+            self.finite.append((asked, candidates.numel(), finite))
             self._rankings[key] = candidates.argsort(dim=-1, descending=True, stable=True)
         return self._rankings[key]
 
     def release(self) -> None:
         """Drop the views, which keep the storage of entries alive. Rankings stay."""
         self._views.clear()
+        self._shared.clear()
+
+    def _scores(
+        self, policy: EvictionPolicy, scorer: Method, view: LayerView, asked: Asked
+    ) -> Tensor:
+        """A method's scores [K, E]; ContractError for a wrong answer, or if it writes to the view.
+
+        Writes that PyTorch does not refuse are looked for in one layer.
+        """
+        look = self.layer.index == policy.first_scored
+        before = contents(view) if look else []
+        view.generator.manual_seed(self._draw_seed(policy))
+        with asking(asked):
+            scores = scorer.scores(view)
+        if look:
+            check_contents(before, contents(view), asked)
+        return check_scores(scores, view, asked)
 
     def _draw_seed(self, policy: EvictionPolicy) -> int:
         # Without chunking, the choice must not depend on how the prompt was cut into chunks.
@@ -290,7 +373,7 @@ class LayerScores:
         if limit is not None:
             new = min(new, limit.held(policy.prompt))
         return LayerView(
-            blocks=[self._blocks(group) for group in self.groups],
+            blocks=tuple(self._blocks(group) for group in self.groups),
             queries=grouped,
             query_positions=torch.arange(seen - window, seen, device=self.device),
             scaling=layer.rules.scaling,
@@ -301,7 +384,7 @@ class LayerScores:
             new=new,
             patched=chunk.patched,
             last=chunk.last,
-            generator=torch.Generator().manual_seed(self._draw_seed(policy)),
+            generator=torch.Generator(),
             tokens=tokens,
             acting=shape.acting,
             limit=limit,
@@ -309,6 +392,6 @@ class LayerScores:
             sinks=sinks,
         )
 
-    def _blocks(self, group: HeadGroup) -> list[Entries]:
+    def _blocks(self, group: HeadGroup) -> tuple[Entries, ...]:
         new = [e for e in (self.layer.own, self.layer.patch) if e is not None]
-        return [*group.in_order(), *(group.select(entries) for entries in new)]
+        return (*group.in_order(), *(group.select(entries) for entries in new))

@@ -16,6 +16,7 @@ from torch import Tensor
 from kvbench.engine.accounting import space_in_sight
 from kvbench.engine.attention import Backend, attend_groups, backend_of
 from kvbench.engine.cache import HeadGroup, Ledger, RowCache, Visible
+from kvbench.engine.contract import Asked, check_finite
 from kvbench.engine.eviction import Chunk, LayerChunk, LayerScores, choose
 from kvbench.engine.row import Row, RowState, policy_of
 from kvbench.method import Entries
@@ -53,6 +54,9 @@ def read(model: LoadedModel, pack: "Sequence[Piece]", ids: Tensor) -> None:
     positions = torch.cat([piece.positions for piece in pack])
     kv = PrefillKV(pack, backend_of(model.attention), model.layers)
     logits = forward(model, torch.cat(fed)[None], positions[None], kv, ends)
+    for stream in (stream for piece in pack for stream in piece.streams):
+        check_finite(stream.finite)
+        stream.finite.clear()
     first = best_tokens(logits).tolist() if pack[0].chunk.last else [None] * len(pack)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)  # so that no later chunk pays for this one
@@ -140,6 +144,7 @@ class Stream:
     states: list[RowState]
     cache: RowCache
     recent: list[Tensor | None]  # [layers], latest queries [H, W, D] of earlier chunks
+    finite: list[tuple[Asked, int, Tensor]] = field(default_factory=list)  # see `check_finite`
 
     @property
     def chunks(self) -> Sequence[Chunk]:
@@ -158,6 +163,7 @@ class Stream:
             if chunk.last or state.cache is self.cache:
                 chosen = move_kept(state, groups, layer, scores)
             count_visible(state, [group for group in groups if group not in chosen], layer)
+        self.finite += scores.finite
         if self.states[-1].cache is self.cache:
             return
         for group in groups:  # the cache of no row, only for reading the prompt

@@ -314,9 +314,17 @@ def note_on_template(model: "LoadedModel", settings: Settings) -> list[str]:
 
 
 def check_shapes(specs: Sequence[MethodSpec], model: "LoadedModel", settings: Settings) -> None:
-    """InputError, before anything is measured, if a method does not fit the model's shape."""
+    """InputError, before anything is measured, if a method does not fit the model's shape.
+
+    Any other exception of a method is met again when its cells are measured, and fails these only.
+    """
     for spec in specs:
-        spec.method.windows(model.shape, min(settings.budgets), settings.context)
+        try:
+            spec.method.windows(model.shape, min(settings.budgets), settings.context)
+        except InputError:
+            raise
+        except Exception:
+            continue
 
 
 def invocation(choices: Choices, plan: SweepPlan) -> dict[str, Any]:

@@ -37,11 +37,16 @@ def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) 
 
     It is the largest of two kinds of moments. While a prompt is read: its whole streams, the copies
     that its rows keep, what the rows of earlier prompts keep, and the activations of one forward.
-    While all rows decode: everything they hold, and a copy of one layer.
+    While all rows decode: everything they hold, and a copy of one layer. A row whose method gives
+    no usable windows costs nothing: it fails before anything is read.
     """
     groups: dict[tuple[int, ...], list[EvictionPolicy]] = {}
     for row in rows:
-        policy = policy_of(model, row, prefill_chunk)
+        try:
+            policy = policy_of(model, row, prefill_chunk)
+            _ = policy.windows
+        except Exception:
+            continue
         groups.setdefault(tuple(row.prompt), []).append(policy)
     prefill = attended = most = kept = 0
     for prompt, policies in groups.items():

@@ -2,14 +2,18 @@
 
 Tasks make samples, the tokenizer turns prompts into token ids, and every cell gets its fingerprint
 (`fingerprint.py`). `runner.py` measures the cells.
+
+A sample that a task cannot make, and a method that cannot be recorded, cost their own cells only:
+these carry the reason in `error`, and the runner records them as failed.
 """
 
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import kvbench
-from kvbench.errors import InputError
+from kvbench.errors import ContractError, InputError
 from kvbench.records import BASELINE
 from kvbench.registry import tasks as task_registry
 from kvbench.sweep.chat import TEMPLATE_DATE, Chat
@@ -36,6 +40,8 @@ class Cell:
     seed: int  # for methods that draw; equal for all methods and budgets of a sample
     method_code: str = ""  # a hash of the method's source
     task_code: str = ""  # a hash of the task's source
+    options: dict[str, Any] = field(default_factory=dict)  # of the method, as records hold them
+    error: str = ""  # why the cell cannot be measured
 
     @property
     def tokens(self) -> int:
@@ -96,38 +102,131 @@ def make_plan(
     """All cells of a sweep: sample by sample, and for each the tasks in turn.
 
     The baseline has one cell per sample, whatever the budgets. A method that does not depend on the
-    prefill chunk has one cell per budget. Raises InputError if a sample does not fit the model.
+    prefill chunk has one cell per budget. Raises InputError if no sample of a task can be made with
+    these settings, for example because the context is too short for it.
     """
     common = common_settings(model, settings)
     codes = {spec.name: method_code(spec) for spec in specs}
+    options = {spec.name: recorded_options(spec) for spec in specs}
+    task_codes = {task.name: source_code(type(task)) for task in tasks}
+    prepared = {task.name: _prepared_samples(model, task, settings) for task in tasks}
     cells = []
     for index in range(settings.samples):
         for task in tasks:
-            task_code = source_code(type(task))
-            sample = make_sample(model, task, index, settings)
-            prompt = encode_prompt(model.tokenizer, sample, chat=settings.chat)
-            _check_length(model, task, sample, prompt)
+            sample, prompt, sample_error = prepared[task.name][index]
             what = {
                 "common": common,
-                "task": [task.name, task_code],
+                "task": [task.name, task_codes[task.name]],
                 "sample": index,
                 "prompt": digest(prompt),
                 "max_new_tokens": sample.max_new_tokens,
             }
             for spec, budget, chunk in _variants(specs, settings):
+                given, method_error = options[spec.name]
                 how = {
-                    "method": [spec.name, spec.options, codes[spec.name]],
+                    "method": [spec.name, given, codes[spec.name]],
                     "budget": budget,
                     "prefill_chunk": chunk,
                     "read_chunk": chunk or settings.prefill_chunks[0],
                 }
-                fingerprint = digest({**what, **how})
-                seed = int(digest([settings.seed, task.name, index])[:8], 16)
-                code = codes[spec.name]
                 cells.append(
-                    Cell(fingerprint, sample, prompt, spec, budget, chunk, seed, code, task_code)
+                    Cell(
+                        fingerprint=digest({**what, **how}),
+                        sample=sample,
+                        prompt=prompt,
+                        spec=spec,
+                        budget=budget,
+                        prefill_chunk=chunk,
+                        seed=int(digest([settings.seed, task.name, index])[:8], 16),
+                        method_code=codes[spec.name],
+                        task_code=task_codes[task.name],
+                        options=given,
+                        error=sample_error or method_error,
+                    )
                 )
     return cells
+
+
+def recorded_options(spec: "MethodSpec") -> tuple[dict[str, Any], str]:
+    """A method's options as records hold them, and why they cannot be recorded ("" if they can)."""
+    try:
+        options = spec.options
+        json.dumps(options, allow_nan=False)
+    except Exception as error:
+        return {}, (
+            f"method '{spec.name}': its options and remarks cannot be recorded as JSON: "
+            f"{one_line(error)}"
+        )
+    return options, ""
+
+
+Prepared = tuple[Sample, list[int], str]  # a sample, its token ids, and why it cannot be measured
+
+
+def _prepared_samples(model: "LoadedModel", task: Task, settings: Settings) -> list[Prepared]:
+    """All samples of a task.
+
+    A sample that cannot be made has a stand-in without a prompt. InputError if no sample can be
+    made, and the first one's fault is the user's choice.
+    """
+    prepared: list[Prepared] = []
+    first: InputError | None = None
+    for index in range(settings.samples):
+        try:
+            prepared.append((*_prepare_sample(model, task, index, settings), ""))
+        except Exception as error:
+            if index == 0 and isinstance(error, InputError):
+                first = error
+            subtask = str(task.subtasks[index % len(task.subtasks)]) if task.subtasks else ""
+            reason = f"sample {index} of task '{task.name}': {one_line(error)}"
+            prepared.append((Sample(task.name, subtask, index, "", None, 0), [], reason))
+    if first is not None and all(reason for _, _, reason in prepared):
+        raise first
+    return prepared
+
+
+def _prepare_sample(
+    model: "LoadedModel", task: Task, index: int, settings: Settings
+) -> tuple[Sample, list[int]]:
+    """Sample `index` and its token ids; raises whatever the task raises, or says what is wrong."""
+    sample = check_sample(make_sample(model, task, index, settings), task, index)
+    prompt = encode_prompt(model.tokenizer, sample, chat=settings.chat_template)
+    if not prompt:
+        raise ContractError("its prompt is empty; expected at least one token")
+    _check_length(model, task, sample, prompt)
+    return sample, prompt
+
+
+def check_sample(sample: Any, task: Task, index: int) -> Sample:
+    """What a task gave as sample `index`; ContractError if it cannot be run or recorded."""
+    if not isinstance(sample, Sample):
+        raise ContractError(f"sample() returns a {type(sample).__name__}; expected a Sample")
+    if (sample.task, sample.index) != (task.name, index):
+        raise ContractError(
+            f"it calls itself sample {sample.index} of '{sample.task}'; expected sample {index} "
+            f"of '{task.name}'"
+        )
+    for name in ("prompt", "subtask"):
+        if not isinstance(getattr(sample, name), str):
+            kind = type(getattr(sample, name)).__name__
+            raise ContractError(f"its {name} is a {kind}; expected a text")
+    limit = sample.max_new_tokens
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise ContractError(f"its max_new_tokens is {limit!r}; expected an int, at least 1")
+    try:
+        json.dumps(sample.reference, allow_nan=False)
+    except Exception as error:
+        raise ContractError(
+            f"its reference cannot be stored as JSON: {one_line(error)}; expected a JSON value"
+        ) from error
+    return sample
+
+
+def one_line(error: Exception) -> str:
+    """An exception as records hold it; the message alone if it is one of kvbench's own."""
+    text = " ".join(str(error).split()) or "no message"
+    own = isinstance(error, ContractError | InputError)
+    return (text if own else f"{type(error).__name__}: {text}")[:400]
 
 
 def method_code(spec: "MethodSpec") -> str:

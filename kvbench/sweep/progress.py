@@ -50,7 +50,7 @@ class Progress:
         """Count a cell; from the first one on, the time left is predicted by tokens a second."""
         self.done += 1
         self.done_tokens += cell.tokens
-        self.expected = (time.monotonic() - self.began) * self.tokens / self.done_tokens
+        self.expected = (time.monotonic() - self.began) * self.tokens / max(1, self.done_tokens)
         self.listener.advanced(self)
 
     @property

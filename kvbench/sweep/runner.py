@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby
@@ -15,7 +16,7 @@ from kvbench.models.load import LoadedModel
 from kvbench.records import BASELINE, Record, RunWriter
 from kvbench.spec import parse_method
 from kvbench.sweep.cost import cost_of
-from kvbench.sweep.plan import Cell
+from kvbench.sweep.plan import Cell, one_line
 from kvbench.task import Task
 
 PROMPT_TAIL = 240  # characters of the prompt kept in a record
@@ -51,22 +52,29 @@ class Sweep:
 
         `starting` is called with every batch before it is measured, `finished` with every cell
         once its record is stored. If a batch fails for any reason, it is split in two and retried:
-        a failure costs only the cells that cause it, and a lack of memory only time.
-        KeyboardInterrupt passes through; finished cells are stored.
+        a failure costs only the cells that cause it, and a lack of memory only time. Cells with an
+        `error` are not measured. KeyboardInterrupt passes through; finished cells are stored.
         """
+
+        def store(part: Sequence[Cell], records: list[Record]) -> None:
+            writer.append(records)
+            self.failed += [record for record in records if record.error is not None]
+            for cell in part:
+                finished(cell)
+
+        broken = [cell for cell in cells if cell.error]
+        store(broken, [self._record(cell, error=cell.error) for cell in broken])
         for batch in self.batches(cells):
             starting(batch)
             for part, records in self._measured(batch):
-                writer.append(records)
-                self.failed += [record for record in records if record.error is not None]
-                for cell in part:
-                    finished(cell)
+                store(part, records)
         return self.failed
 
     def batches(self, cells: Sequence[Cell]) -> list[list[Cell]]:
-        """The cells in the groups in which they are measured together."""
+        """The cells in the groups in which they are measured together; none with an `error`."""
+        sound = [cell for cell in cells if not cell.error]
         return list(
-            batches(cells, self.prefill_chunk, self.bytes, self.memory_limit, self.batch_rows)
+            batches(sound, self.prefill_chunk, self.bytes, self.memory_limit, self.batch_rows)
         )
 
     def bytes(self, batch: Sequence[Cell]) -> int:
@@ -84,7 +92,7 @@ class Sweep:
             error += f"{gib(self.memory_limit)} (--memory-limit)"
             yield batch, [self._record(batch[0], error=error)]
             return
-        failure = None
+        failure, guilty = None, ""
         if len(batch) == 1 or needed < self.too_much:
             try:
                 outcomes = self.run_rows(
@@ -92,7 +100,8 @@ class Sweep:
                 )
             except Exception as error:
                 # Only the text is kept: the error itself keeps the memory of its frames alive.
-                failure = _one_line(error)
+                failure = one_line(error)
+                guilty = getattr(error, "method", "")
                 if len(batch) > 1 and is_out_of_memory(error):
                     self.too_much = min(self.too_much, needed)
             else:
@@ -104,18 +113,19 @@ class Sweep:
         if len(batch) == 1:
             yield batch, [self._record(batch[0], error=failure)]
             return
-        half = (len(batch) + 1) // 2
-        yield from self._measured(batch[:half])
-        yield from self._measured(batch[half:])
+        for part in _parts(batch, guilty):
+            yield from self._measured(part)
 
     def _scored(self, cell: Cell, outcome: Outcome) -> Record:
         if outcome.failure is not None:
             return self._record(cell, error=outcome.failure)
         prediction = self.model.tokenizer.decode(outcome.tokens, skip_special_tokens=True)
         try:
-            score = float(self.tasks[cell.sample.task].score(prediction, cell.sample))
+            # A copy: what `score` does to the reference must not reach other cells.
+            sample = deepcopy(cell.sample)
+            score = float(self.tasks[cell.sample.task].score(prediction, sample))
         except Exception as error:
-            return self._record(cell, error=f"scoring failed: {_one_line(error)}")
+            return self._record(cell, error=f"scoring failed: {one_line(error)}")
         if math.isnan(score) or not 0 <= score <= 1:
             return self._record(cell, error=f"the task's score {score} is not in 0..1")
         measured = asdict(outcome)
@@ -130,7 +140,7 @@ class Sweep:
             subtask=cell.sample.subtask,
             method=cell.spec.name,
             family=cell.spec.family,
-            options=cell.spec.options,
+            options=cell.options,
             budget=cell.budget,
             prefill_chunk=cell.prefill_chunk,
             read_chunk=_chunk(cell, self.prefill_chunk),
@@ -144,6 +154,15 @@ class Sweep:
             task_code=cell.task_code,
             **measured,  # type: ignore[arg-type]
         )
+
+
+def _parts(batch: Sequence[Cell], guilty: str) -> list[Sequence[Cell]]:
+    """The two parts in which a failed batch is retried: by the guilty method if it is known."""
+    part = [cell for cell in batch if cell.spec.name == guilty]
+    if 0 < len(part) < len(batch):
+        return [[cell for cell in batch if cell.spec.name != guilty], part]
+    half = (len(batch) + 1) // 2
+    return [batch[:half], batch[half:]]
 
 
 def _chunk(cell: Cell, default: int) -> int:
@@ -230,8 +249,3 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text}"[:400]

@@ -1,0 +1,89 @@
+"""`kvbench check`: a method or a task against its contract, before it is measured."""
+
+from typing import Annotated
+
+import typer
+
+from kvbench.cli import complete, options
+from kvbench.cli.messages import say
+from kvbench.cli.options import WHAT, comma_list, opt
+from kvbench.errors import InputError, did_you_mean
+from kvbench.models.card import EMBEDDED, read_card
+from kvbench.registry import methods, tasks
+from kvbench.spec import MethodSpec, check_option_names, method_names, parse_method
+
+EXAMPLES = options.examples(
+    "kvbench check snapkv-patched",
+    "kvbench check recall",
+    "kvbench check prulong+snapkv --option snapkv.window=32",
+)
+MODEL = "tiny"  # lends its tokenizer and its head scores
+SHOWN = 3  # faults of a check
+
+
+def check(
+    names: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A method or a task; several separated by commas.",
+            autocompletion=complete.checkable,
+        ),
+    ],
+    option: Annotated[
+        list[str] | None,
+        opt(WHAT, "Of methods: window=32, snapkv.window=32; repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+) -> int:
+    """Try a method or a task against its contract, in seconds.
+
+    A method runs on small random models of several shapes, dtypes and
+    prefill chunks. A task makes samples of several lengths.
+    """
+    given = options.key_value(option)
+    chosen = comma_list(names, "names", str)
+    known = [*method_names(), *tasks.names()]
+    for name in chosen:
+        split = name.partition("+")[0]
+        if name not in known and not ("+" in name and split in methods.names()):
+            raise InputError(f"no method or task '{name}': {did_you_mean(name, known)}")
+    card = read_card(EMBEDDED[MODEL])
+    specs = {
+        name: parse_method(name, given, card.options)
+        for name in chosen
+        if name not in tasks.names()
+    }
+    check_option_names(given, list(specs.values()))
+    failed = [name for name in chosen if not _holds(name, specs.get(name))]
+    if failed:
+        say(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _holds(name: str, spec: MethodSpec | None) -> bool:
+    """Make the checks of a method or a task and print a line for each; whether all hold."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from kvbench.sweep.check import check_method, check_task
+
+    if spec is not None:
+        findings = check_method(spec)
+    else:
+        from kvbench.models.load import load_model
+
+        findings = check_task(tasks.get(name)(), load_model(MODEL, device="cpu").tokenizer)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(Text(name, "bold"))
+    for finding in findings:
+        if finding.faults:
+            verdict, style, text = "FAIL", "bold red", "; ".join(finding.faults[:SHOWN])
+            if len(finding.faults) > SHOWN:
+                text += f"; and {len(finding.faults) - SHOWN} more"
+        elif finding.skipped:
+            verdict, style, text = "skip", "yellow", finding.skipped
+        else:
+            verdict, style, text = "ok", "green", finding.meaning
+        line = Text.assemble("  ", (f"{verdict:<6}", style), f"{finding.check:<12}", text)
+        console.print(line)
+    return not any(finding.faults for finding in findings)

@@ -1,0 +1,163 @@
+"""Checks what a method answers, and that it does not write to what it is shown.
+
+`kvbench.engine.eviction` asks methods through these functions. A wrong answer raises ContractError,
+which names the method, the layer, what was given and what is expected; the cell fails with it
+(docs/writing-a-method.md).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvbench.errors import ContractError
+from kvbench.method import KVShape, LayerView, Window
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+WRITES = "views are read-only; clone what you change"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a method is asked for, as errors name it: `method 'snapkv', layer 3: scores`."""
+
+    method: str
+    what: str
+    layer: int | None = None
+
+    def error(self, fault: str) -> ContractError:
+        """The error that says that the answer has a fault."""
+        where = "" if self.layer is None else f", layer {self.layer}"
+        return ContractError(f"method '{self.method}'{where}: {self.what} {fault}", self.method)
+
+
+@contextmanager
+def asking(asked: Asked) -> Iterator[None]:
+    """Ask a method while views are read-only.
+
+    A view holds inference tensors, and PyTorch refuses to write to them outside inference mode. It
+    costs nothing. PyTorch may have written before it refuses: what is measured with the method must
+    not be used then.
+    """
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    except RuntimeError as error:
+        if "nplace update to inference tensor" in str(error):
+            raise asked.error(f"writes to the view; {WRITES}") from error
+        raise
+
+
+def contents(view: LayerView) -> list[Tensor]:
+    """Checksums of a view: the sum of the bits of each key, value and query, and each position.
+
+    They reveal writes that PyTorch does not refuse, such as those through NumPy.
+    """
+    pieces = [piece for block in view.blocks for piece in block]
+    tensors = [view.queries, *(tensor for piece in pieces for tensor in piece[:2])]
+    bits = [BITS[tensor.itemsize] for tensor in tensors]
+    # The sum has the dtype of what is summed, because another one would need a copy.
+    sums = [t.view(kind).sum(-1, dtype=kind) for t, kind in zip(tensors, bits, strict=True)]
+    return sums + [piece.positions.clone() for piece in pieces]
+
+
+def check_contents(before: Sequence[Tensor], after: Sequence[Tensor], asked: Asked) -> None:
+    """ContractError if checksums differ. Waits for the GPU, once."""
+    changed = [(a != b).any() for a, b in zip(before, after, strict=True)]
+    if torch.stack(changed).any():
+        raise asked.error(f"writes to the view; {WRITES}")
+
+
+def check_scores(scores: Any, view: LayerView, asked: Asked) -> Tensor:
+    """The scores [K, E]; ContractError for another type, shape or dtype."""
+    shape = (len(view.kv_heads), view.entries)
+    if not isinstance(scores, Tensor):
+        raise asked.error(f"returns {_kind(scores)}; expected a tensor {list(shape)}")
+    if scores.shape != shape or not scores.is_floating_point():
+        given = f"{list(scores.shape)} of {_name(scores.dtype)}"
+        raise asked.error(
+            f"returns a tensor {given}; expected [KV heads, entries] = {list(shape)} of a "
+            "floating-point dtype"
+        )
+    return scores
+
+
+def check_finite(finite: Sequence[tuple[Asked, int, Tensor]]) -> None:
+    """ContractError for scores that are not finite. Waits for the GPU, once.
+
+    Of each scores: what was asked, how many there are, and how many are finite (a tensor without
+    dimensions).
+    """
+    if not finite:
+        return
+    counts = torch.stack([count for _, _, count in finite]).tolist()
+    for (asked, total, _), count in zip(finite, counts, strict=True):
+        if count < total:
+            raise asked.error(
+                f"returns {total - count} of {total} scores that are NaN or infinite; "
+                "expected finite ones (torch.finfo(dtype).max for what must stay)"
+            )
+
+
+def check_capacity(capacity: Any, asked: Asked) -> int:
+    """The capacity; ContractError unless it is an integer from 0."""
+    if not isinstance(capacity, Integral) or isinstance(capacity, bool):
+        raise asked.error(f"returns {_kind(capacity)}; expected an int, at least 0")
+    if capacity < 0:
+        raise asked.error(f"returns {capacity}; expected an int, at least 0")
+    return int(capacity)
+
+
+def check_observation_window(window: Any, asked: Asked) -> None:
+    """ContractError unless an observation window is an integer from 0."""
+    if not isinstance(window, int) or isinstance(window, bool) or window < 0:
+        raise asked.error(f"is {_kind(window)}; expected an int, at least 0")
+
+
+def check_windows(windows: Any, shape: KVShape, asked: Asked) -> Sequence[Sequence[Window | None]]:
+    """The windows [layers][KV heads]; ContractError for other lengths, types or sizes."""
+    expected = f"expected {shape.layers} layers of {shape.kv_heads} KV heads"
+    if not isinstance(windows, Sequence):
+        raise asked.error(f"returns {_kind(windows)}; {expected}")
+    if len(windows) != shape.layers:
+        raise asked.error(f"returns {len(windows)} layers; {expected}")
+    for layer, row in enumerate(windows):
+        here = replace(asked, layer=layer)
+        if not isinstance(row, Sequence):
+            raise here.error(f"returns {_kind(row)}; {expected}")
+        if len(row) != shape.kv_heads:
+            raise here.error(f"returns {len(row)} KV heads; {expected}")
+        for window in {id(window): window for window in row}.values():
+            if window is not None and not _usable(window):
+                raise here.error(
+                    f"returns {_kind(window)}; expected None or a Window with sinks of at least 0 "
+                    "and a size of at least 1"
+                )
+    return windows
+
+
+def _usable(window: Any) -> bool:
+    if not isinstance(window, Window):
+        return False
+    numbers = (window.sinks, window.size)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+    return whole and window.sinks >= 0 and window.size >= 1
+
+
+def _kind(value: Any) -> str:
+    """A value as an error names it: its type and, shortened, itself."""
+    if value is None:
+        return "None"
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {_name(value.dtype)}"
+    kind, text = type(value).__name__, " ".join(repr(value).split())
+    text = text if len(text) <= 60 else f"{text[:60]}..."
+    return text if text.startswith(kind) else f"{kind} {text}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
