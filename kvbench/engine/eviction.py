@@ -260,7 +260,7 @@ class LayerChunk:
         return EntryBytes.of(self.own)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MethodView(LayerView):
     """The view that one method gets; only `blocks` are shared with other methods."""
 

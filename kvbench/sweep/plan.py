@@ -190,7 +190,7 @@ def _prepare_sample(
 ) -> tuple[Sample, list[int]]:
     """Sample `index` and its token ids; raises whatever the task raises, or says what is wrong."""
     sample = check_sample(make_sample(model, task, index, settings), task, index)
-    prompt = encode_prompt(model.tokenizer, sample, chat=settings.chat_template)
+    prompt = encode_prompt(model.tokenizer, sample, chat=settings.chat)
     if not prompt:
         raise ContractError("its prompt is empty; expected at least one token")
     _check_length(model, task, sample, prompt)
