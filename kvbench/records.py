@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -171,6 +171,19 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     return dict(contents)
 
 
+def current_codes(runs: Iterable[Mapping[str, Any] | None]) -> dict[str, str]:
+    """The code of every method and task when it was last asked for, by `method NAME`, `task NAME`.
+
+    `runs` are the contents of `run.json` files. Records of other codes are older, whenever they
+    were measured: an edit may have been taken back.
+    """
+    invocations = [each for run in runs if run is not None for each in run["invocations"]]
+    codes: dict[str, str] = {}
+    for each in sorted(invocations, key=lambda each: str(each.get("started", ""))):
+        codes |= each.get("codes", {})
+    return codes
+
+
 def is_run(folder: Path) -> bool:
     """Whether the folder is a run folder."""
     return (folder / RUN_FILE).is_file() or any(folder.glob(SAMPLE_FILES))
@@ -301,9 +314,10 @@ def check_common(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         different = [key for key in wanted if known.get(key) != wanted[key]]
         if different:
             changes = "; ".join(f"{k} was {known.get(k)}, now {wanted[k]}" for k in different)
-            raise InputError(
-                f"{folder} holds a run with other settings ({changes}); choose another --out"
-            )
+            what = "with other settings"
+            if different == ["kvbench"]:
+                what = "that other code of kvbench measured"
+            raise InputError(f"{folder} holds a run {what} ({changes}); choose another --out")
     return contents
 
 

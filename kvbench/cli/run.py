@@ -10,7 +10,7 @@ from kvbench.cli import complete, options
 from kvbench.cli.messages import Terminal, say
 from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, MEMORY, MODEL, OUTPUT, WHAT, comma_list, opt
 from kvbench.errors import InputError, did_you_mean
-from kvbench.records import Record, read_records
+from kvbench.records import Record, current_codes, read_records, read_settings
 from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.command import Choices, plan_sweep, run_sweep
 from kvbench.sweep.progress import duration
@@ -160,7 +160,7 @@ def measure(choices: Choices) -> int:
     result = run_sweep(choices, Terminal())
     if result.interrupted:
         return result.exit_code
-    print_summary([r for r in read_records(result.folder) if r.error is None])
+    print_summary(read_records(result.folder), current_codes([read_settings(result.folder)]))
     say(f"records are in {result.folder}; for tables and figures: kvbench report {result.folder}")
     for line in failures(result.failed):
         say(line)

@@ -23,6 +23,7 @@ from kvbench.records import (
     RUN_FILE,
     SAMPLE_FILES,
     Record,
+    current_codes,
     find_run_folders,
     read_settings,
 )
@@ -300,7 +301,7 @@ def report_records(
     A setting without a baseline has no curves.
     """
     frame = records if isinstance(records, DataFrame) else frame_of(records)
-    cells, notes = select(frame, latest)
+    cells, notes = select(frame, latest, current_codes(runs))
     notes = [*_notes_on_runs(runs), *notes]
     curves: list[Curve] = []
     for key, of_setting in cells.groupby(["task", "model", "context", "seed"]):
@@ -335,6 +336,17 @@ def _notes_on_runs(runs: Sequence[dict[str, Any]]) -> list[str]:
     """Return a note on how runs differ, beyond what the report keeps apart."""
     kept_apart = {"model", "context", "seed"}
     commons = [run["common"] for run in runs]
+    for key in ("kvbench", "model_fingerprint"):
+        measured: dict[str, Any] = {}
+        for run in runs:
+            setting = json.dumps([run["common"].get(name) for name in sorted(kept_apart)])
+            known, folder = measured.setdefault(setting, (run["common"].get(key), run["folder"]))
+            if known != run["common"].get(key):
+                raise InputError(
+                    f"{folder} and {run['folder']} were measured with different {key} "
+                    f"({known}, {run['common'].get(key)}), so their cells are not comparable; "
+                    "report them one by one"
+                )
     keys = dict.fromkeys(key for common in commons for key in common if key not in kept_apart)
     different = [
         key for key in keys if len({json.dumps(c.get(key), sort_keys=True) for c in commons}) > 1

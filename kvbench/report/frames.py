@@ -12,7 +12,7 @@ other numbers `float64`, and `options`, `reference` and `timeline` are Python ob
 
 import gc
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,16 @@ def as_text(options: dict[str, Any]) -> str:
     return _ENCODER.encode(options)
 
 
-def select(records: DataFrame, latest: bool) -> tuple[DataFrame, list[str]]:
+def select(
+    records: DataFrame, latest: bool, codes: Mapping[str, str] | None = None
+) -> tuple[DataFrame, list[str]]:
     """Return the cells that curves are made of, and notes on what was left out.
 
     Failed cells are left out. If a cell was measured more than once with the same code of its
-    method, the latest counts. Two columns are added: `options_text`, and `older`, whether newer
-    code of the same method was measured in the same setting. Older cells are separate curves, or
+    method, the latest counts. `codes` are the current codes of methods and tasks, as
+    `kvbench.records.current_codes` gives them; where they say nothing, the code that was measured
+    last is current. Two columns are added: `options_text`, and `older`, whether a cell is of other
+    than the current code of its method. Older cells are separate curves, or
     are left out if `latest`. Those of the baseline are always left out: a setting has one baseline.
     Cells of older code of a task are left out too: their samples or scores may differ.
     """
@@ -99,12 +103,11 @@ def select(records: DataFrame, latest: bool) -> tuple[DataFrame, list[str]]:
     cells = cells.sort_values("finished", ascending=False, kind="stable")
     cells["method_code"] = cells["method_code"].fillna("")
     cells["task_code"] = cells["task_code"].fillna("")
-    changed = cells["task_code"] != cells.groupby(SETTING)["task_code"].transform("first")
+    changed = cells["task_code"] != _current(cells, "task", [], codes or {})
     for task, count in cells.loc[changed].groupby("task").size().items():
         notes.append(f"{task}: {count} cells of older code of this task are left out")
     cells = cells[~changed].copy()
-    newest = cells.groupby([*SETTING, "method"])["method_code"].transform("first")
-    cells["older"] = cells["method_code"] != newest
+    cells["older"] = cells["method_code"] != _current(cells, "method", ["method"], codes or {})
     left_out = cells["older"] & (latest | (cells["method"] == BASELINE))
     older = cells.loc[cells["older"], "method"].unique()
     for method in sorted(older):
@@ -121,6 +124,20 @@ def select(records: DataFrame, latest: bool) -> tuple[DataFrame, list[str]]:
     if again.any():
         notes.append(f"{again.sum()} cells were measured more than once; the latest counts")
     return cells[~again].sort_index(), notes
+
+
+def _current(
+    cells: DataFrame, kind: str, keys: list[str], codes: Mapping[str, str]
+) -> "Series[str]":
+    """Return the current code of each cell's method or task (`kind`); the latest cells are first.
+
+    The code that was asked for last counts only where it was measured.
+    """
+    by = [*SETTING, *keys]
+    latest = cells.groupby(by)[f"{kind}_code"].transform("first")
+    asked = cells[kind].map(lambda name: codes.get(f"{kind} {name}"))
+    measured = cells.assign(same=cells[f"{kind}_code"] == asked).groupby(by)["same"]
+    return asked.where(measured.transform("any"), latest)
 
 
 def code_name(method_code: str) -> str:

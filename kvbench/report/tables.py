@@ -6,7 +6,7 @@ Text from outside is escaped by one function per medium: rich's `escape` for the
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pandas import DataFrame
 from rich.box import SIMPLE_HEAD
@@ -240,13 +240,13 @@ def print_report(report: Report, form: str) -> None:
     print(text(report).rstrip("\n"))
 
 
-def print_summary(records: Sequence[Record]) -> None:
+def print_summary(records: Sequence[Record], codes: Mapping[str, str]) -> None:
     """Print score and footprint of every method and budget, one table per task, on stdout.
 
-    Only the newest code of each method counts.
+    Only the current code of each method and task counts; see `kvbench.records.current_codes`.
     """
     console = console_of_stdout()
-    cells, _ = select(frame_of(records), latest=True)
+    cells, _ = select(frame_of(records), True, codes)
     for task, of_task in cells.groupby("task", sort=False):
         table = Table(
             box=SIMPLE_HEAD, title=f"{task}: score @ KV footprint %", title_justify="left"

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.errors import InputError, did_you_mean
 from kvbench.models.card import ModelCard, model_folder, read_card
-from kvbench.records import BASELINE, Record, RunWriter, check_common, is_run, read_records
+from kvbench.records import (
+    BASELINE,
+    Record,
+    RunWriter,
+    check_common,
+    current_codes,
+    is_run,
+    read_records,
+    read_settings,
+)
 from kvbench.registry import tasks as task_registry
 from kvbench.spec import MethodSpec, check_option_names, method_names, parse_method
 from kvbench.sweep.chat import TEMPLATE_DATE
@@ -118,6 +127,7 @@ class SweepPlan:
     left_out: list[str]  # methods, each with the reason
     notes: list[str]  # for the user
     self_check: dict[str, Any]  # how far full attention is from the model's own
+    codes: dict[str, str]  # see `kvbench.records.current_codes`
 
     @cached_property
     def batches(self) -> "list[tuple[list[Cell], Cost]]":
@@ -159,6 +169,9 @@ def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult
         listener.note(note)
     if not cells:
         listener.note(f"all {planned} cells are measured already in {out}")
+        if current_codes([read_settings(out)]) | plan.codes != current_codes([read_settings(out)]):
+            with RunWriter(out, plan.common, invocation(choices, plan)):
+                pass  # run.json learns which of several codes is the current one
         return SweepResult(out, planned, reused, left_out=plan.left_out)
 
     from kvbench.sweep.runner import warm_up
@@ -225,7 +238,11 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     missing = [c for c in cells if c.fingerprint not in known or known[c.fingerprint].error]
     notes = [f"left out: {'; '.join(left_out)}"] if left_out else []
     notes += note_on_template(model, settings)
-    return SweepPlan(sweep, out, common, wanted, len(cells), missing, left_out, notes, checked)
+    codes = {f"method {cell.spec.name}": cell.method_code for cell in cells}
+    codes |= {f"task {cell.sample.task}": cell.task_code for cell in cells}
+    return SweepPlan(
+        sweep, out, common, wanted, len(cells), missing, left_out, notes, checked, codes
+    )
 
 
 def default_tasks() -> list[str]:
@@ -338,6 +355,7 @@ def invocation(choices: Choices, plan: SweepPlan) -> dict[str, Any]:
         "experiment": plan.experiment,
         "settings": settings,
         "self_check": plan.self_check,
+        "codes": plan.codes,
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": platform.processor() or platform.machine(),

@@ -167,7 +167,7 @@ def test_the_summary_of_a_run_is_of_the_newest_code(capsys: pytest.CaptureFixtur
     chunks = [
         r for chunk in (8, 4) for r in rows_of("pyramid[b]kv", (0.3,), 2, 0.5, prefill_chunk=chunk)
     ]
-    print_summary([*sign_flipped(), *chunks])
+    print_summary([*sign_flipped(), *chunks], {})
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert lines[0] == ["recall:", "score", "@", "KV", "footprint", "%"]
     assert ["full", "1.00@100"] in lines
@@ -202,3 +202,28 @@ def test_older_code_of_a_task_is_left_out() -> None:
     report = report_records(rows, 0.9)
     assert set(report.points["budget"]) == {0.5, 1.0}
     assert any("12 cells of older code of this task" in note for note in report.notes)
+
+
+def test_code_that_was_taken_back_is_current_again() -> None:
+    rows = rows_of("full", (1.0,), 12, 1.0)
+    rows += rows_of("knorm", (0.5,), 12, 0.2, method_code="aaaa", finished="2026-01-01")
+    rows += rows_of("knorm", (0.5,), 12, 0.9, method_code="bbbb", finished="2026-02-02")
+    run = {
+        "folder": "r",
+        "common": {"kvbench": "1"},
+        "invocations": [
+            {"started": "2026-02-02", "codes": {"method knorm": "bbbb"}},
+            {"started": "2026-03-03", "codes": {"method knorm": "aaaa"}},
+        ],
+    }
+    points = report_records(rows, 0.9, (run,), latest=True).points
+    assert points[points["method"] == "knorm"]["score"].tolist() == [pytest.approx(0.2)]
+
+
+def test_runs_of_different_code_are_not_reported_as_one() -> None:
+    rows = rows_of("full", (1.0,), 12, 1.0)
+    runs = tuple(
+        {"folder": f"r{code}", "common": {"kvbench": code}, "invocations": []} for code in "12"
+    )
+    with pytest.raises(InputError, match="report them one by one"):
+        report_records(rows, 0.9, runs)
