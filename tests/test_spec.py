@@ -30,7 +30,8 @@ def test_names_say_method_chunking_and_combination() -> None:
 
 def test_options_beat_the_card_and_the_card_the_defaults() -> None:
     card = {"snapkv": {"window": 16}}
-    assert parse_method("snapkv", {}).options == {"window": 64, "kernel": 5}
+    defaults = {"window": 64, "kernel": 5, "chunk_softmax": False, "window_floor": False}
+    assert parse_method("snapkv", {}).options == defaults
     assert parse_method("snapkv", {}, card).options["window"] == 16
     assert parse_method("snapkv", {"window": 9}, card).options["window"] == 9
     options = {"window": 9, "snapkv.window": 7}
