@@ -3,7 +3,7 @@
 `run` is `kvbench run`, and `generate` answers one prompt under a method.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from pandas import DataFrame
 
+from kvbench.arguments import check_options, check_share, check_text, check_whole
 from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
 from kvbench.errors import InputError
@@ -105,15 +106,19 @@ def run(
         InputError: something given cannot be used; nothing is measured.
         KeyboardInterrupt: an interrupt (Ctrl-C); what was finished is in the run folder.
     """
-    chunks = (prefill_chunk,) if isinstance(prefill_chunk, int) else prefill_chunk
+    check_options("options", options)
+    check_options("template_options", template_options)
+    if out is not None and not isinstance(out, str | Path):
+        raise InputError(f"out must be a path, not {out!r}")
+    chunks = None if prefill_chunk is None else _several(prefill_chunk)
     choices = Choices(
         model=model,
         method=_names(methods, "methods"),
         task=_names(tasks, "tasks"),
-        budgets=tuple(dict.fromkeys(map(float, budgets))),
+        budgets=_shares(budgets),
         samples=samples,
         context=context,
-        prefill_chunk=None if chunks is None else tuple(dict.fromkeys(chunks)),
+        prefill_chunk=chunks,
         seed=seed,
         out=None if out is None else Path(out),
         device=device,
@@ -136,8 +141,30 @@ def _names(names: Sequence[str] | None, what: str) -> tuple[str, ...] | None:
     if names is None:
         return None
     if isinstance(names, str):
-        raise InputError(f"{what} is a list of names: write [{names!r}], not {names!r}")
+        parts = [name.strip() for name in names.split(",")]
+        raise InputError(f"{what} is a list of names: write {parts!r}, not {names!r}")
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{what} must be a list of names, not {names!r}")
+    if not names:
+        raise InputError(f"{what} is empty: give at least one, or None")
     return tuple(dict.fromkeys(names))
+
+
+def _shares(budgets: Any) -> tuple[float, ...]:
+    if isinstance(budgets, str) or not isinstance(budgets, Iterable):
+        raise InputError(f"budgets is a list of numbers: write [{budgets}], not {budgets!r}")
+    budgets = list(budgets)
+    for budget in budgets:
+        check_share("budgets: a budget", budget)
+    return tuple(dict.fromkeys(map(float, budgets)))
+
+
+def _several(chunks: Any) -> tuple[int, ...]:
+    several = chunks if isinstance(chunks, Iterable) and not isinstance(chunks, str) else [chunks]
+    several = list(several)
+    for chunk in several:
+        check_whole("prefill_chunk", chunk)
+    return tuple(dict.fromkeys(map(int, several)))
 
 
 @dataclass(frozen=True)
@@ -160,7 +187,7 @@ def generate(
     model: str | LoadedModel,
     prompt: str,
     method: str = BASELINE,
-    budget: float = 1.0,
+    budget: float | None = None,
     *,
     max_new_tokens: int = 64,
     prefill_chunk: int | None = None,
@@ -175,7 +202,7 @@ def generate(
         model: a name, folder or hub id, or what `load_model` returned, which saves loading.
         prompt: text, at least one token long.
         method: the name of a method, such as `snapkv-patched` or `prulong+snapkv`.
-        budget: share of the KV cache, above 0 and at most 1.
+        budget: share of the KV cache, above 0 and at most 1; full attention needs none.
         max_new_tokens: tokens of the answer at most, its end token included.
         prefill_chunk: tokens of a prefill chunk; None for the model's own, as in `run`.
         options: options of the method, such as `{"window": 32}`.
@@ -184,6 +211,19 @@ def generate(
     Raises:
         InputError: something given cannot be used.
     """
+    check_text("prompt", prompt)
+    check_text("method", method)
+    check_options("options", options)
+    if budget is None and method != BASELINE:
+        raise InputError(f"{method} needs a budget: give a budget, like 0.3")
+    budget = 1.0 if budget is None else budget
+    check_share("budget", budget)
+    check_whole("max_new_tokens", max_new_tokens)
+    check_whole("seed", seed, least=0)
+    if prefill_chunk is not None:
+        check_whole("prefill_chunk", prefill_chunk)
+    if not isinstance(model, LoadedModel):
+        check_text("model", model)
     loaded = load_model(model) if isinstance(model, str) else model
     given = dict(options or {})
     spec = parse_method(method, given, loaded.card.options)

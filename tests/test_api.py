@@ -164,3 +164,51 @@ def test_a_run_is_continued_with_more_samples(tmp_path: Path) -> None:
     assert isinstance(more.records, pd.DataFrame)
     assert more.records["sample"].nunique() == 3
     assert more.failed.empty
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budgets": 0.5}, r"budgets .*write \[0.5\]"),
+        ({"budgets": ["half"]}, "budgets: .*'half'"),
+        ({"samples": "2"}, "samples must be a whole"),
+        ({"samples": True}, "samples must be a whole"),
+        ({"context": "abc"}, "context must be a whole"),
+        ({"seed": 1.5}, "seed must be a whole"),
+        ({"prefill_chunk": 1.5}, "prefill_chunk must be a whole"),
+        ({"options": ["window=8"]}, "options must be a dict"),
+        ({"methods": [None]}, "methods must be a list"),
+        ({"methods": []}, "methods is empty"),
+        ({"methods": "snapkv,knorm"}, r"\['snapkv', 'knorm'\]"),
+        ({"model": None}, "model must be"),
+        ({"memory_limit": "8GiB"}, "memory_limit must be .*bytes"),
+    ],
+)
+def test_wrong_types_are_named(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        kvbench.run(out=tmp_path / "r", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": ["snapkv"]}, "method must be"),
+        ({"prompt": ""}, "prompt must be"),
+        ({"prompt": 5}, "prompt must be"),
+        ({"prefill_chunk": 0}, "prefill_chunk must be at least 1"),
+        ({"method": "snapkv"}, "give a budget, like 0.3"),
+    ],
+)
+def test_a_wrong_generation_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        kvbench.generate(**{"model": "tiny", "prompt": "a", **arguments})
+
+
+def test_a_wrong_report_is_refused() -> None:
+    wrong: Any = ["r"]
+    with pytest.raises(InputError, match="report takes folders"):
+        kvbench.report(wrong)
+    for threshold in ("0.9", 2):
+        bad: Any = threshold
+        with pytest.raises(InputError, match="threshold must be"):
+            kvbench.report("r", threshold=bad)

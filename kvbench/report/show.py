@@ -6,6 +6,7 @@ This is the door from Python, as `kvbench.cli.report` is the door from the comma
 from dataclasses import fields
 from pathlib import Path
 
+from kvbench.arguments import check_paths, check_share
 from kvbench.records import find_run_folders
 from kvbench.report import build
 from kvbench.report.page import render_notebook
@@ -39,5 +40,7 @@ def report(*folders: str | Path, threshold: float = 0.9, latest: bool = False) -
     Raises:
         InputError: there is no run, no measured cell, no baseline, or a record is damaged.
     """
+    check_paths("report", folders)
+    check_share("threshold", threshold)
     found = build.make_report(find_run_folders(folders, RUNS), threshold, latest=latest)
     return Report(**{each.name: getattr(found, each.name) for each in fields(found)})

@@ -30,7 +30,8 @@ from kvbench.report.statistics import Status
 WIDTH_OF_A_FILE = 120  # columns, if stdout is no terminal
 
 CSV_COLUMNS = [
-    *("model", "task", "context", "seed", "method", "family", "options", "prefill_chunk"),
+    *("model", "task", "context", "seed", "method", "label", "family", "options"),
+    *("prefill_chunk", "method_code"),
     *("baseline", "threshold", "critical_footprint", "ci_low", "ci_high", "status"),
     *("critical_peak", "peak_ci_low", "peak_ci_high", "peak_status"),
     *("best", "tied_with_best", "samples"),
@@ -133,13 +134,9 @@ def to_json(report: Report) -> str:
 
 
 def to_csv(report: Report) -> str:
-    """Return one line per curve, without its points.
-
-    Label and hash of the code are added if there are curves of older code, to tell them apart.
-    """
-    more = ["label", "method_code"] if any(curve.older for curve in report.curves) else []
+    """Return one line per curve, without its points; `label` joins it with `differences.csv`."""
     frame = report.critical.assign(options=report.critical["options"].map(as_text))
-    return csv_text(frame[[*CSV_COLUMNS, *more]])
+    return csv_text(frame[CSV_COLUMNS])
 
 
 def csv_text(frame: DataFrame) -> str:

@@ -34,7 +34,8 @@ from kvbench.report.tables import (
 )
 from kvbench.reproduce.claims import Claim, Verdict, judge
 from kvbench.reproduce.paper import THRESHOLD, paper_report, paper_table
-from kvbench.sweep.command import Choices, run_sweep
+from kvbench.spec import method_names, parse_method
+from kvbench.sweep.command import Choices, default_tasks, run_sweep
 from kvbench.sweep.progress import Listener
 
 FULL_SCALE = Path(__file__).parent / "full-scale.yaml"
@@ -93,9 +94,18 @@ def reproduce_small(
 
 
 def small_choices(run: Path, *, samples: int, seed: int) -> Choices:
-    """Return the choices of the sweep: every method and task that the embedded model supports."""
+    """Return the choices of the sweep: the methods and tasks that ship with kvbench, no others."""
+    shipped = "kvbench.methods."
+    methods = (
+        n for n in method_names() if type(parse_method(n, {}).method).__module__.startswith(shipped)
+    )
+    tasks = (
+        n for n in default_tasks() if task_registry.get(n).__module__.startswith("kvbench.tasks.")
+    )
     context = read_card(EMBEDDED["tiny"]).context
     return Choices(
+        method=tuple(methods),
+        task=tuple(tasks),
         budgets=BUDGETS,
         samples=samples,
         prefill_chunk=tuple(context // part for part in CHUNKS),

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvbench.arguments import check_share, check_text, check_whole
 from kvbench.errors import InputError, did_you_mean
 from kvbench.models.card import ModelCard, model_folder, read_card
 from kvbench.records import (
@@ -71,24 +72,22 @@ class Choices:
 
     def __post_init__(self) -> None:
         """Raise InputError for a value that no sweep can have."""
+        for name in ("model", "device", "dtype", "attention", "chat_template", "template_date"):
+            check_text(name, getattr(self, name))
         for name in ("method", "task", "budgets", "prefill_chunk"):
             if getattr(self, name) == ():
                 raise InputError(f"{name} is empty: give at least one")
         for budget in self.budgets:
-            if not 0 < budget <= 1:
-                raise InputError(f"a budget must be more than 0 and at most 1, not {budget:g}")
-        amounts = {
-            "samples": self.samples,
-            "context": self.context,
-            "prefill_chunk": min(self.prefill_chunk or (1,)),
-            "batch_rows": self.batch_rows,
-            "memory_limit": self.memory_limit,
-        }
-        for name, amount in amounts.items():
-            if amount is not None and amount < 1:
-                raise InputError(f"{name} must be at least 1, not {amount}")
-        if self.seed < 0:
-            raise InputError(f"seed must be at least 0, not {self.seed}")
+            check_share("a budget", budget)
+        check_whole("samples", self.samples)
+        check_whole("seed", self.seed, least=0)
+        for chunk in self.prefill_chunk or ():
+            check_whole("prefill_chunk", chunk)
+        for name in ("context", "batch_rows"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name))
+        if self.memory_limit is not None:
+            check_whole("memory_limit", self.memory_limit, what="a whole number of bytes")
         if self.chat_template not in CHAT_TEMPLATES:
             raise InputError(
                 f"unknown chat_template '{self.chat_template}': "
@@ -222,7 +221,7 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     wanted = experiment([task.name for task in tasks], choices.method, choices.option)
     out = choices.out or find_folder(RUNS, common, wanted)
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; name a folder")
+        raise InputError(f"out: {out} is a file; name a folder")
     check_common(out, common)
     cells = make_plan(model, tasks, specs, settings)
     known = {r.fingerprint: r for r in read_records(out)} if out.is_dir() else {}
@@ -278,7 +277,7 @@ def choose_settings(choices: Choices, model: "LoadedModel") -> Settings:
     context = choices.context or model.card.context or min(model.max_context, CONTEXT)
     if context > model.max_context:
         raise InputError(
-            f"--context {context} is more than model '{model.name}' takes: at most "
+            f"context {context} is more than model '{model.name}' takes: at most "
             f"{model.max_context}"
         )
     default = model.card.prefill_chunk if not choices.context else 0
@@ -303,7 +302,7 @@ def template_date(text: str) -> str:
         return date.fromisoformat(text).isoformat()
     except ValueError:
         raise InputError(
-            f"--template-date {text} is not a day; write it like {TEMPLATE_DATE}"
+            f"template_date {text} is not a day; write it like {TEMPLATE_DATE}"
         ) from None
 
 

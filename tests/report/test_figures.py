@@ -97,3 +97,9 @@ def test_legends_stand_beside_the_axes() -> None:
                 assert not box.overlaps(axes.get_window_extent())
                 for label in (axes.xaxis.label, axes.yaxis.label):
                     assert not label.get_text() or not box.overlaps(label.get_window_extent())
+
+
+def test_a_dollar_in_a_label_starts_no_formula(tmp_path: Path) -> None:
+    rows = [timed("full", 1.0, i, [], task="a $x^^$ b") for i in range(4)]
+    rows += [timed("cost$_$", b, i, [], task="a $x^^$ b") for i in range(4) for b in (0.3, 0.6)]
+    assert save_pictures(draw_pictures(report_records(rows, 0.9)), tmp_path)

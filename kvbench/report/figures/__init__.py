@@ -22,7 +22,12 @@ from kvbench.report.build import Report, Setting
 from kvbench.report.figures.bytes import draw_bytes
 from kvbench.report.figures.chunks import draw_chunks
 from kvbench.report.figures.curves import draw_grid, draw_task
-from kvbench.report.figures.style import CurvesBySetting, chunk_sizes, with_chunk
+from kvbench.report.figures.style import (
+    CurvesBySetting,
+    chunk_sizes,
+    plain_text,
+    with_chunk,
+)
 from kvbench.report.figures.timeline import draw_timeline
 
 DOTS = 160  # per inch
@@ -47,6 +52,7 @@ class Picture:
         png, pdf = BytesIO(), BytesIO()
         with matplotlib.rc_context(RC):
             self.figure.set_dpi(DOTS)
+            plain_text(self.figure)
             canvas = FigureCanvasAgg(self.figure)
             self.figure.draw_without_rendering()
             self.figure.set_layout_engine("none")
