@@ -6,14 +6,16 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from helpers.process import kvbench
 
 from kvbench.method import Family, LayerView, Method
-from kvbench.sweep.fingerprint import source_code
+from kvbench.sweep.fingerprint import _compiled, _own_file, source_code
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -154,6 +156,148 @@ def test_an_edited_helper_of_a_plug_in_is_measured_anew(
     old, new = records[0]["method_code"], {r["method_code"] for r in records}
     assert old
     assert len(new) == 2
+
+
+def written(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def hash_of(cls: Any) -> str:
+    """A hash of a class that is not kept."""
+    source_code.cache_clear()
+    _own_file.cache_clear()
+    return source_code(cls)
+
+
+def changes(folder: Path, names: list[str], cls: Any) -> list[str]:
+    """The files among `names` whose edit changes the hash of a class."""
+    before, found = hash_of(cls), []
+    for name in names:
+        old = (folder / name).read_bytes()
+        (folder / name).write_bytes(old + b"\n# edited\n")
+        if hash_of(cls) != before:
+            found.append(name)
+        (folder / name).write_bytes(old)
+    return found
+
+
+@pytest.fixture
+def imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module from the test's folder, with none of its modules loaded afterwards."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    yield import_module
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in {"pkg", "one", "own", "exq"}:
+            del sys.modules[name]
+
+
+def test_modules_that_are_imported_late_are_hashed_and_not_loaded(
+    tmp_path: Path, imports: Any
+) -> None:
+    lazy = "class Edited:\n    def scores(self):\n        from pkg import lazy, broken, native\n"
+    written(
+        tmp_path,
+        {
+            "pkg/__init__.py": "from . import parent\n",
+            "pkg/parent.py": "",
+            "pkg/method.py": lazy + "        from pkg.lazy import attribute\n",
+            "pkg/lazy.py": "raise RuntimeError('loaded')\n",
+            "pkg/broken.py": "import pkg.unused (\n",
+            "pkg/native.abi3.so": "\0 no Python",
+            "pkg/unused.py": "",
+        },
+    )
+    used = ["pkg/__init__.py", "pkg/parent.py", "pkg/lazy.py", "pkg/broken.py"]
+    names = [*used, "pkg/native.abi3.so", "pkg/unused.py"]
+    assert changes(tmp_path, names, imports("pkg.method").Edited) == names[:-1]
+    assert "pkg.lazy" not in sys.modules
+
+
+@pytest.mark.parametrize("line", ["from pkg.h import f", "import pkg.h", "import pkg.h as h"])
+@pytest.mark.parametrize("regular", [True, False])
+def test_a_package_beside_a_module_is_followed(
+    tmp_path: Path, imports: Any, line: str, regular: bool
+) -> None:
+    written(tmp_path, {"one.py": f"{line}\nclass Edited: pass\n", "pkg/h.py": "f = 1\n"})
+    names = ["pkg/h.py"]
+    if regular:
+        written(tmp_path, {"pkg/__init__.py": ""})
+        names.append("pkg/__init__.py")
+    assert changes(tmp_path, names, imports("one").Edited) == names
+
+
+def test_a_module_that_is_run_imports_as_its_own_name(
+    tmp_path: Path, imports: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "from .h import f\nclass Edited: pass\n"
+    written(tmp_path, {"exq/__init__.py": "", "exq/ex.py": text, "exq/h.py": "f = 1\n"})
+    module = imports("exq.ex")
+    module.__name__ = module.Edited.__module__ = "__main__"  # as `python -m exq.ex` calls it
+    monkeypatch.setitem(sys.modules, "__main__", module)
+    assert changes(tmp_path, ["exq/h.py"], module.Edited) == ["exq/h.py"]
+
+
+# Pairs of what a notebook may hold beside its class, each of which changes `used`.
+CELLS = {
+    "constant": ("A = 0.3\ndef used(v): return A * v", "0.3", "0.4"),
+    "comprehension": ("def h(v): return 1 * v\ndef used(v): return [h(x) for x in v]", "1", "2"),
+    "lambda": ("def h(v): return 1 * v\nused = lambda v: map(lambda x: h(x), v)", "1", "2"),
+    "keyword": ("def used(v, *, a=1): return a * v", "1", "2"),
+    "closure": ("def make(a):\n  def f(v): return a * v\n  return f\nused = make(1)", "1", "2"),
+    "partial": ("from functools import partial\nused = partial(max, 1)", "1", "2"),
+    "base": ("class B:\n  a = 1\nclass C(B): pass\ndef used(v): return C().a", "1", "2"),
+    "tensor": ("import torch\nT = torch.ones(5000)\nT[9] = 3\ndef used(v): return T", "= 3", "= 2"),
+    "array": ("import numpy\nT = numpy.zeros(5000)\nT[9] = 1\ndef used(v): return T", "= 1", "= 2"),
+    "attribute": (
+        "import torch\nclass C:\n  def __init__(self): self.t = torch.full((5000,), 1)\n"
+        "c = C()\ndef used(v): return c.t",
+        "1)",
+        "2)",
+    ),
+    "set": ("S = {'a', 'b'}\ndef used(v): return v in S or v in {'e', 'f'}", "'a'", "'h'"),
+}  # fmt: skip
+
+
+def hash_of_cell(text: str) -> str:
+    """The hash of a class that uses `used`, after `text` was typed in."""
+    text += "\nclass Typed:\n  def scores(self, v): return used(v)\n"
+    module = ModuleType("notebook")
+    sys.modules["notebook"] = module
+    names = vars(module)
+    exec(text, names)
+    return hash_of(names["Typed"])
+
+
+@pytest.mark.parametrize("case", CELLS)
+def test_all_that_a_typed_in_class_uses_is_hashed(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "notebook", sys)  # restored afterwards
+    cell, old, new = CELLS[case]
+    assert hash_of_cell(cell) == hash_of_cell(cell) != hash_of_cell(cell.replace(old, new))
+
+
+def test_the_order_of_a_set_is_not_hashed() -> None:
+    # 0 and 8 collide in a small table, so they lie in the order in which they were added
+    one, other = {0}, {8}
+    one.add(8)
+    other.add(0)
+    assert list(one) != list(other)
+    assert _compiled(one, {}) == _compiled(other, {})
+
+
+def test_a_helper_from_a_file_of_the_user_is_hashed_by_its_file(
+    tmp_path: Path, imports: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "notebook", sys)  # restored afterwards
+    written(tmp_path, {"own.py": "def used(v): return v\n"})
+    imports("own")
+    hash_of_cell("from own import used")
+    cls = vars(sys.modules["notebook"])["Typed"]
+    assert changes(tmp_path, ["own.py"], cls) == ["own.py"]
 
 
 def typed_in(sign: float) -> type[Any]:
