@@ -13,7 +13,8 @@ from kvbench.spec import Chunking, MethodSpec
 
 def norms(view: LayerView) -> Tensor:
     """Good scores."""
-    return -view.keys.float().norm(dim=-1)
+    norms: Tensor = -view.keys.float().norm(dim=-1)
+    return norms
 
 
 def method(
