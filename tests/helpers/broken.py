@@ -13,8 +13,8 @@ from kvbench.spec import Chunking, MethodSpec
 
 def norms(view: LayerView) -> Tensor:
     """Good scores."""
-    norm: Tensor = view.keys.float().norm(dim=-1)
-    return -norm
+    norms: Tensor = -view.keys.float().norm(dim=-1)
+    return norms
 
 
 def method(
