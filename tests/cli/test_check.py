@@ -59,7 +59,7 @@ METHODS: list[tuple[Any, str]] = [
 def test_a_bad_method_falls(
     bad: Any, wrong: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(methods._classes, "bad", type(bad))
+    monkeypatch.setitem(methods._known, "bad", type(bad))
     code, found, out = verdicts("bad", capsys)
     assert code == 1
     assert any(verdict == "FAIL" for check, verdict in found.items() if check.startswith(wrong))
@@ -113,9 +113,9 @@ TASKS: list[tuple[Any, str]] = [
 def test_a_bad_task_falls(
     bad: Any, wrong: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tasks._classes, "guess", Guess)
+    monkeypatch.setitem(tasks._known, "guess", Guess)
     assert verdicts("guess", capsys)[0] == 0
-    monkeypatch.setitem(tasks._classes, "guess", bad)
+    monkeypatch.setitem(tasks._known, "guess", bad)
     code, found, _ = verdicts("guess", capsys)
     assert code == 1
     assert found[wrong] == "FAIL"

@@ -55,10 +55,10 @@ def sweep(
 ) -> SweepResult:
     """A sweep of 3 samples under full attention, SnapKV and, if given, a bad method."""
     monkeypatch.setattr(Echo, "change", staticmethod(change))
-    monkeypatch.setitem(tasks._classes, "echo", Echo)
+    monkeypatch.setitem(tasks._known, "echo", Echo)
     names = ["snapkv"]
     if bad is not None:
-        monkeypatch.setitem(methods._classes, "bad", type(bad))
+        monkeypatch.setitem(methods._known, "bad", type(bad))
         names.append("bad")
     return run_sweep(
         Choices(
