@@ -6,6 +6,7 @@ passes it to the attention function of `kvbench.models.attention`, so models nee
 Shapes: query [B, H, T, D], key [B, K, T, D], value [B, K, T, Dv], output [B, H, T, Dv].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -42,10 +43,17 @@ class GatedAttention:
 
     `gates` is [layers, B, K], or [layers, 1, K] for the same gates in all rows; None is full
     attention. A streaming head sees what evaluation leaves resident at a prefill chunk of 1 token.
+    Only the layers `acting` have gates (None: all layers); methods leave the others as they are.
     """
 
-    def __init__(self, gates: Tensor | None, sinks: int, window: int) -> None:
-        self.gates, self.sinks, self.window = gates, sinks, window
+    def __init__(
+        self,
+        gates: Tensor | None,
+        sinks: int,
+        window: int,
+        acting: Sequence[int] | None = None,
+    ) -> None:
+        self.gates, self.sinks, self.window, self.acting = gates, sinks, window, acting
 
     def attend(self, call: AttentionCall) -> Tensor:
         """The mixed attention of one layer."""
@@ -57,9 +65,11 @@ class GatedAttention:
                 "chunked attention"
             )
         full = full_attention(query, key, value, scaling, sliding)
-        if self.gates is None:
+        if self.gates is None or (self.acting is not None and call.layer not in self.acting):
             return full
         stream = Stream(self.sinks, self.window, sliding)
+        if sliding is not None and sliding < query.shape[2]:  # sinks leave the model's own window
+            stream = Stream(0, min(self.sinks + self.window, sliding - 1), sliding)
         streamed = streaming_attention(query, key, value, scaling, stream)
         gate = self.gates[call.layer].to(full.dtype)
         gate = gate.repeat_interleave(query.shape[1] // key.shape[1], dim=-1)[:, :, None, None]

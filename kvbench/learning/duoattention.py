@@ -17,7 +17,7 @@ class DuoAttention(Objective):
     """One gate in [0, 1] per KV head, 1 at the start, pulled down by an L1 penalty."""
 
     def __init__(self, shape: KVShape, recipe: HeadRecipe, device: torch.device) -> None:
-        self.recipe = recipe
+        self.recipe, self.acting = recipe, shape.acting
         self.gate = torch.ones(shape.layers, shape.kv_heads, device=device, requires_grad=True)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -32,7 +32,8 @@ class DuoAttention(Objective):
         sinks, window = self.recipe.sinks, self.recipe.window
         with torch.no_grad():
             full = last_hidden(model, ids, GatedAttention(None, sinks, window))
-        mixed = last_hidden(model, ids, GatedAttention(self.gate[:, None], sinks, window))
+        gated = GatedAttention(self.gate[:, None], sinks, window, self.acting)
+        mixed = last_hidden(model, ids, gated)
         distance = (at_least_float32(mixed) - at_least_float32(full)).square().mean(-1)
         return ((distance * counts).sum(1) / counts.sum(1).clamp(min=1)).sum()
 

@@ -24,7 +24,7 @@ class PruLong(Objective):
 
     def __init__(self, shape: KVShape, recipe: HeadRecipe, device: torch.device) -> None:
         noise = torch.randn(shape.layers, shape.kv_heads, generator=seeded(recipe.seed))
-        self.recipe = recipe
+        self.recipe, self.acting = recipe, shape.acting
         self.log_alpha = (START + SPREAD * noise).to(device).requires_grad_()
         self.multipliers = torch.zeros(2, device=device, requires_grad=True)
 
@@ -56,7 +56,8 @@ class PruLong(Objective):
         ids, answers = (tensor.to(self.log_alpha.device) for tensor in padded(rows))
         counts = (answers > 0) & self.drawn(answers.shape[1], step).to(answers.device)
         places = counts.any(0).nonzero()[:, 0]
-        attention = GatedAttention(self.gates(step, indices), self.recipe.sinks, self.recipe.window)
+        gates, sinks, window = self.gates(step, indices), self.recipe.sinks, self.recipe.window
+        attention = GatedAttention(gates, sinks, window, self.acting)
         logits = at_least_float32(forward(model, ids, attention, logits_to_keep=places).logits)
         wanted = ids[:, places + 1]
         each = torch.nn.functional.cross_entropy(

@@ -110,7 +110,8 @@ def test_gates_of_0_are_streaming_evaluation_at_one_token_a_chunk(
     row = Row(prompt, 10, parse_method("prulong", options), 0.01)  # no retrieval head
     evaluated = run_rows(model, [row], prefill_chunk=1)[0].tokens
 
-    attention = GatedAttention(torch.zeros(SHAPE.layers, 1, SHAPE.kv_heads), 2, 6)
+    gates = torch.zeros(SHAPE.layers, 1, SHAPE.kv_heads)
+    attention = GatedAttention(gates, 2, 6, model.shape.acting)
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(10):
