@@ -14,6 +14,7 @@ from pandas import DataFrame
 from kvbench.arguments import check_options, check_share, check_text, check_whole
 from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
+from kvbench.engine.self_check import self_check
 from kvbench.errors import InputError
 from kvbench.models.load import LoadedModel, load_model
 from kvbench.records import BASELINE
@@ -225,6 +226,8 @@ def generate(
     if not isinstance(model, LoadedModel):
         check_text("model", model)
     loaded = load_model(model) if isinstance(model, str) else model
+    if isinstance(model, str):
+        self_check(loaded)
     given = dict(options or {})
     spec = parse_method(method, given, loaded.card.options)
     if missing := spec.method.missing():

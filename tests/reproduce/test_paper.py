@@ -223,8 +223,8 @@ def test_reproduce_writes_tables_claims_and_page(
     assert seen[0].budgets == (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
     assert (seen[0].samples, seen[0].seed) == (5, 3)
     # What ships with kvbench, whatever plug-ins are installed.
-    assert {"snapkv", "snapkv-patched", "prulong", "random-heads"} <= set(seen[0].method)
-    assert set(seen[0].task) == {"recall", "rag", "rerank", "html_to_tsv"}
+    assert {"snapkv", "snapkv-patched", "prulong", "random-heads"} <= set(seen[0].method or ())
+    assert set(seen[0].task or ()) == {"recall", "rag", "rerank", "html_to_tsv"}
     for name in ("table.csv", "table.md", "claims.md", "report.html", "recall.pdf"):
         assert (tmp_path / "out" / name).stat().st_size > 0
         assert tmp_path / "out" / name in found.files
