@@ -18,9 +18,6 @@ from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-import numpy as np
-import torch
-
 import kvbench
 
 # The folders and modules of kvbench that can change a record. The others show, store or order.
@@ -194,6 +191,9 @@ def _compiled(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:
 
     `seen` numbers the objects met so far, and keeps them alive so that their ids stay theirs.
     """
+    import numpy as np
+    import torch
+
     if isinstance(value, ModuleType):
         return value.__name__
     if isinstance(value, tuple):
@@ -217,6 +217,8 @@ def _compiled(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:
 
 def _parts(value: Any) -> list[Any] | None:
     """What an object is made of; None if only its text is known."""
+    import torch
+
     if isinstance(value, FunctionType):
         used = [name for name in _global_names(value.__code__) if name in value.__globals__]
         near = [(name, value.__globals__[name]) for name in used]
@@ -296,6 +298,9 @@ def _own_file(name: str) -> str:
 
 def _numbers(value: Any) -> Any:
     """A tensor or array by its bytes, of which its text would show only some."""
+    import numpy as np
+    import torch
+
     kind = [type(value).__qualname__, str(value.dtype), tuple(value.shape)]
     if isinstance(value, np.ndarray):
         content = repr(value.tolist()).encode() if value.dtype.hasobject else value.tobytes()
