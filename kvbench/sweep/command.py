@@ -168,7 +168,8 @@ def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult
         listener.note(note)
     if not cells:
         listener.note(f"all {planned} cells are measured already in {out}")
-        if current_codes([read_settings(out)]) | plan.codes != current_codes([read_settings(out)]):
+        known = current_codes([read_settings(out)])
+        if known | plan.codes != known:
             with RunWriter(out, plan.common, invocation(choices, plan)):
                 pass  # run.json learns which of several codes is the current one
         return SweepResult(out, planned, reused, left_out=plan.left_out)
