@@ -5,10 +5,10 @@ method's scores and capacity into an eviction.
 """
 
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from kvbench.errors import InputError
 
@@ -23,7 +23,28 @@ class Family(StrEnum):
     DYNAMIC_SPARSITY = "dynamic sparsity"
     RECENCY = "recency"
     POST_FILL = "post-fill"
+    DECODING = "eviction while decoding"
     HEAD_SPLIT = "head split"
+
+
+class Need(StrEnum):
+    """What a view holds only for a method that declares it in `Method.needs`."""
+
+    HIDDEN = "hidden states"
+    MODULE = "attention module"
+    ROTATION = "rotation"
+    REPLAY = "replay"
+
+
+class Competition(StrEnum):
+    """Which entries compete for a budget (docs/concepts.md)."""
+
+    HEAD = "head"  # those of a KV head, each of which keeps as many as the others of its layer
+    LAYER = "layer"  # those of all KV heads of a layer
+    MODEL = "model"  # those of all layers
+
+
+EVERY_QUERY = 2**31  # an observation window of all queries since the method was last asked
 
 
 @dataclass(frozen=True)
@@ -81,6 +102,35 @@ class KVShape:
         return self.layers * self.kv_heads
 
 
+@dataclass(frozen=True)
+class Pages:
+    """What a decoded token reads of a KV head: the pages whose keys may fit its query best.
+
+    A page is `size` entries in order of position. Of P pages, the share `share` (0..1) is read, by
+    number of entries, and no fewer than `least` pages.
+    """
+
+    size: int
+    share: float
+    least: int
+
+    def read(self, entries: int) -> int:
+        """The pages that a token reads of `entries` resident entries."""
+        return max(self.least, round(self.share * entries / self.size))
+
+
+class Rotation(Protocol):
+    """RoPE of one layer."""
+
+    def apply(self, states: "Tensor", positions: "Tensor") -> "Tensor":
+        """Rotate queries or keys [..., T, D] to `positions` [T] or [..., T]."""
+        ...
+
+    def undo(self, states: "Tensor", positions: "Tensor") -> "Tensor":
+        """Rotate queries or keys [..., T, D] back from `positions`."""
+        ...
+
+
 class Entries(NamedTuple):
     """Entries of some KV heads of one layer, in any order."""
 
@@ -91,7 +141,9 @@ class Entries(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerView:
-    """One layer of one row, after a prefill chunk has attended and before anything is evicted.
+    """One layer of one row, after tokens have attended and before anything is evicted.
+
+    The tokens are a prefill chunk or, for eviction while decoding, those since the last eviction.
 
     K counts the KV heads that are scored: all of the layer, or the retrieval heads of a head split.
     E counts the resident entries, in this order: those kept of earlier chunks, the `new` entries of
@@ -103,7 +155,8 @@ class LayerView:
     """
 
     blocks: "Sequence[Sequence[Entries]]"
-    queries: "Tensor"  # [K, G, W, D], of the observation window; W = 0 if the method has none
+    queries: "Tensor"  # [K, G, W, D], of the observation window; W = 0 if the method has none,
+    # and the tokens that have just attended if its window is EVERY_QUERY
     query_positions: "Tensor"  # [W]
     scaling: float  # attention multiplies the logits by it
     kv_heads: tuple[int, ...]  # indices in the layer of the K heads
@@ -119,6 +172,12 @@ class LayerView:
     limit: Limit | None = None  # what the model itself lets the layer see
     softcap: float | None = None  # the logits l become softcap * tanh(l / softcap)
     sinks: "Tensor | None" = None  # [K, G], logits of learnt sinks, which take part of the softmax
+    read: int = 0  # tokens that have been read, of the prompt and of the answer
+    gathered: "Tensor | None" = None  # what `Method.gather` returned, for methods that gather
+    hidden: "Tensor | None" = None  # [W, hidden size], states that enter attention (Need.HIDDEN)
+    module: Any = None  # the layer's attention, a torch.nn.Module (Need.MODULE)
+    rotation: Rotation | None = None  # (Need.ROTATION)
+    replayed: "Tensor | None" = None  # [K, E], see `Method.replay` (Need.REPLAY)
 
     @property
     def depth(self) -> tuple[int, int]:
@@ -203,6 +262,9 @@ def _last_entries(block: "Sequence[Entries]", count: int) -> list[Entries]:
     return pieces
 
 
+QUERY_BLOCK = 512  # queries whose attention is computed at once
+
+
 def observed_attention(
     queries: "Tensor",
     blocks: "Sequence[Sequence[Entries]]",
@@ -218,10 +280,25 @@ def observed_attention(
     queries [K, G, W, D], `blocks` and the model's own rules as in a LayerView; returns [K, E].
     Softmax in float32 over all resident entries that a query sees, summed over the W queries and
     averaged over the G query heads of the group. One KV head at a time, so that it needs G x W x E
-    floats at most.
+    floats at most, W at most 512 at a time.
     """
     import torch
 
+    if queries.shape[2] > QUERY_BLOCK:
+        starts = range(0, queries.shape[2], QUERY_BLOCK)
+        parts = [
+            observed_attention(
+                queries[:, :, start : start + QUERY_BLOCK],
+                blocks,
+                query_positions[start : start + QUERY_BLOCK],
+                scaling,
+                limit=limit,
+                softcap=softcap,
+                sinks=sinks,
+            )
+            for start in starts
+        ]
+        return torch.stack(parts).sum(0)
     rows: list[Tensor] = []
     for block in blocks:
         for index in range(len(block[0].keys)):
@@ -250,18 +327,36 @@ class Method:
     """A rule for what stays in the KV cache. Its fields are its options.
 
     A field's metadata may hold a `help` text and, as `option`, the name that users type instead of
-    the field's. A post-fill method overrides `scores`; recency and head splits override `windows`;
-    a method that overrides neither keeps everything. A method is never asked about a budget of 1,
-    which evicts nothing.
+    the field's. A post-fill method overrides `scores`, and so does one that evicts while decoding;
+    recency and head splits override `windows`; dynamic sparsity overrides `pages`; a method that
+    overrides none of these keeps and reads everything. A method is never asked about a budget of
+    1, which evicts nothing.
     """
 
     name: ClassVar[str]
     family: ClassVar[Family]
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    gathers_per_entry: ClassVar[bool] = True
 
     @property
     def observation_window(self) -> int:
-        """W, how many of the prompt's last queries `scores` uses; their entries always stay."""
+        """W, how many of the last queries `scores` uses; EVERY_QUERY for a method that gathers."""
         return 0
+
+    @property
+    def protected(self) -> int:
+        """How many of the last entries always stay: by default those of the observation window."""
+        return 0 if self.observation_window >= EVERY_QUERY else self.observation_window
+
+    @property
+    def competition(self) -> Competition:
+        """Which entries compete; by default those of one KV head."""
+        return Competition.HEAD
+
+    @property
+    def head_share(self) -> float:
+        """The share (0..1) of the mean capacity that each KV head keeps if heads compete."""
+        return 0.0
 
     def windows(
         self, shape: KVShape, budget: float, prompt: int
@@ -284,6 +379,27 @@ class Method:
         """How many of the `view.new` entries of each KV head stay, observation window included."""
         return round(budget * view.new)
 
+    def select(self, view: LayerView, scores: "Tensor", capacity: int) -> "Tensor | None":
+        """Which of N candidates stay, indices [K, capacity]; None for those of highest scores.
+
+        `scores` [K, N] are those of the candidates, the first N of the view's new entries.
+        """
+        return None
+
+    def gather(self, view: LayerView) -> "Tensor | None":
+        """What is kept of the tokens that have just attended, for later views; None for nothing.
+
+        It is asked after each prefill chunk, and before `scores`. `view.gathered` is what it
+        returned before, None at first. With `gathers_per_entry`, it returns a number for each
+        entry, [K, E], which is evicted with the entry, and new entries have 0; otherwise a tensor
+        of any shape.
+        """
+        return None
+
+    def pages(self, shape: KVShape, layer: int, budget: float) -> Pages | None:
+        """What a decoded token reads of a layer; None for everything (dynamic sparsity)."""
+        return None
+
     def missing(self) -> str | None:
         """What a user must give before the method can run, and how; None if nothing is missing."""
         return None
@@ -304,9 +420,41 @@ class Method:
             raise InputError(f"{getattr(cls, 'name', cls.__name__)}: {message}")
 
 
-def option_name(field: "Field[Any]") -> str:
+@dataclass(frozen=True)
+class DecodingMethod(Method):
+    """A method that evicts when the prompt has been read, and then while decoding.
+
+    After each eviction, a KV head holds c entries: `capacity` if it is given, otherwise the
+    budget's share of the prompt and of the tokens that will be decoded at most.
+    """
+
+    family = Family.DECODING
+    interval: int = field(
+        default=16, metadata={"help": "Decoded tokens between evictions; 0: only after the prompt."}
+    )
+    held: int | None = field(
+        default=None,
+        metadata={"option": "capacity", "help": "Entries that a KV head holds, at any budget."},
+    )
+
+    def __post_init__(self) -> None:
+        self.check(self.interval >= 0, f"interval must be at least 0, not {self.interval}")
+        self.check(
+            self.held is None or self.held >= 1, f"capacity must be at least 1, not {self.held}"
+        )
+
+    def entries_held(self, tokens: int, budget: float) -> int:
+        """c, for a row that reads `tokens` tokens at most, those of its answer included."""
+        return round(budget * tokens) if self.held is None else self.held
+
+    def capacity(self, view: LayerView, budget: float) -> int:
+        """c of the prompt, for a row that evicts nothing while decoding (`interval` is 0)."""
+        return self.entries_held(view.new, budget)
+
+
+def option_name(given: "Field[Any]") -> str:
     """The name that users type for a field: its metadata's `option`, or the field's own name."""
-    return str(field.metadata.get("option", field.name))
+    return str(given.metadata.get("option", given.name))
 
 
 def draw_seed(seed: int, layer: int, start: int) -> int:

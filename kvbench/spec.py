@@ -9,13 +9,13 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from kvbench.errors import InputError, did_you_mean
-from kvbench.method import Family, Method, option_name
+from kvbench.method import Competition, Family, Method, Need, option_name
 from kvbench.registry import methods
 
 
@@ -25,9 +25,14 @@ class Chunking(StrEnum):
     NONE = "none"  # once, after the whole prompt
     NAIVE = "naive"  # after each prefill chunk, by the chunk's own last queries
     PATCHED = "patched"  # after each prefill chunk, by the prompt's last queries
+    BOUNDED = "bounded"  # after each prefill chunk, of all entries, by the chunk's last queries
 
 
 POST_FILL_BUDGET = "post_fill_budget"
+HEAD_SHARE = "head_share"
+ADA = "ada-"  # before the name of a method: the KV heads of a layer compete
+CHUNKED = (Chunking.NAIVE, Chunking.PATCHED, Chunking.BOUNDED)
+SCORED = (Family.POST_FILL, Family.DECODING)  # families of methods that score entries
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,9 @@ class MethodSpec:
     """A method ready to run.
 
     In a combination such as `prulong+snapkv`, `method` splits the heads and `post_fill` evicts from
-    the retrieval heads, with the budget `post_fill_budget`.
+    the retrieval heads, with the budget `post_fill_budget`. With `ada_share` (0..1), as in
+    `ada-snapkv`, the KV heads of a layer compete for the budget, and each keeps at least this share
+    of the mean (Ada-KV, Feng et al., arXiv 2407.11550).
     """
 
     name: str
@@ -43,13 +50,14 @@ class MethodSpec:
     chunking: Chunking = Chunking.NONE
     post_fill: Method | None = None
     post_fill_budget: float = 0.5
+    ada_share: float | None = None
 
     @property
     def scorer(self) -> Method | None:
         """The method that scores entries, if any does."""
         if self.post_fill is not None:
             return self.post_fill
-        return self.method if self.method.family is Family.POST_FILL else None
+        return self.method if self.method.family in SCORED else None
 
     def scorer_budget(self, budget: float) -> float:
         """The budget that the scorer gets when the whole method gets `budget`."""
@@ -61,10 +69,35 @@ class MethodSpec:
         return self.scorer.observation_window if self.scorer else 0
 
     @property
+    def protected(self) -> int:
+        """How many of the last entries always stay."""
+        return self.scorer.protected if self.scorer else 0
+
+    @property
+    def competition(self) -> Competition:
+        """Which entries compete for the budget."""
+        if self.ada_share is not None:
+            return Competition.LAYER
+        return self.scorer.competition if self.scorer else Competition.HEAD
+
+    @property
+    def head_share(self) -> float:
+        """The share of the mean capacity that each KV head keeps at least, if heads compete."""
+        if self.ada_share is not None:
+            return self.ada_share
+        return self.scorer.head_share if self.scorer else 0.0
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the KV heads of a layer may keep different numbers of entries by score."""
+        return self.competition is not Competition.HEAD
+
+    @property
     def family(self) -> str:
         """The paper's family; for chunked eviction, with the variant."""
         if self.chunking is not Chunking.NONE and self.post_fill is None:
-            return f"chunked eviction ({self.chunking})"
+            decodes = ", while decoding" if self.method.family is Family.DECODING else ""
+            return f"chunked eviction ({self.chunking}{decodes})"
         return str(self.method.family)
 
     @property
@@ -74,6 +107,8 @@ class MethodSpec:
         if self.post_fill is not None:
             options |= {f"post_fill.{key}": v for key, v in recorded(self.post_fill).items()}
             options[POST_FILL_BUDGET] = self.post_fill_budget
+        if self.ada_share is not None:
+            options[HEAD_SHARE] = self.ada_share
         return options
 
     @property
@@ -99,8 +134,10 @@ def method_names() -> list[str]:
     names = []
     for name in methods.names():
         names.append(name)
+        if methods.get(name).family in SCORED:
+            names.append(f"{name}-{Chunking.BOUNDED}")
         if methods.get(name).family is Family.POST_FILL:
-            names.append(f"{name}-{Chunking.NAIVE}")
+            names += [f"{name}-{Chunking.NAIVE}", f"{ADA}{name}"]
             if has_observation_window(name):
                 names.append(f"{name}-{Chunking.PATCHED}")
     return sorted(names)
@@ -122,13 +159,21 @@ def parse_method(
     `card_options` are a model's defaults by registered name; `options` override them.
     """
     if name in methods.names():
-        return MethodSpec(name, build(name, options, card_options))
+        return checked(MethodSpec(name, build(name, options, card_options)))
+    if name.startswith(ADA):
+        inner = parse_method(name.removeprefix(ADA), options, card_options)
+        if inner.scorer is None or inner.post_fill is not None:
+            raise InputError(f"method '{name}': '{inner.name}' does not score entries")
+        share = convert(float, options.get(HEAD_SHARE, 0.2), f"{name}: option {HEAD_SHARE}")
+        if not 0 <= share <= 1:
+            raise InputError(f"{name}: {HEAD_SHARE} must be from 0 to 1, not {share}")
+        return checked(replace(inner, name=name, ada_share=share))
     split, plus, rest = name.partition("+")
     if plus:
         if split not in methods.names() or methods.get(split).family is not Family.HEAD_SPLIT:
             raise InputError(f"method '{name}': '{split}' is not a head split")
         inner = parse_method(rest, options, card_options)
-        if inner.scorer is None:
+        if inner.scorer is None or inner.scorer.family is not Family.POST_FILL or inner.uneven:
             raise InputError(f"method '{name}': '{rest}' is not a post-fill method")
         own = options.get(f"{split}.{POST_FILL_BUDGET}", options.get(POST_FILL_BUDGET, 0.5))
         budget = convert(float, own, f"{name}: option {POST_FILL_BUDGET}")
@@ -137,17 +182,33 @@ def parse_method(
         method = build(split, options, card_options)
         return MethodSpec(name, method, inner.chunking, inner.method, budget)
     base, dash, variant = name.rpartition("-")
-    if dash and base in methods.names() and variant in (Chunking.NAIVE, Chunking.PATCHED):
+    if dash and base in methods.names() and variant in CHUNKED:
         method = build(base, options, card_options)
-        if method.family is not Family.POST_FILL:
+        bounded = variant == Chunking.BOUNDED and method.family is Family.DECODING
+        if method.family is not Family.POST_FILL and not bounded:
             raise InputError(f"method '{name}': only post-fill methods are chunked, not '{base}'")
         if variant == Chunking.PATCHED and not method.observation_window:
             raise InputError(
                 f"method '{name}': '{base}' observes no queries, so patching would change nothing; "
                 f"use {base}-{Chunking.NAIVE}"
             )
-        return MethodSpec(name, method, Chunking(variant))
+        return checked(MethodSpec(name, method, Chunking(variant)))
     raise InputError(f"unknown method '{name}': {did_you_mean(name, method_names())}")
+
+
+def checked(spec: MethodSpec) -> MethodSpec:
+    """The method; InputError if its form is one that cannot be measured."""
+    scorer = spec.scorer
+    if scorer is None:
+        return spec
+    if spec.uneven and (spec.chunking is not Chunking.NONE or getattr(scorer, "interval", 0)):
+        raise InputError(
+            f"method '{spec.name}': KV heads of different lengths are evicted once, after the "
+            "prompt: not after each chunk, nor while decoding (interval=0 turns that off)"
+        )
+    if Need.REPLAY in scorer.needs and spec.chunking is not Chunking.NONE:
+        raise InputError(f"method '{spec.name}': a replay needs the whole prompt in the cache")
+    return spec
 
 
 def check_option_names(options: Mapping[str, Any], specs: list[MethodSpec]) -> None:
@@ -160,6 +221,8 @@ def check_option_names(options: Mapping[str, Any], specs: list[MethodSpec]) -> N
                 used |= {f"{method.name}.{key}" for key in type(method).options()}
         if spec.post_fill is not None:
             used |= {POST_FILL_BUDGET, f"{spec.method.name}.{POST_FILL_BUDGET}"}
+        if spec.ada_share is not None:
+            used.add(HEAD_SHARE)
     for key in options:
         if key not in used:
             hint = did_you_mean(key, used) if used else "the chosen methods have no options"

@@ -63,6 +63,7 @@ class Accounting:
     resident_rows: int = 0  # entry-rows
     read_rows: int = 0  # entry-rows that attention read
     patch_rows: int = 0  # patched tokens that went through the model
+    replay_rows: int = 0  # tokens of a replay that went through the model
     entries: int = 0
     entries_peak: int = 0
     held_peak: int = 0
@@ -166,6 +167,22 @@ class Accounting:
             self._allocate(heads * after * bytes_)
             self._allocate(-heads * before * bytes_)
 
+    def replayed(self, tokens: int, heads: int) -> None:
+        """`tokens` tokens of a replay held an entry each in `heads` KV heads, and left none."""
+        self.replay_rows += tokens
+        self._hold(heads * tokens)
+        self.entries_peak = max(self.entries_peak, self.entries + self.seen)
+        self._hold(-heads * tokens)
+
+    def copied(self, size: int) -> None:
+        """A temporary copy of `size` bytes was made."""
+        self._allocate(size)
+        self._allocate(-size)
+
+    def kept_beside(self, size: int) -> None:
+        """`size` more bytes are kept beside the entries; fewer if it is negative."""
+        self._allocate(size)
+
     def freed(self, heads: int, tokens: int, patched: int, size: EntryBytes) -> None:
         """The storage of a chunk of `tokens` tokens, `patched` ones with it, is freed."""
         self._hold(-heads * patched)
@@ -226,6 +243,10 @@ class Accounting:
         self._course(start + tokens, whole, windows, limits)
         self.entries_peak = max(self.entries_peak, last + self.seen)
         self.held_peak = max(self.held_peak, self.entries - within + most + self.seen)
+
+    def evicted_while_decoding(self) -> None:
+        """All KV heads have evicted after a decoded token."""
+        self._point(self.timeline[-1][0], self.entries + self.visible)
 
     def _course(
         self,

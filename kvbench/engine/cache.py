@@ -5,6 +5,7 @@ after RoPE, and an entry keeps its position in the text, so the order in storage
 """
 
 from collections.abc import Container, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -159,7 +160,7 @@ class HeadGroup:
         self.length = min(stop, sinks + size)
         self.oldest = stop % size if isinstance(self.window, Visible) and stop > size else 0
 
-    def copy(self, other: "HeadGroup", capacity: int) -> None:
+    def hold_as(self, other: "HeadGroup", capacity: int) -> None:
         """Hold what another window holds, in storage for `capacity` entries."""
         if other.positions is None:
             return
@@ -199,6 +200,31 @@ class HeadGroup:
             self._store(name, pick.of(getattr(source, name), new))
         self.length = chosen.shape[1]
         self.window, self.oldest = None, 0
+
+    def compact(self, chosen: Tensor) -> None:
+        """Hold only the entries `chosen` [Kg, c], in the same storage; indices ascend."""
+        count = chosen.shape[1]
+        for stored in self.entries():
+            index = chosen
+            if stored.dim() == 3:
+                index = chosen[..., None].expand(-1, -1, stored.shape[2])
+            stored[:, :count] = stored.gather(1, index)
+        self.length = count
+
+    def apart(self) -> list["HeadGroup"]:
+        """A group for each KV head, which shares this group's storage."""
+        if len(self.heads) == 1:
+            return [self]
+        parts = []
+        for row, head in enumerate(self.heads):
+            part = copy(self)
+            part.heads, part._index = (head,), slice(head, head + 1)
+            if self.positions is not None:
+                part.keys, part.values, part.positions = (
+                    tensor[row : row + 1] for tensor in self.entries()
+                )
+            parts.append(part)
+        return parts
 
     def clear(self) -> None:
         """Free the storage."""

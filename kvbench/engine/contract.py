@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import ContractError
-from kvbench.method import KVShape, LayerView, Window
+from kvbench.method import KVShape, LayerView, Pages, Window
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 WRITES = "views are read-only; clone what you change"
@@ -101,6 +101,50 @@ def check_finite(finite: Sequence[tuple[Asked, int, Tensor]]) -> None:
                 f"returns {total - count} of {total} scores that are NaN or infinite; "
                 "expected finite ones (torch.finfo(dtype).max for what must stay)"
             )
+
+
+def check_gathered(gathered: Any, view: LayerView, per_entry: bool, asked: Asked) -> Tensor:
+    """What a method keeps of the tokens; ContractError for another type or, by entry, shape."""
+    if not isinstance(gathered, Tensor):
+        raise asked.error(f"returns {_kind(gathered)}; expected a tensor")
+    shape = (len(view.kv_heads), view.entries)
+    if per_entry and gathered.shape != shape:
+        raise asked.error(
+            f"returns a tensor {list(gathered.shape)}; expected [KV heads, entries] = {list(shape)}"
+        )
+    return gathered
+
+
+def check_selection(
+    selected: Any, candidates: Tensor, capacity: int, asked: Asked
+) -> Tensor | None:
+    """Indices [K, capacity] of candidates [K, N]; ContractError for other ones, or for repeats."""
+    if selected is None:
+        return None
+    shape = (len(candidates), capacity)
+    if not isinstance(selected, Tensor) or selected.shape != shape:
+        raise asked.error(f"returns {_kind(selected)}; expected indices {list(shape)}")
+    if selected.dtype != torch.int64:
+        raise asked.error(f"returns indices of {_name(selected.dtype)}; expected int64")
+    ordered = selected.to(candidates.device).sort(dim=-1).values
+    inside = (ordered >= 0) & (ordered < candidates.shape[1])
+    if not inside.all() or (ordered[:, 1:] == ordered[:, :-1]).any():
+        raise asked.error(
+            f"returns indices that repeat or lie outside 0 to {candidates.shape[1] - 1}"
+        )
+    return ordered
+
+
+def check_pages(pages: Any, asked: Asked) -> Pages | None:
+    """The pages that a token reads; ContractError for another type or numbers out of range."""
+    if pages is None:
+        return None
+    if not isinstance(pages, Pages) or pages.size < 1 or pages.least < 1 or pages.share < 0:
+        raise asked.error(
+            f"returns {_kind(pages)}; expected None or Pages with a size and a least number of at "
+            "least 1 and a share from 0"
+        )
+    return pages
 
 
 def check_capacity(capacity: Any, asked: Asked) -> int:

@@ -6,6 +6,7 @@ its storage.
 """
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,49 @@ from kvbench.engine.cache import RowCache
 from kvbench.engine.kernels.interface import Sequences
 from kvbench.errors import InputError
 from kvbench.method import Entries
-from kvbench.models.attention import AttentionCall, LayerShape
+from kvbench.models.attention import AttentionCall, LayerShape, Rules
+
+
+class RecentQueries:
+    """The latest `size` queries of decoding rows, as a ring for each layer."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.rings: dict[int, Tensor] = {}  # by layer, [R, H, size, D]
+        self.tick: Tensor | None = None  # [1], index in the rings of the next query
+
+    def add(self, layer: int, query: Tensor) -> None:
+        """Note the queries [R, H, 1, D] of a step."""
+        if layer not in self.rings:
+            rows, heads, _, size = query.shape
+            self.rings[layer] = query.new_zeros((rows, heads, self.size, size))
+        if self.tick is None:
+            self.tick = torch.zeros(1, dtype=torch.int64, device=query.device)
+        self.rings[layer].index_copy_(2, self.tick, query)
+
+    def advance(self) -> None:
+        """Move on to the next token."""
+        if self.tick is not None:
+            self.tick.add_(1).remainder_(self.size)
+
+    def latest(self, layer: int, row: int, count: int) -> Tensor:
+        """The latest `count` queries [H, count, D] of a row, in order."""
+        assert self.tick is not None
+        ring = self.rings[layer][row]
+        order = (self.tick - count + torch.arange(count, device=ring.device)) % self.size
+        return ring[:, order]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Continue with `rows` only."""
+        for layer, ring in self.rings.items():
+            self.rings[layer] = ring[torch.tensor(rows, dtype=torch.long, device=ring.device)]
 
 
 class DecodeKV:
     """A `KVAttention` for R rows that decode one token each per step.
 
-    `prompts` are the lengths of the prompts. The caches must have storage for all tokens that will
+    `prompts` are the lengths of the prompts. The latest `queries` queries of all rows are kept. The
+    caches must have storage for all tokens that will
     be decoded. With kernels, tables describe the sequences of all layers one after another, those
     of a layer row by row; the lengths in the caches are not updated.
     """
@@ -32,8 +69,11 @@ class DecodeKV:
         prompts: Sequence[int],
         layers: Sequence[LayerShape],
         backend: Backend,
+        queries: int = 0,
     ) -> None:
         self.caches = list(caches)
+        self.recent = RecentQueries(queries)
+        self.called: dict[int, tuple[Rules, Any]] = {}  # by layer: its rules and its module
         self.layers = layers
         self.backend = backend
         kinds = [caches[0].layers[layer.source][0].entries() for layer in layers]
@@ -80,7 +120,8 @@ class DecodeKV:
             self.slots = torch.empty_like(self.lengths)
             self._choose_slots()
         self.sequences: list[Sequences] = []
-        places: dict[int, slice] = {}
+        places: dict[int, slice] = {}  # of the sequences of a layer that holds entries
+        self.places = places
         start = 0
         for index, layer in enumerate(self.layers):
             if layer.source == index:
@@ -107,6 +148,9 @@ class DecodeKV:
         """B = R, T = 1: attend, and store the tokens' entries."""
         query, key, value = call.query, call.key, call.value
         rows, kv_heads = key.shape[:2]
+        if self.recent.size and call.layer == self.layers[call.layer].source:
+            self.recent.add(call.layer, query)
+            self.called[call.layer] = call.rules, call.module
         if rows != len(self.caches) or key.shape[2] != 1:
             raise InputError(
                 f"layer {call.layer} attends with {rows} rows of {key.shape[2]} tokens, where "
@@ -137,6 +181,7 @@ class DecodeKV:
     def advance(self) -> None:
         """Move on to the next token of every row."""
         self.positions += 1
+        self.recent.advance()
         if not self.by_kernel:
             return
         self.here += 1
@@ -146,6 +191,18 @@ class DecodeKV:
             if self.chunked:  # a chunk of attention that is full is out of sight
                 within = self.here % self.spans.clamp(min=1)
                 torch.where(self.spans > 0, within, self.lengths, out=self.lengths)
+            self._choose_slots()
+
+    def set_length(self, layer: int, row: int, length: int) -> None:
+        """Tell that all KV heads of a row's layer now hold `length` entries."""
+        if self.by_kernel:
+            heads = self.layers[layer].kv_heads
+            start = self.places[layer].start + row * heads
+            self.lengths[start : start + heads] = length
+
+    def lengths_changed(self) -> None:
+        """Choose the slots of the next tokens anew."""
+        if self.by_kernel and self.streams:
             self._choose_slots()
 
     def retire(self, rows: Collection[int]) -> None:
@@ -168,6 +225,7 @@ class DecodeKV:
         for row in set(range(len(self.caches))) - set(rows):
             self.caches[row].clear()
         self.caches = [self.caches[row] for row in rows]
+        self.recent.keep(rows)
         kept = torch.tensor(rows, dtype=torch.long, device=self.positions.device)
         self.positions = self.positions[kept]
         if not self.by_kernel:

@@ -7,6 +7,7 @@ evicted before the first chunk has been read, so all streams read that chunk tog
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,10 +18,12 @@ from kvbench.engine.accounting import space_in_sight
 from kvbench.engine.attention import Backend, attend_groups, backend_of
 from kvbench.engine.cache import HeadGroup, Ledger, RowCache, Visible
 from kvbench.engine.contract import Asked, check_finite
-from kvbench.engine.eviction import Chunk, LayerChunk, LayerScores, choose
+from kvbench.engine.eviction import Gathered, LayerChunk, LayerScores, choose, choose_in_model
+from kvbench.engine.policy import Chunk
+from kvbench.engine.replay import replay
 from kvbench.engine.row import Row, RowState, policy_of
-from kvbench.method import Entries
-from kvbench.models.attention import AttentionCall, LayerShape, Rules
+from kvbench.method import EVERY_QUERY, Competition, Entries, Need
+from kvbench.models.attention import AttentionCall, LayerShape
 from kvbench.models.load import LoadedModel, best_tokens, forward
 
 PACKED_TOKENS = 2048  # tokens that go through the model at once, unless one chunk has more
@@ -35,9 +38,12 @@ def prefill(
     """
     states, streams = make_streams(model, rows, prefill_chunk, ledger)
     ids = torch.tensor(rows[0].prompt, device=model.device)
-    for step in range(len(streams[0].chunks)):
+    chunks = streams[0].chunks
+    for step, chunk in enumerate(chunks):
         for pack in packs(pieces(streams, step, model.device)):
             read(model, pack, ids)
+        if chunk.last and not chunk.final:  # all rows have their caches, and read the question
+            streams = [Stream.of(state) for state in states]
     return states
 
 
@@ -50,14 +56,17 @@ def read(model: LoadedModel, pack: "Sequence[Piece]", ids: Tensor) -> None:
         fed.append(ids[chunk.start : chunk.start + chunk.length])
         ends.append(sum(len(tokens) for tokens in fed) - 1)
         if chunk.patched:
-            fed.append(ids[len(ids) - chunk.patched :])
+            stop = piece.streams[0].states[0].policy.evicted_from
+            fed.append(ids[stop - chunk.patched : stop])
     positions = torch.cat([piece.positions for piece in pack])
     kv = PrefillKV(pack, backend_of(model.attention), model.layers)
     logits = forward(model, torch.cat(fed)[None], positions[None], kv, ends)
     for stream in (stream for piece in pack for stream in piece.streams):
+        if stream.late and pack[0].chunk.last:
+            stream.evict_late(model, ids)
         check_finite(stream.finite)
         stream.finite.clear()
-    first = best_tokens(logits).tolist() if pack[0].chunk.last else [None] * len(pack)
+    first = best_tokens(logits).tolist() if pack[0].chunk.final else [None] * len(pack)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)  # so that no later chunk pays for this one
     seconds = (time.perf_counter() - started) / sum(piece.chunk.tokens for piece in pack)
@@ -96,7 +105,9 @@ class Piece:
     streams: "list[Stream]"
     chunk: Chunk
     positions: Tensor  # [T + W], patched tokens at the end
-    queries: dict[int, Tensor] = field(default_factory=dict)  # of layers that wait for a reader
+    calls: dict[int, AttentionCall] = field(
+        default_factory=dict
+    )  # of layers that wait for a reader
 
     def attend(self, call: AttentionCall, shape: LayerShape, backend: Backend) -> Tensor:
         """Attend, then let every row evict. B = 1; returns [1, H, T + W, Dv].
@@ -117,19 +128,24 @@ class Piece:
             out = backend.chunk(grouped, None, fed, rules)
         if call.layer != shape.readers[-1]:
             if call.layer == shape.source:
-                self.queries[call.layer] = query
+                self.calls[call.layer] = call
         else:
-            self.evict(shape.source, self.queries.pop(shape.source, query), fed, call.rules)
+            first = self.calls.pop(shape.source, call)
+            self.evict(replace(first, rules=call.rules), shape, fed)
         return out.flatten(0, 1)[None]
 
-    def evict(self, layer: int, query: Tensor, fed: Entries, rules: Rules) -> None:
+    def evict(self, call: AttentionCall, shape: LayerShape, fed: Entries) -> None:
         """Let every row evict from a layer that has attended to the entries `fed`."""
-        chunk = self.chunk
+        chunk, layer = self.chunk, call.layer
         own = Entries(*(tensor[:, : chunk.length] for tensor in fed))
         patch = Entries(*(t[:, chunk.length :] for t in fed)) if chunk.patched else None
         for stream in self.streams:
-            queries = stream.latest_queries(layer, query)
-            stream.evict(LayerChunk(layer, chunk, own, patch, queries, rules))
+            queries = stream.latest_queries(layer, call.query[0])
+            stream.evict(
+                LayerChunk(
+                    layer, chunk, own, patch, queries, call.rules, call.module, shape.rotation
+                )
+            )
             stream.remember(layer, chunk, queries)
 
 
@@ -143,8 +159,19 @@ class Stream:
 
     states: list[RowState]
     cache: RowCache
-    recent: list[Tensor | None]  # [layers], latest queries [H, W, D] of earlier chunks
+    # By layer: the latest queries [H, W, D] of earlier chunks, and what methods have gathered.
+    recent: dict[int, Tensor] = field(default_factory=dict)
+    gathered: defaultdict[int, Gathered] = field(default_factory=lambda: defaultdict(dict))
+    late: dict[int, LayerChunk] = field(default_factory=dict)  # layers whose rows evict late
     finite: list[tuple[Asked, int, Tensor]] = field(default_factory=list)  # see `check_finite`
+
+    @classmethod
+    def of(cls, state: RowState) -> "Stream":
+        """The stream of a row that holds entries already."""
+        stream = cls([state], state.cache)
+        for layer in state.gathered:
+            stream.gathered[layer] = state.gathered_by_method(layer)
+        return stream
 
     @property
     def chunks(self) -> Sequence[Chunk]:
@@ -156,9 +183,14 @@ class Stream:
         groups, chunk = self.cache.layers[layer.index], layer.chunk
         policy = self.states[0].policy
         scored = [group for group in groups if policy.scores(layer.index, group)]
-        scores = LayerScores(scored, layer)
+        scores = LayerScores(scored, layer, self.gathered[layer.index])
         for state in self.states:
             count_attended(state, groups, layer)
+            if scored and state.policy.gathers_after(chunk):
+                state.keep_beside(layer.index, scores.gather(state.policy))
+            if scored and state.policy.evicts_late and chunk.last:
+                self.late[layer.index] = layer.stored()
+            state.remember(layer.index, layer.queries[:, layer.queries.shape[1] - chunk.tokens :])
             chosen: Sequence[HeadGroup] = []
             if chunk.last or state.cache is self.cache:
                 chosen = move_kept(state, groups, layer, scores)
@@ -177,16 +209,55 @@ class Stream:
 
     def latest_queries(self, layer: int, queries: Tensor) -> Tensor:
         """A chunk's queries [H, T, D], after those of earlier chunks that may be needed."""
-        recent = self.recent[layer]
+        recent = self.recent.get(layer)
         return queries if recent is None else torch.cat([recent, queries], dim=1)
+
+    def evict_late(self, model: LoadedModel, ids: Tensor) -> None:
+        """Choose what stays of all layers, once all have attended to the last chunk."""
+        (state,) = self.states
+        policy, cache = state.policy, state.cache
+        layers = list(self.late.values())
+        if policy.spec.scorer is not None and Need.REPLAY in policy.spec.scorer.needs:
+            replayed = replay(model, state, ids)
+            layers = [replace(layer, replayed=replayed[layer.index]) for layer in layers]
+        scores = [
+            LayerScores(
+                [g for g in cache.layers[layer.index] if policy.scores(layer.index, g)],
+                layer,
+                self.gathered[layer.index],
+            )
+            for layer in layers
+        ]
+        if policy.spec.competition is Competition.MODEL:
+            chosen = choose_in_model(policy, scores)
+        else:
+            chosen = [choose(policy, each) for each in scores]
+        for layer, each, stay in zip(layers, scores, chosen, strict=True):
+            self.finite += each.finite
+            each.release()
+            for group, indices in zip(each.groups, stay, strict=True):
+                if indices is not None:
+                    evict_stored(state, group, indices, layer)
+        self.late.clear()
 
     def remember(self, layer: int, chunk: Chunk, queries: Tensor) -> None:
         """Keep the queries that an observation window at the end of the prompt reaches back to."""
         policies = [state.policy for state in self.states if state.policy.scores_once]
-        wanted = max((policy.spec.observation_window for policy in policies), default=0)
-        behind = sum(c.length for c in self.chunks if c.start > chunk.start)
+        windows = [policy.spec.observation_window for policy in policies]
+        wanted = max((window for window in windows if window < EVERY_QUERY), default=0)
+        behind = sum(c.length for c in self.chunks if c.start > chunk.start and not c.question)
         if 0 < behind < wanted:
             self.recent[layer] = queries[:, behind - wanted :].clone()
+
+
+def evict_stored(state: RowState, group: HeadGroup, stay: Tensor, layer: LayerChunk) -> None:
+    """Evict all but the entries `stay` [Kg, c] of a group whose entries are all in the cache."""
+    before, capacity, size = group.length, group.capacity, layer.entry_bytes
+    reserved = state.policy.reserved_for_answer(stay.shape[1], before, 0)
+    group.replace(group, group.select(layer.own), stay, reserved)
+    for _ in group.heads:
+        state.accounting.moved(1, capacity, group.capacity, size)
+        state.accounting.evicted(1, before, 0, group.length, size)
 
 
 def count_attended(state: RowState, groups: Sequence[HeadGroup], layer: LayerChunk) -> None:
@@ -245,29 +316,37 @@ def move_kept(
     chunk, policy = layer.chunk, state.policy
     stay: Iterator[Tensor | None] = iter(())  # of each group that is scored
     reserved = 0
-    scored = scores.groups if policy.evicts(None, chunk) else []
+    scored = scores.groups if policy.scores_after(chunk) else []
     if scored:
         chosen = choose(policy, scores)
-        sizes = [len(group.heads) for group in scored]
-        stay = iter([None] * len(sizes) if chosen is None else chosen.split(sizes))
-        if chosen is None and isinstance(scored[0].window, Visible):
+        stay = iter(chosen)
+        if chosen[0] is None and isinstance(scored[0].window, Visible):
             scored = []  # all that is visible stays, as under full attention
+        elif policy.gathers_after(chunk):
+            gathered = scores.kept_of(policy, chosen)
+            if policy.bounded:
+                scores.gathered[policy.spec.scorer, policy.seed] = gathered
+            state.keep_beside(layer.index, gathered)
         if policy.scores_each_chunk:
             reserved = policy.reserved_from(chunk, scores.view(policy))
     own_cache = groups is state.cache.layers[layer.index]
+    if scored and policy.spec.uneven:
+        parts = {id(group): group.apart() for group in scored}
+        groups = [part for group in groups for part in parts.get(id(group), [group])]
+        scored = [part for group in scored for part in parts[id(group)]]
     if own_cache:
         scores.release()  # or all old entries of the layer would be kept until all have moved
     for group in groups:
         own, size = group.select(layer.own), layer.entry_bytes
         heads, before, capacity = len(group.heads), group.length, group.capacity
-        if policy.scores_once and group in scored:
+        if (policy.scores_once or policy.bounded) and group in scored:
             move_chosen(state, group, own, next(stay), layer)
         elif group.window is not None:
             room = policy.reserved(layer.index, group.window)
             mine = group
             if not own_cache:
                 mine = state.cache.group_like(layer.index, group)
-                mine.copy(group, room)
+                mine.hold_as(group, room)
             mine.slide(own, chunk.start, room)
             if isinstance(group.window, Visible):
                 continue  # `count_visible` does
@@ -288,8 +367,13 @@ def move_kept(
             state.accounting.evicted(heads, before, chunk.tokens, group.length, size, counted)
         elif own_cache:
             group.add(own, policy.reserved(layer.index, None))
-        else:
-            raise AssertionError("a row left a stream with heads that it does not score")
+            if capacity and group.capacity != capacity:
+                state.accounting.moved(heads, capacity, group.capacity, size)
+        else:  # counted as if the row had read the prompt alone
+            mine = state.cache.group_like(layer.index, group)
+            everything = torch.arange(before + chunk.length, device=own.keys.device)
+            room = policy.reserved(layer.index, None)
+            mine.replace(group, own, everything.expand(heads, -1), room)
     return scored
 
 
@@ -326,17 +410,20 @@ def move_chosen(
     if stay is None:
         everything = torch.arange(before + new, device=own.keys.device)
         stay = everything.expand(len(group.heads), -1)
-    kept = stay.shape[1]
-    reserved = state.policy.reserved_for_answer(kept, before, new)
+    kept, policy = stay.shape[1], state.policy
+    reserved = kept
+    if layer.chunk.last:
+        reserved = policy.reserved_for_answer(kept, before, new)
+    past = group.capacity if policy.bounded else before  # entries of storage, if it ran alone
     state.cache.group_like(layer.index, group).replace(group, own, stay, reserved)
     for _ in group.heads:  # when the row runs alone, each head has its storage and moves by itself
         if isinstance(window, Visible) and limit is not None:
-            stored = state.policy.reserved(layer.index, window) if layer.chunk.start else 0
+            stored = policy.reserved(layer.index, window) if layer.chunk.start else 0
             accounting.moved(1, stored, reserved, layer.entry_bytes)
             accounting.left_sight(1, limit, layer.chunk.start + new, kept)
             accounting.freed(1, layer.chunk.tokens, 0, layer.entry_bytes)
         else:
-            accounting.moved(1, before, reserved, layer.entry_bytes)
+            accounting.moved(1, past, reserved, layer.entry_bytes)
             accounting.evicted(1, before, new, kept, layer.entry_bytes)
 
 
@@ -350,19 +437,20 @@ def make_streams(
     streams = []
 
     def add_stream(members: list[RowState], cache: RowCache) -> None:
-        streams.append(Stream(members, cache, [None] * model.shape.layers))
+        streams.append(Stream(members, cache))
 
     policies = [policy_of(model, row, prefill_chunk) for row in rows]
-    sharing = sum(policy.keeps_whole_prompt for policy in policies) > 1
+    sharing = sum(p.keeps_whole_prompt and not p.evicts_late for p in policies) > 1
     for row, policy in zip(rows, policies, strict=True):
         # The storage of a shared cache stays as a whole until the last row has left it.
-        apart = policy.scores_once and not (policy.keeps_whole_prompt and sharing)
-        layers = policy.acting if apart else ()
+        shared = policy.keeps_whole_prompt and not policy.evicts_late and sharing
+        apart = policy.spec.uneven or policy.bounded or (policy.scores_once and not shared)
+        layers = policy.acting if apart and policy.evicts_by_score else ()
         cache = RowCache(policy.windows, ledger, model.device, limits=policy.limits, apart=layers)
         states.append(RowState(row, policy, cache))
         if policy.keeps_all:
             keeping.append(states[-1])
-        elif policy.keeps_whole_prompt:
+        elif policy.keeps_whole_prompt and not policy.evicts_late:
             leaving.append(states[-1])
         else:
             add_stream([states[-1]], cache)

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from kvbench.engine.accounting import full_attention_peak
 from kvbench.engine.row import Row
-from kvbench.method import Entries, LayerView, Limit, Method, Window, draw_seed
+from kvbench.method import (
+    EVERY_QUERY,
+    Competition,
+    DecodingMethod,
+    Entries,
+    LayerView,
+    Limit,
+    Method,
+    Window,
+    draw_seed,
+)
 from kvbench.models.attention import AttentionCall
 from kvbench.models.load import LoadedModel, best_tokens, forward
 from kvbench.spec import Chunking
@@ -51,10 +61,9 @@ def run_reference(model: LoadedModel, row: Row, prefill_chunk: int | None) -> Re
         token = feed(row.prompt[start:stop] + patch, start)
         patch_rows += len(patch)
     kept = [[sorted(head.positions[0].tolist()) for head in layer] for layer in kv.held]
-    kv.scorer, kv.new = None, 1  # from now on only windows evict
-    tokens = [token]
+    kv.new, tokens = 1, [token]
     while len(tokens) < row.max_new_tokens and tokens[-1] not in model.end_tokens:
-        kv.start = prompt + len(tokens) - 1
+        kv.fed, kv.start = len(tokens), prompt + len(tokens) - 1
         tokens.append(feed([tokens[-1]], kv.start))
     full = full_attention_peak(model.layers, prompt + len(tokens) - 1)
     answer = tokens[:-1] if tokens[-1] in model.end_tokens else tokens
@@ -67,6 +76,7 @@ class ReferenceKV:
     start = 0  # position of the chunk's first token
     new = 0  # tokens of the chunk, without the patched ones
     last = False  # whether it is the prompt's last chunk
+    fed = 0  # tokens of the answer that have been read
 
     def __init__(self, row: Row, model: LoadedModel) -> None:
         self.row, self.shape, self.layers = row, model.shape, model.layers
@@ -77,7 +87,12 @@ class ReferenceKV:
         self.acting = range(shape.layers) if shape.acting is None else shape.acting
         self.longest = len(row.prompt) + row.max_new_tokens - 1
         self.scorer: Method | None = row.spec.scorer if evicts else None
-        self.chunked = row.spec.chunking is not Chunking.NONE
+        self.chunking = row.spec.chunking
+        self.chunked = self.chunking in (Chunking.NAIVE, Chunking.PATCHED)
+        self.interval = 0
+        if isinstance(self.scorer, DecodingMethod):
+            self.interval = self.scorer.interval
+        self.gathered: dict[int, Tensor] = {}
         self.patched = row.spec.chunking is Chunking.PATCHED and self.scorer is not None
         self.window = row.spec.observation_window
         self.held: list[list[Entries]] = [[] for _ in range(shape.layers)]
@@ -120,7 +135,7 @@ class ReferenceKV:
         scored = [head for head, window in enumerate(windows) if window is None]
         chosen: dict[int, Tensor] = {}
         scores = self.scorer is not None and call.layer in self.acting
-        if self.scorer is not None and scores and scored and (self.chunked or self.last):
+        if self.scorer is not None and scores and scored and self.asks:
             chosen = dict(zip(scored, self.choose(call, scored, self.scorer), strict=True))
         hidden = []
         for head, window in enumerate(windows):
@@ -142,21 +157,41 @@ class ReferenceKV:
             self.entries -= gone
             held[head] = Entries(*(tensor[:, gone:] for tensor in held[head]))
 
+    @property
+    def asks(self) -> bool:
+        """Whether the method is asked what stays."""
+        if self.fed:
+            return bool(self.interval) and self.fed % self.interval == 0
+        return True
+
+    @property
+    def evicts(self) -> bool:
+        """Whether entries are evicted by score."""
+        return bool(self.fed) or self.last or self.chunking is not Chunking.NONE
+
     def choose(self, call: AttentionCall, heads: list[int], scorer: Method) -> Tensor:
         """Which entries of some KV heads stay by budget and scores: bool [K, E]."""
         tokens, prompt = call.key.shape[2], len(self.row.prompt)
         chunks = self.queries[call.layer]
+        since = self.interval if self.fed else tokens  # tokens since the method was last asked
         queries = torch.cat(chunks[-1:] if self.chunked else chunks, 1)
-        window = min(self.window, queries.shape[1])
+        window = min(since if self.window >= EVERY_QUERY else self.window, queries.shape[1])
         grouped = queries[:, queries.shape[1] - window :].unflatten(0, (-1, self.shape.group))
         seen, patched = self.start + tokens, tokens - self.new
-        seed = draw_seed(self.row.seed, call.layer, self.start if self.chunked else 0)
+        once = self.chunking is Chunking.NONE and not self.fed
+        seed = draw_seed(self.row.seed, call.layer, 0 if once else seen - since)
         limit, sinks = self.layers[call.layer].limit, call.rules.sinks
-        new = read = self.new if self.chunked else prompt
+        held = self.held[call.layer]
+        entries = held[heads[0]].positions.shape[1]
+        new = read = self.new if self.chunked else entries
         if limit is not None:
+            read = self.new if self.chunked else prompt
             new = min(read, limit.held(prompt))
+        gathered = self.gathered.get(call.layer)
+        if gathered is not None and scorer.gathers_per_entry:
+            gathered = torch.nn.functional.pad(gathered, (0, entries - gathered.shape[1]))
         view = LayerView(
-            blocks=[[self.held[call.layer][head]] for head in heads],
+            blocks=[[held[head]] for head in heads],
             queries=grouped[heads],
             query_positions=torch.arange(seen - window, seen, device=queries.device),
             scaling=call.rules.scaling,
@@ -172,21 +207,68 @@ class ReferenceKV:
             limit=limit,
             softcap=call.rules.softcap,
             sinks=None if sinks is None else sinks[heads],
+            read=seen - patched,
+            gathered=gathered,
+            module=call.module,
+            rotation=self.layers[call.layer].rotation,
         )
-        budget = self.row.spec.scorer_budget(self.row.budget)
-        capacity = min(new, scorer.capacity(replace(view, new=read), budget))
-        observed = 0 if patched else min(self.window, view.new)
-        end = view.entries - patched
+        if type(scorer).gather is not Method.gather:
+            view = replace(view, gathered=scorer.gather(view))
+        stay = torch.arange(entries).expand(len(heads), -1) < entries - patched
+        if self.evicts:
+            stay = self.best(view, scorer, read)
+        if view.gathered is not None:
+            kept = view.gathered
+            if scorer.gathers_per_entry:
+                kept = torch.stack([x[there] for x, there in zip(kept, stay, strict=True)])
+            self.gathered[call.layer] = kept
+        return stay.to(queries.device)
+
+    def best(self, view: LayerView, scorer: Method, read: int) -> Tensor:
+        """Which entries stay, after `read` tokens that compete: bool [K, E]."""
+        spec, heads = self.row.spec, len(view.kv_heads)
+        if isinstance(scorer, DecodingMethod) and self.interval:
+            capacity = scorer.entries_held(self.longest, self.row.budget)
+        else:
+            asked = view.prompt if self.chunking is Chunking.BOUNDED else read
+            budget = spec.scorer_budget(self.row.budget)
+            capacity = scorer.capacity(replace(view, new=asked), budget)
+        capacity = min(view.new, capacity)
+        protected = 0 if view.patched else min(scorer.protected, view.new)
+        end = view.entries - view.patched
         first = end - view.new
-        stay = torch.arange(view.entries).expand(len(heads), -1) < first  # entries kept before
-        stay[:, end - min(capacity, observed) : end] = True  # the observation window, or its end
-        if capacity > observed:
+        stay = torch.arange(view.entries).repeat(heads, 1) < first  # entries kept before
+        stay[:, end - min(capacity, protected) : end] = True  # the protected ones, or the last
+        free = capacity - protected
+        if capacity == view.new:
+            stay[:, first:end] = True
+        elif free > 0:
             scores = scorer.scores(view)
             assert scores is not None
-            ranking = scores[:, first : end - observed].cpu()
-            ranking = ranking.argsort(dim=1, descending=True, stable=True)
-            stay.scatter_(1, first + ranking[:, : capacity - observed], True)
-        return stay.to(queries.device)
+            ranking = scores[:, first : end - protected].cpu()
+            selected = scorer.select(view, scores[:, first : end - protected], free)
+            if spec.competition is Competition.LAYER:
+                least = int(spec.head_share * capacity) - protected
+                for head, entry in among_heads(ranking.tolist(), heads * free, least):
+                    stay[head, first + entry] = True
+            elif selected is not None:
+                stay.scatter_(1, first + selected.cpu(), True)
+            else:
+                order = ranking.argsort(dim=1, descending=True, stable=True)
+                stay.scatter_(1, first + order[:, :free], True)
+        return stay
+
+
+def among_heads(scores: list[list[float]], total: int, least: int) -> list[tuple[int, int]]:
+    """The `total` pairs (KV head, entry) of highest scores, `least` or more of each head first."""
+    ranked = [
+        sorted(((head, entry) for entry in range(len(row))), key=lambda pair: -row[pair[1]])
+        for head, row in enumerate(scores)
+    ]
+    sure = [pair for pairs in ranked for pair in pairs[: max(0, least)]]
+    rest = sorted(pair for pairs in ranked for pair in pairs[max(0, least) :])
+    rest.sort(key=lambda pair: -scores[pair[0]][pair[1]])
+    return (sure + rest)[:total]
 
 
 def attention(call: AttentionCall, head: int, entries: Entries, here: Tensor) -> Tensor:

@@ -1,6 +1,11 @@
 """A row: one sample under one method and budget, and what is measured of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from kvbench.engine.accounting import (
     Accounting,
@@ -10,8 +15,9 @@ from kvbench.engine.accounting import (
     full_attention_rows,
 )
 from kvbench.engine.cache import HeadGroup, Ledger, RowCache, Visible
-from kvbench.engine.eviction import EvictionPolicy
+from kvbench.engine.policy import EvictionPolicy
 from kvbench.errors import InputError
+from kvbench.method import EVERY_QUERY, Method
 from kvbench.models.load import NOT_FINITE, LoadedModel
 from kvbench.spec import MethodSpec
 
@@ -25,6 +31,7 @@ class Row:
     spec: MethodSpec
     budget: float  # above 0, at most 1
     seed: int = 0  # for methods that draw
+    context: int | None = None  # tokens that are evicted from before the rest is read; None: all
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,75 @@ class RowState:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     kept: list[list[list[int]]] | None = None  # [layers][KV heads], positions after the prompt
+    gathered: dict[int, Tensor] = field(default_factory=dict)  # by layer, of the method
+    queries: dict[int, Tensor] = field(default_factory=dict)  # by layer, the last [H, W, D]
+    before: list[list[Held]] = field(default_factory=list)  # what was held when last counted
+    counted: int = 0  # tokens of the answer that have been counted
+    flat: bool = False  # whether evictions while decoding are counted as a full window's
+
+    @property
+    def fed(self) -> int:
+        """Tokens of the answer that have been read."""
+        return len(self.tokens) - 1
+
+    @property
+    def evicts_now(self) -> bool:
+        """Whether the row's interval of decoded tokens has ended."""
+        interval = self.policy.interval
+        return bool(interval) and self.fed % interval == 0
+
+    def start_decoding(self) -> None:
+        """Note what is held before tokens are decoded, and count the queries that are kept."""
+        self.before = held(self)
+        groups = [group for layer in self.policy.acting for group in self.cache.layers[layer]]
+        if self.policy.interval:
+            self.flat = self.policy.interval == 1 and all(
+                group.length <= self.policy.held for group in groups
+            )
+            entry = EntryBytes.of(groups[0].entries())
+            heads = self.policy.shape.query_heads * len(self.policy.acting)
+            self.accounting.kept_beside(heads * self.policy.queries_needed * entry.key)
+
+    def count_decoded(self) -> None:
+        """Count the tokens that have been decoded since the last time."""
+        self.accounting.decoded(self.before, self.fed - self.counted)
+        self.counted = self.fed
+
+    @contextmanager
+    def evicting(self) -> Iterator[None]:
+        """Count the tokens before an eviction, and what is held after it.
+
+        With an interval of 1, all that is held is counted at once when the row ends: from its c-th
+        entry on, a KV head holds c entries after each token.
+        """
+        if self.flat:
+            yield
+            return
+        self.count_decoded()
+        yield
+        self.accounting.evicted_while_decoding()
+        self.before = held(self)
+
+    def gathered_by_method(self, layer: int) -> dict[tuple[Method, int], Tensor]:
+        """What the row's method has gathered of a layer, by the method and the row's seed."""
+        scorer = self.policy.spec.scorer
+        if scorer is None or layer not in self.gathered:
+            return {}
+        return {(scorer, self.policy.seed): self.gathered[layer]}
+
+    def keep_beside(self, layer: int, gathered: Tensor) -> None:
+        """Keep what the method has gathered of a layer, and count its bytes."""
+        before = self.gathered[layer].nbytes if layer in self.gathered else 0
+        self.gathered[layer] = gathered
+        self.accounting.kept_beside(gathered.nbytes - before)
+
+    def remember(self, layer: int, queries: Tensor) -> None:
+        """Keep the prompt's last queries [H, T, D] for the first eviction while decoding."""
+        window = self.policy.spec.observation_window
+        if self.policy.interval and 0 < window < EVERY_QUERY:
+            before = self.queries.get(layer)
+            joined = queries if before is None else torch.cat([before, queries], dim=1)
+            self.queries[layer] = joined[:, -window:].clone()
 
     def ended(self, model: LoadedModel) -> bool:
         """Whether the row has generated its answer, or cannot go on."""
@@ -74,12 +150,12 @@ class RowState:
     def reserve_answer(self) -> None:
         """Allocate storage for the answer where there is none; windows have all they need."""
         for group in (group for groups in self.cache.layers for group in groups):
-            before, after = group.capacity, group.length + self.policy.decoded
+            before, after = group.capacity, group.length + self.policy.answer_entries(group.length)
             if group.window is not None or before >= after:
                 continue
             group.reserve(after)
             # Heads that were scored once have separate storage when the row runs alone.
-            moves = len(group.heads) if self.policy.scores_once else 1
+            moves = len(group.heads) if self.policy.separate else 1
             size = EntryBytes.of(group.entries())
             for _ in range(moves):
                 self.accounting.moved(len(group.heads) // moves, before, after, size)
@@ -96,23 +172,30 @@ def policy_of(model: LoadedModel, row: Row, prefill_chunk: int | None) -> Evicti
         row.seed,
         prefill_chunk,
         model.layers,
+        row.context,
     )
 
 
-def held(cache: RowCache) -> list[list[Held]]:
+def held(state: RowState) -> list[list[Held]]:
     """What a row's layers hold before it decodes."""
-    return [[held_by(group) for group in groups] for groups in cache.layers]
+    most = state.policy.held if state.policy.interval == 1 else None  # in effect if it is flat
+    acting = state.policy.acting
+    return [
+        [held_by(group, most if layer in acting else None) for group in groups]
+        for layer, groups in enumerate(state.cache.layers)
+    ]
 
 
-def held_by(group: HeadGroup) -> Held:
-    """What a group of KV heads holds before it decodes."""
+def held_by(group: HeadGroup, at_most: int | None) -> Held:
+    """What a group of KV heads holds before it decodes, and then `at_most` after each token."""
     window, limit = group.window, group.limit
     heads, entries = len(group.heads), group.length
     if window is not None:
         most = window.sinks + window.size
         return Held(heads, entries, most, limit, isinstance(window, Visible), None)
     if limit is None:
-        return Held(heads, entries, None, None, False, None)
+        bound = None if at_most is None or entries > at_most else at_most
+        return Held(heads, entries, bound, None, False, None)
     positions = group.entries().positions[:, :entries].clone()
     return Held(heads, entries, max(entries, limit.size - 1), limit, False, positions)
 
@@ -123,6 +206,11 @@ def check(model: LoadedModel, row: Row) -> None:
         raise InputError("a row needs a prompt and at least one token to generate")
     if not 0 < row.budget <= 1:
         raise InputError(f"a budget must be above 0 and at most 1, not {row.budget}")
+    if row.context is not None and not 0 < row.context < len(row.prompt):
+        raise InputError(
+            f"the context must be from 1 to {len(row.prompt) - 1} tokens of the prompt, not "
+            f"{row.context}"
+        )
     total = len(row.prompt) + row.max_new_tokens
     if total > model.max_context:
         raise InputError(

@@ -13,10 +13,11 @@ import torch
 
 from kvbench.engine.attention import backend_of
 from kvbench.engine.cache import Ledger
+from kvbench.engine.decode_eviction import evict_due
 from kvbench.engine.decoding import DecodeKV
 from kvbench.engine.graph import Repeated
 from kvbench.engine.prefill import prefill
-from kvbench.engine.row import Outcome, Row, RowState, check, held, outcome, policy_of
+from kvbench.engine.row import Outcome, Row, RowState, check, outcome, policy_of
 from kvbench.models.load import LoadedModel, best_tokens, forward
 
 Repeat = Callable[[Callable[[], None], bool], Repeated]  # of a step, and whether to capture it
@@ -78,14 +79,15 @@ def decode(model: LoadedModel, states: Sequence[RowState], repeat: Repeat) -> No
     if not batch:
         return
     started = time.perf_counter()
-    before = {id(state): held(state.cache) for state in batch}
     for state in batch:
         state.reserve_answer()
+        state.start_decoding()
     kv = DecodeKV(
         [state.cache for state in batch],
         [len(state.row.prompt) for state in batch],
         model.layers,
         backend_of(model.attention),
+        max(state.policy.queries_needed for state in batch),
     )
     ids = torch.tensor([state.tokens[-1] for state in batch], device=model.device)
 
@@ -104,14 +106,14 @@ def decode(model: LoadedModel, states: Sequence[RowState], repeat: Repeat) -> No
             state = batch[place]
             state.tokens.append(tokens[place])
             state.decode_seconds += (now - started) / len(running)
-        started = now
         over = {place for place in running if batch[place].ended(model)}
+        for place in over:
+            batch[place].count_decoded()
+        running = [place for place in running if place not in over]
+        evict_due(kv, batch, running, model.layers)
+        started = time.perf_counter()
         if not over:
             continue
-        for place in over:
-            state = batch[place]
-            state.accounting.decoded(before[id(state)], len(state.tokens) - 1)
-        running = [place for place in running if place not in over]
         if kv.capturable and 2 * len(running) > len(batch):
             kv.retire(over)
             continue

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvbench.errors import InputError
-from kvbench.method import Limit
+from kvbench.method import Limit, Rotation
 
 ATTENTION = "kvbench"  # the name under which the function is registered
 PROBE = "kvbench-probe"
@@ -54,6 +54,7 @@ class LayerShape:
     limit: Limit | None = None  # what the model itself lets the layer see
     source: int = 0  # the layer whose keys and values it reads: itself, or an earlier one
     readers: tuple[int, ...] = ()  # all layers that read these keys and values, the source first
+    rotation: Rotation | None = None  # RoPE, None where it is not known
 
     @property
     def group(self) -> int:
@@ -95,6 +96,7 @@ class AttentionCall:
     key: Tensor  # [B, K, T, D]
     value: Tensor  # [B, K, T, Dv]
     rules: Rules
+    module: Any = None  # the layer's attention
 
     def split(self, sizes: Sequence[int]) -> "list[AttentionCall]":
         """The calls of the parts of a packed sequence (B = 1), `sizes` tokens each."""
@@ -198,7 +200,7 @@ def registered_attention(
     query = rescaled(module, query, kv_positions)
     sinks = None if s_aux is None else s_aux.unflatten(0, (key.shape[1], -1))
     rules = Rules(scaling, limit, softcap or None, sinks)
-    call = AttentionCall(layer, query, key, value, rules)
+    call = AttentionCall(layer, query, key, value, rules, module)
     if kv_layers is not None:
         check_shapes(call, kv_layers)
     return kv.attend(call).transpose(1, 2).contiguous(), None

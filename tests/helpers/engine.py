@@ -1,11 +1,15 @@
 """Prompts, method specs and views for tests of the engine."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvbench.engine.row import Row, policy_of
+from kvbench.errors import InputError
 from kvbench.method import Entries, LayerView
+from kvbench.models.load import LoadedModel
 from kvbench.spec import MethodSpec, parse_method
 
 SCORES = Path(__file__).parent.parent / "data" / "scores.tsv"
@@ -17,12 +21,25 @@ def tokens(count: int, seed: int = 0) -> list[int]:
     return torch.randint(1, 199, (count,), generator=generator).tolist()
 
 
-def spec(name: str, window: int = 6) -> MethodSpec:
+def spec(name: str, window: int = 6, interval: int = 3) -> MethodSpec:
     """A method with windows for short prompts, and with head scores if it needs them."""
-    options: dict[str, Any] = {"snapkv.window": window, "pyramidkv.window": window}
+    options: dict[str, Any] = {"window": window, "interval": interval}
     for split in ("prulong", "duoattention"):
         options |= {f"{split}.scores": str(SCORES), f"{split}.sinks": 2, f"{split}.window": 7}
     return parse_method(name, options)
+
+
+def measurable(names: Iterable[str], model: LoadedModel) -> list[str]:
+    """The methods that can be measured on a model."""
+    found = []
+    for name in names:
+        try:
+            policy_of(model, Row(tokens(30), 4, spec(name), 0.5), None)
+        except InputError:
+            assert any(layer.limit for layer in model.layers), name
+        else:
+            found.append(name)
+    return found
 
 
 def view_of(prompt: int, window: int, layer: int, layers: int) -> LayerView:
