@@ -46,6 +46,7 @@ class Held(NamedTuple):
     limit: Limit | None  # the model's own
     visible: bool  # whether it holds all that the limit lets later tokens see
     positions: "Tensor | None"  # [heads, entries] in a limited layer without a window
+    size: int  # bytes of an entry
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Accounting:
     held_peak: int = 0
     visible: int = 0
     seen: int = 0
+    bytes_read: int = 0  # of keys, values and page bounds, by decoded tokens
     bytes: int = 0
     bytes_peak: int = 0
     timeline: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
@@ -219,12 +221,14 @@ class Accounting:
         last = 0  # entries at the last token's row
         for groups in layers:
             most = max(most, within + sum(held.heads for held in groups if not held.visible))
-            for heads, past, at_most, limit, visible, positions in groups:
+            for heads, past, at_most, limit, visible, positions, size in groups:
+                counted = self.read_rows
                 if visible and limit is not None:
                     self._count(heads * contiguous_rows(limit, past, tokens))
                     self.visible += heads * (limit.held(start + tokens) - limit.held(start))
                     self.seen += heads * (min(start + tokens, limit.size) - min(start, limit.size))
                     limits[limit] += heads
+                    self.bytes_read += (self.read_rows - counted) * size
                     continue
                 growing = tokens if at_most is None else min(tokens, at_most - past)
                 if positions is not None and limit is not None:
@@ -233,6 +237,7 @@ class Accounting:
                 else:
                     flat = tokens - growing
                     self._count(heads * (entry_rows(past, growing) + flat * (past + growing + 1)))
+                self.bytes_read += (self.read_rows - counted) * size
                 self.entries += heads * growing
                 within += heads * (growing == tokens)
                 last += heads * (past + tokens - (growing < tokens) * (tokens - growing - 1))
@@ -243,6 +248,14 @@ class Accounting:
         self._course(start + tokens, whole, windows, limits)
         self.entries_peak = max(self.entries_peak, last + self.seen)
         self.held_peak = max(self.held_peak, self.entries - within + most + self.seen)
+
+    def read_in_pages(self, whole: int, read: int, pages: int, size: EntryBytes) -> None:
+        """Decoded tokens read `read` entries, not all of the `whole` that were resident.
+
+        They read the bounds of `pages` pages, two keys each. All of them over KV heads and tokens.
+        """
+        self.read_rows -= whole - read
+        self.bytes_read += 2 * pages * size.key - (whole - read) * sum(size)
 
     def evicted_while_decoding(self) -> None:
         """All KV heads have evicted after a decoded token."""

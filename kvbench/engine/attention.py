@@ -17,6 +17,7 @@ from kvbench.engine.cache import RowCache
 from kvbench.engine.kernels import cpu
 from kvbench.engine.kernels.flash_attn import flash_attn_partial
 from kvbench.engine.kernels.interface import Partial, TokenKernel
+from kvbench.engine.pages import PageBounds
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import Entries
 from kvbench.models.attention import Rules
@@ -54,16 +55,34 @@ def attend_groups(
 
     queries [K, G, T, D] and new [K, T, ...] of one row; returns [K, G, T, Dv].
     """
-    parts = [
-        backend.chunk(
-            group.of(queries),
-            group.resident(),
-            group.select(new),
-            rules if rules.sinks is None else replace(rules, sinks=group.of(rules.sinks)),
-        )
-        for group in cache.layers[layer]
-    ]
+    parts = []
+    for group in cache.layers[layer]:
+        here = rules if rules.sinks is None else replace(rules, sinks=group.of(rules.sinks))
+        mine, held, own = group.of(queries), group.resident(), group.select(new)
+        if group.bounds is not None and held is not None:
+            parts.append(paged_attention(group.bounds, mine, held, own, here, backend))
+        else:
+            parts.append(backend.chunk(mine, held, own, here))
     return cache.joined(layer, parts)
+
+
+def paged_attention(
+    bounds: PageBounds, queries: Tensor, held: Entries, own: Entries, rules: Rules, backend: Backend
+) -> Tensor:
+    """A token attends to its best pages of `held` and to itself; the pages' entries are gathered.
+
+    queries [Kg, G, 1, D], held [Kg, E, ...], own [Kg, 1, ...]; returns [Kg, G, 1, Dv]. KV heads may
+    read different numbers of entries, because the last page may hold fewer than the others.
+    """
+    parts = []
+    for head, order in enumerate(bounds.best(queries[:, :, 0], held.positions.shape[1])):
+        here = slice(head, head + 1)
+        read = Entries(*(tensor[here, order] for tensor in held))
+        mine = Entries(*(tensor[here] for tensor in own))
+        sinks = None if rules.sinks is None else rules.sinks[here]
+        parts.append(backend.chunk(queries[here], read, mine, replace(rules, sinks=sinks)))
+        bounds.reads[head] += len(order)
+    return torch.cat(parts)
 
 
 class Sdpa:

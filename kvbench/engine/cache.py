@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvbench.engine.pages import PageBounds
 from kvbench.method import Entries, Limit, Window
 
 EVERYTHING = Window(0, 2**62)  # stands for no window, for kernels
@@ -72,6 +73,7 @@ class HeadGroup:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.positions: Tensor | None = None
+        self.bounds: PageBounds | None = None  # of its pages, while decoding
 
     @property
     def capacity(self) -> int:
@@ -231,6 +233,7 @@ class HeadGroup:
         for name in ("keys", "values", "positions"):
             self._store(name, None)
         self.length = self.oldest = 0
+        self.bounds = None
 
     def entries(self) -> Entries:
         """The whole storage, resident or not."""
@@ -356,6 +359,15 @@ class RowCache:
             starts = [(t.data_ptr(), t.stride(0) * t.itemsize) for t in group.entries()]
             for row, head in enumerate(group.heads):
                 found[head] = [start + row * step for start, step in starts] + held
+        return [found[head] for head in sorted(found)]
+
+    def bounds(self, layer: int) -> list[tuple[PageBounds, int] | None]:
+        """For each KV head of a layer: the bounds of its pages and its row in them, if any."""
+        found = {
+            head: None if group.bounds is None else (group.bounds, row)
+            for group in self.layers[layer]
+            for row, head in enumerate(group.heads)
+        }
         return [found[head] for head in sorted(found)]
 
     def kept(self) -> list[list[list[int]]]:

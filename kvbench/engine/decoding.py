@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kvbench.engine.attention import Backend, attend_groups
 from kvbench.engine.cache import RowCache
-from kvbench.engine.kernels.interface import Sequences
+from kvbench.engine.kernels.interface import PageTable, Sequences
+from kvbench.engine.pages import PageBounds
 from kvbench.errors import InputError
 from kvbench.method import Entries
 from kvbench.models.attention import AttentionCall, LayerShape, Rules
@@ -54,6 +55,44 @@ class RecentQueries:
             self.rings[layer] = ring[torch.tensor(rows, dtype=torch.long, device=ring.device)]
 
 
+class PagedSequences:
+    """What S sequences of all layers read of their pages; `bounds` are None where everything is.
+
+    `bounds` names, for each sequence, the bounds and the row in them.
+    """
+
+    def __init__(self, bounds: Sequence[tuple[PageBounds, int] | None]) -> None:
+        addresses, shares = [[0, 0, 0, 0, 0]], [0.0]
+        for each in bounds:
+            if each is None:
+                addresses.append(addresses[0])
+                shares.append(0.0)
+                continue
+            held, row = each
+            starts = [part[row].data_ptr() for part in (held.mins, held.maxs, held.reads)]
+            addresses.append([*starts, held.pages.size, held.pages.least])
+            shares.append(held.pages.share)
+        self.table = torch.tensor(addresses[1:]).T.contiguous()  # [5, S]
+        self.shares = torch.tensor(shares[1:], dtype=torch.float64)
+        self.wanted = torch.zeros_like(self.table[0])
+
+    def want(self, lengths: Tensor) -> None:
+        """Say how many pages are read of sequences of these lengths [S], as `Pages.read` does."""
+        sizes, least = self.table[3:]
+        pages = (self.shares * lengths / sizes.clamp(min=1)).round().long()
+        torch.maximum(pages, least, out=self.wanted)
+
+    def of(self, place: slice) -> PageTable:
+        """What the sequences of a layer read."""
+        mins, maxs, reads, sizes, _ = self.table[:, place]
+        return PageTable(mins, maxs, sizes, self.wanted[place], reads)
+
+    def keep(self, places: Tensor) -> None:
+        """Continue with the sequences at `places` only."""
+        self.table = self.table[:, places].contiguous()
+        self.shares, self.wanted = self.shares[places], self.wanted[places]
+
+
 class DecodeKV:
     """A `KVAttention` for R rows that decode one token each per step.
 
@@ -81,6 +120,10 @@ class DecodeKV:
         kernels = [backend.token_kernel(entries) for entries in kinds]
         self.kernels = [kernel for kernel in kernels if kernel is not None]
         self.by_kernel = len(self.kernels) == len(layers)
+        groups = [group for cache in caches for groups in cache.layers for group in groups]
+        self.paged = any(group.bounds is not None for group in groups)
+        if self.paged and device.type != "cpu":
+            self.by_kernel = False  # only the CPU's kernel reads pages
         self.positions = torch.tensor(prompts, device=device)  # [R], of the tokens that are fed
         if not self.by_kernel:
             return
@@ -97,7 +140,11 @@ class DecodeKV:
         # Each [S], S the sequences of all layers.
         *where, self.lengths, self.sinks, self.sizes, self.spans, self.rows = table.T.contiguous()
         self.where = torch.stack(where)  # [3, S]
-        groups = [group for cache in caches for groups in cache.layers for group in groups]
+        self.pages = None
+        if self.paged:
+            self.pages = PagedSequences(
+                [bounds for layer in own for cache in caches for bounds in cache.bounds(layer)]
+            )
         # Rows that retire become windows too, so a captured step must handle windows.
         self.streams = self.capturable or any(group.window for group in groups)
         self.chunked = any(layer.limit and layer.limit.chunked for layer in layers)
@@ -119,6 +166,8 @@ class DecodeKV:
         if self.streams:
             self.slots = torch.empty_like(self.lengths)
             self._choose_slots()
+        if self.pages is not None:
+            self.pages.want(self.lengths)
         self.sequences: list[Sequences] = []
         places: dict[int, slice] = {}  # of the sequences of a layer that holds entries
         self.places = places
@@ -134,8 +183,11 @@ class DecodeKV:
                 # its oldest entry: the token waits behind the others.
                 slots = lengths
             keys, values, positions = (addresses[place] for addresses in self.where)
+            pages = self.pages.of(place) if self.pages is not None else None
             self.sequences.append(
-                Sequences(self.here[place], keys, values, positions, lengths, slots, self.longest)
+                Sequences(
+                    self.here[place], keys, values, positions, lengths, slots, self.longest, pages
+                )
             )
 
     def _choose_slots(self) -> None:
@@ -174,6 +226,8 @@ class DecodeKV:
             for group in cache.layers[source] if last else ():
                 if group.window is None:
                     group.add(group.select(own), group.capacity)
+                    if group.bounds is not None:
+                        group.bounds.add(group.of(key[row])[:, 0], group.length - 1)
                 else:
                     group.slide(group.select(own), int(self.positions[row]), group.capacity)
         return out
@@ -186,6 +240,8 @@ class DecodeKV:
             return
         self.here += 1
         self.lengths += 1
+        if self.pages is not None:
+            self.pages.want(self.lengths)
         if self.streams:
             torch.minimum(self.lengths, self.sinks + self.sizes, out=self.lengths)
             if self.chunked:  # a chunk of attention that is full is out of sight
@@ -233,6 +289,8 @@ class DecodeKV:
         places = torch.isin(self.rows, kept).nonzero().flatten()
         self.rows = torch.searchsorted(kept, self.rows[places])
         self.where = self.where[:, places]
+        if self.pages is not None:
+            self.pages.keep(places)
         self.lengths, self.sinks, self.sizes, self.spans = (
             table[places] for table in (self.lengths, self.sinks, self.sizes, self.spans)
         )

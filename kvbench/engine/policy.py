@@ -81,25 +81,27 @@ class EvictionPolicy:
         InputError for a method that cannot run on this model.
         """
         check_observation_window(self.spec.observation_window, self.asked("observation_window"))
-        scorer = self.spec.scorer
-        if scorer is None or self.budget == 1:
+        if self.budget == 1:
             return
-        if scorer.observation_window >= EVERY_QUERY and not gathers(scorer):
-            raise self.asked("observation_window").error(
-                "is EVERY_QUERY, but the method has no gather(); only methods that gather see all "
-                "queries"
-            )
-        bounded = self.spec.chunking is Chunking.BOUNDED
-        beyond = self.spec.uneven or bounded or self.interval or self.context or gathers(scorer)
-        if beyond and any(self.layers[index].limit is not None for index in self.acting):
+        scorer, beyond = self.spec.scorer, any(self.pages)
+        if scorer is not None:
+            if scorer.observation_window >= EVERY_QUERY and not gathers(scorer):
+                raise self.asked("observation_window").error(
+                    "is EVERY_QUERY, but the method has no gather(); only methods that gather see "
+                    "all queries"
+                )
+            bounded = self.spec.chunking is Chunking.BOUNDED
+            beyond = bool(self.spec.uneven or bounded or self.interval or gathers(scorer))
+            if Need.ROTATION in scorer.needs and self.layers[self.acting[0]].rotation is None:
+                raise InputError(
+                    f"method '{self.spec.name}' needs queries before RoPE, and kvbench does not "
+                    "know the model's rotation"
+                )
+        limited = any(self.layers[index].limit is not None for index in self.acting)
+        if limited and (beyond or self.context is not None):
             raise InputError(
                 f"method '{self.spec.name}' cannot be measured on a model whose layers all have a "
                 "limited attention (sliding windows or chunks)"
-            )
-        if Need.ROTATION in scorer.needs and self.layers[self.acting[0]].rotation is None:
-            raise InputError(
-                f"method '{self.spec.name}' needs queries before RoPE, and kvbench does not know "
-                "the model's rotation"
             )
 
     @property

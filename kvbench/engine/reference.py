@@ -36,6 +36,7 @@ class Reference:
     tokens: list[int]
     kept: list[list[list[int]]]
     resident_rows: int
+    read_rows: int
     patch_rows: int
     kv_peak: float
 
@@ -67,7 +68,8 @@ def run_reference(model: LoadedModel, row: Row, prefill_chunk: int | None) -> Re
         tokens.append(feed([tokens[-1]], kv.start))
     full = full_attention_peak(model.layers, prompt + len(tokens) - 1)
     answer = tokens[:-1] if tokens[-1] in model.end_tokens else tokens
-    return Reference(answer, kept, kv.resident_rows, patch_rows, kv.peak / full)
+    rows = kv.resident_rows, kv.resident_rows - kv.unread
+    return Reference(answer, kept, *rows, patch_rows, kv.peak / full)
 
 
 class ReferenceKV:
@@ -98,7 +100,7 @@ class ReferenceKV:
         self.held: list[list[Entries]] = [[] for _ in range(shape.layers)]
         self.queries: list[list[Tensor]] = [[] for _ in range(shape.layers)]  # [H, T, D] each
         self.calls: dict[int, AttentionCall] = {}  # the latest of each layer that holds entries
-        self.entries = self.arrived = self.peak = self.resident_rows = 0
+        self.entries = self.arrived = self.peak = self.resident_rows = self.unread = 0
 
     def attend(self, call: AttentionCall) -> Tensor:
         """B = 1: add the new entries, attend, count, and evict."""
@@ -117,13 +119,33 @@ class ReferenceKV:
             self.entries += tokens
             self.arrived += tokens
         self.queries[call.layer].append(call.query[0])
+        read = [self.read(call, head, entries) for head, entries in enumerate(held)]
         heads = range(shape.query_heads)
-        out = torch.stack([attention(call, h, held[h // shape.group], here) for h in heads])
+        out = torch.stack([attention(call, h, read[h // shape.group], here) for h in heads])
         if call.layer == shape.source:
             self.calls[call.layer] = call
         if call.layer == shape.readers[-1]:
             self.evict(self.calls[shape.source])
         return out[None]
+
+    def read(self, call: AttentionCall, head: int, entries: Entries) -> Entries:
+        """What the tokens read of a KV head's entries: a decoded token reads its best pages."""
+        row, pages = self.row, None
+        if self.fed and row.budget < 1 and call.layer in self.acting:
+            pages = row.spec.method.pages(self.shape, call.layer, row.budget)
+        if pages is None:
+            return entries
+        past = entries.keys[0, :-1].float()
+        queries = call.query[0].unflatten(0, (-1, self.layers[call.layer].group))[head, :, 0]
+        bounds = [
+            torch.maximum(queries * page.amin(0), queries * page.amax(0)).sum(1).max()
+            for page in past.split(pages.size)
+        ]
+        best = torch.stack(bounds).argsort(descending=True, stable=True)[: pages.read(len(past))]
+        order = torch.arange(len(past) + 1)
+        stay = torch.isin(order // pages.size, best.cpu()) | (order == len(past))
+        self.unread += int((~stay).sum())
+        return Entries(*(tensor[:, stay.to(tensor.device)] for tensor in entries))
 
     def evict(self, call: AttentionCall) -> None:
         """Drop patched entries, what left a window, and what the method does not choose."""

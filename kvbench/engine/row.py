@@ -11,10 +11,12 @@ from kvbench.engine.accounting import (
     Accounting,
     EntryBytes,
     Held,
+    entry_rows,
     full_attention_peak,
     full_attention_rows,
 )
 from kvbench.engine.cache import HeadGroup, Ledger, RowCache, Visible
+from kvbench.engine.pages import PageBounds
 from kvbench.engine.policy import EvictionPolicy
 from kvbench.errors import InputError
 from kvbench.method import EVERY_QUERY, Method
@@ -43,9 +45,11 @@ class Outcome:
     kv_peak: float  # most entries at a row in all layers, of those that full attention ends with
     kv_held_peak: float  # the same at one instant as executed: it depends on the prefill chunk
     kv_reads: float  # entries that attention read, of full attention's
+    kv_bytes_read: float | None  # read for a decoded token on average; None if none was decoded
     resident_rows: int  # entry-rows, summed over layers and KV heads
     full_rows: int  # the same under full attention
     patch_rows: int  # patched tokens that went through the model
+    replay_rows: int  # tokens of a replay that went through the model
     kv_bytes_peak: int  # as if the row ran alone, including temporary copies
     device_bytes_peak: int | None  # of the CUDA allocator, in the whole call; None on a CPU
     prefill_seconds: float  # the row's share of the time of each forward it took part in
@@ -91,6 +95,11 @@ class RowState:
     def start_decoding(self) -> None:
         """Note what is held before tokens are decoded, and count the queries that are kept."""
         self.before = held(self)
+        for layer, pages in enumerate(self.policy.pages):
+            for group in self.cache.layers[layer] if pages is not None else ():
+                keys = group.entries().keys
+                group.bounds = PageBounds(pages, keys, group.length, group.capacity)
+                self.accounting.kept_beside(group.bounds.nbytes)
         groups = [group for layer in self.policy.acting for group in self.cache.layers[layer]]
         if self.policy.interval:
             self.flat = self.policy.interval == 1 and all(
@@ -102,8 +111,17 @@ class RowState:
 
     def count_decoded(self) -> None:
         """Count the tokens that have been decoded since the last time."""
-        self.accounting.decoded(self.before, self.fed - self.counted)
+        fed = self.fed - self.counted
+        self.accounting.decoded(self.before, fed)
         self.counted = self.fed
+        for group in (group for groups in self.cache.layers for group in groups):
+            if group.bounds is not None:
+                size, start = EntryBytes.of(group.entries()), len(self.row.prompt)
+                whole = len(group.heads) * (entry_rows(start, fed) - fed)
+                pages = sum(-(-(start + n) // group.bounds.pages.size) for n in range(fed))
+                self.accounting.read_in_pages(
+                    whole, int(group.bounds.reads.sum()), len(group.heads) * pages, size
+                )
 
     @contextmanager
     def evicting(self) -> Iterator[None]:
@@ -190,14 +208,15 @@ def held_by(group: HeadGroup, at_most: int | None) -> Held:
     """What a group of KV heads holds before it decodes, and then `at_most` after each token."""
     window, limit = group.window, group.limit
     heads, entries = len(group.heads), group.length
+    size = sum(EntryBytes.of(group.entries()))
     if window is not None:
         most = window.sinks + window.size
-        return Held(heads, entries, most, limit, isinstance(window, Visible), None)
+        return Held(heads, entries, most, limit, isinstance(window, Visible), None, size)
     if limit is None:
         bound = None if at_most is None or entries > at_most else at_most
-        return Held(heads, entries, bound, None, False, None)
+        return Held(heads, entries, bound, None, False, None, size)
     positions = group.entries().positions[:, :entries].clone()
-    return Held(heads, entries, max(entries, limit.size - 1), limit, False, positions)
+    return Held(heads, entries, max(entries, limit.size - 1), limit, False, positions, size)
 
 
 def check(model: LoadedModel, row: Row) -> None:
@@ -243,9 +262,11 @@ def outcome(
         kv_peak=counted.entries_peak / full_attention_peak(model.layers, prompt + fed),
         kv_held_peak=counted.held_peak / full_attention_peak(model.layers, prompt + fed),
         kv_reads=counted.read_rows / full,
+        kv_bytes_read=counted.bytes_read / fed if fed else None,
         resident_rows=counted.resident_rows,
         full_rows=full,
         patch_rows=counted.patch_rows,
+        replay_rows=counted.replay_rows,
         kv_bytes_peak=counted.bytes_peak,
         device_bytes_peak=device_bytes_peak,
         prefill_seconds=state.prefill_seconds / alike,

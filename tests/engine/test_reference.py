@@ -25,6 +25,7 @@ def assert_agrees(model: LoadedModel, rows: list[Row], chunk: int | None) -> Non
         assert got.kept == expected.kept, where
         assert got.tokens == expected.tokens, where
         assert got.resident_rows == expected.resident_rows, where
+        assert round(got.kv_reads * got.full_rows) == expected.read_rows, where
         assert got.patch_rows == expected.patch_rows, where
         if all(layer.limit is None for layer in model.layers):  # else rows count what they see
             assert got.kv_peak == expected.kv_peak, where

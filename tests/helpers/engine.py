@@ -23,7 +23,8 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 def spec(name: str, window: int = 6, interval: int = 3) -> MethodSpec:
     """A method with windows for short prompts, and with head scores if it needs them."""
-    options: dict[str, Any] = {"window": window, "interval": interval}
+    options: dict[str, Any] = {"window": window, "interval": interval, "dense": 1, "page": 4}
+    options |= {"least": 1}
     for split in ("prulong", "duoattention"):
         options |= {f"{split}.scores": str(SCORES), f"{split}.sinks": 2, f"{split}.window": 7}
     return parse_method(name, options)

@@ -37,7 +37,7 @@ def token_kernel(size: int, value_size: int) -> TokenKernel | None:
         function = ctypes.CDLL(str(library(size, value_size))).kvbench_token
     except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError):
         return None  # RuntimeError: the user has no home folder
-    pointers, sizes = [ctypes.c_void_p] * 11, [ctypes.c_int64] * 3
+    pointers, sizes = [ctypes.c_void_p] * 16, [ctypes.c_int64] * 3
     function.argtypes = [*pointers, *sizes, ctypes.c_float, ctypes.c_float, ctypes.c_int]
     function.restype = None
 
@@ -48,7 +48,8 @@ def token_kernel(size: int, value_size: int) -> TokenKernel | None:
         count, group = queries.shape[:2]
         out = queries.new_empty((count, group, value_size))
         sinks = None if rules.sinks is None else sinks_of(rules, count)
-        tensors = (queries, keys, values, *sequences.tensors, sinks, out)
+        paged = (None,) * 5 if sequences.pages is None else sequences.pages.tensors
+        tensors = (queries, keys, values, *sequences.tensors, sinks, *paged, out)
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         numbers = (count, group, rules.sliding or 0, rules.scaling, rules.softcap or 0.0)
         function(*pointers, *numbers, torch.get_num_threads())

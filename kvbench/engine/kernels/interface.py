@@ -10,6 +10,22 @@ from kvbench.models.attention import Rules
 
 
 @dataclass(frozen=True)
+class PageTable:
+    """Which pages of U sequences are read (dynamic sparsity); the tensors are int64 [U]."""
+
+    mins: Tensor  # address of the smallest keys of each page, [pages, D]
+    maxs: Tensor  # address of the largest keys
+    sizes: Tensor  # entries of a page; 0: the sequence has none and reads everything
+    wanted: Tensor  # pages that the current token reads
+    reads: Tensor  # address of the number of entries read so far, which a kernel adds to
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors, in this order."""
+        return self.mins, self.maxs, self.sizes, self.wanted, self.reads
+
+
+@dataclass(frozen=True)
 class Sequences:
     """Where the entries of U sequences are stored: the KV heads of one layer of decoding rows.
 
@@ -23,6 +39,7 @@ class Sequences:
     lengths: Tensor  # resident entries
     slots: Tensor  # index in storage where the current token's entry goes
     longest: int  # the most entries that any sequence will hold
+    pages: PageTable | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
