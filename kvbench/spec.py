@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import InputError, did_you_mean
-from kvbench.method import Competition, Family, Method, Need, option_name
+from kvbench.method import Competition, DecodingMethod, Family, Method, Need, option_name
 from kvbench.registry import methods
 
 
@@ -201,7 +201,7 @@ def checked(spec: MethodSpec) -> MethodSpec:
     scorer = spec.scorer
     if scorer is None:
         return spec
-    if spec.uneven and (spec.chunking is not Chunking.NONE or getattr(scorer, "interval", 0)):
+    if spec.uneven and (spec.chunking is not Chunking.NONE or scorer_interval(scorer)):
         raise InputError(
             f"method '{spec.name}': KV heads of different lengths are evicted once, after the "
             "prompt: not after each chunk, nor while decoding (interval=0 turns that off)"
@@ -209,6 +209,11 @@ def checked(spec: MethodSpec) -> MethodSpec:
     if Need.REPLAY in scorer.needs and spec.chunking is not Chunking.NONE:
         raise InputError(f"method '{spec.name}': a replay needs the whole prompt in the cache")
     return spec
+
+
+def scorer_interval(scorer: Method) -> int:
+    """Decoded tokens between evictions; 0 for a method that evicts nothing while decoding."""
+    return scorer.interval if isinstance(scorer, DecodingMethod) else 0
 
 
 def check_option_names(options: Mapping[str, Any], specs: list[MethodSpec]) -> None:

@@ -60,8 +60,8 @@ def choose(policy: EvictionPolicy, scores: "LayerScores") -> Chosen:
     free = capacity - protected
     if policy.spec.competition is Competition.LAYER:
         least = int(policy.spec.head_share * capacity) - protected
-        best = compete(scores.candidates(policy, protected), heads * free, least)
-        return [torch.cat([head, window])[None] for head in best]
+        shares = compete(scores.candidates(policy, protected), heads * free, least)
+        return [torch.cat([share, window])[None] for share in shares]
     selected = scores.selected(policy, protected, free)
     if selected is None:
         selected = scores.ranking(policy, protected)[:, :free]
@@ -228,11 +228,17 @@ class LayerScores:
         past = gathered.shape[1] - self.view(policy).new  # entries that stay in any case
         return torch.cat([gathered[:, :past], gathered[:, past:].gather(1, stay)], dim=1)
 
+    def hold(self, policy: EvictionPolicy, gathered: Tensor) -> None:
+        """Hold what a method has gathered of the entries that are left."""
+        assert policy.spec.scorer is not None
+        self.gathered[policy.spec.scorer, policy.seed] = gathered
+
     def _asked_for(
         self, scorer: Method, key: tuple[Method, int], view: LayerView
     ) -> dict[str, Any]:
         """What a method has declared that it needs."""
-        layer, given = self.layer, {}
+        layer = self.layer
+        given: dict[str, Any] = {}
         if Need.HIDDEN in scorer.needs and layer.hidden is not None:
             given["hidden"] = layer.hidden[len(layer.hidden) - view.queries.shape[2] :]
         if Need.MODULE in scorer.needs:

@@ -48,17 +48,13 @@ class Chunk:
     patched: int
     last: bool  # of those that the method evicts from
     final: bool  # of the prompt
+    question: bool = False  # whether it is read after the eviction, and keeps all its entries
     decoded: bool = False  # whether these are tokens of the answer, whose entries are stored
 
     @property
     def tokens(self) -> int:
         """Tokens that go through the model."""
         return self.length + self.patched
-
-    @property
-    def question(self) -> bool:
-        """Whether it is read after the eviction, and keeps all its entries."""
-        return self.final and not self.last
 
 
 @dataclass(frozen=True)
@@ -187,7 +183,7 @@ class EvictionPolicy:
             result.append(Chunk(start, length, 0 if last else patch, last, final))
             start += length
         for length in chunks(self.prompt - stop, self.prefill_chunk) if stop < self.prompt else ():
-            result.append(Chunk(start, length, 0, False, start + length == self.prompt))
+            result.append(Chunk(start, length, 0, False, start + length == self.prompt, True))
             start += length
         return result
 

@@ -325,7 +325,7 @@ def move_kept(
         elif policy.gathers_after(chunk):
             gathered = scores.kept_of(policy, chosen)
             if policy.bounded:
-                scores.gathered[policy.spec.scorer, policy.seed] = gathered
+                scores.hold(policy, gathered)
             state.keep_beside(layer.index, gathered)
         if policy.scores_each_chunk:
             reserved = policy.reserved_from(chunk, scores.view(policy))

@@ -44,6 +44,7 @@ class Reference:
 def run_reference(model: LoadedModel, row: Row, prefill_chunk: int | None) -> Reference:
     """Read the prompt of a row in chunks of `prefill_chunk` tokens, then decode greedily."""
     kv, prompt = ReferenceKV(row, model), len(row.prompt)
+    context = kv.context
 
     def feed(ids: list[int], start: int) -> int:
         positions = torch.arange(start, start + len(ids), device=model.device)
@@ -55,10 +56,12 @@ def run_reference(model: LoadedModel, row: Row, prefill_chunk: int | None) -> Re
         return token
 
     token = patch_rows = 0
-    for start in range(0, prompt, prefill_chunk or prompt):
-        stop = min(prompt, start + (prefill_chunk or prompt))
-        kv.start, kv.new, kv.last = start, stop - start, stop == prompt
-        patch = row.prompt[-kv.window :] if kv.patched and not kv.last else []
+    size = prefill_chunk or prompt
+    for start in [*range(0, context, size), *range(context, prompt, size)]:
+        stop = min(context if start < context else prompt, start + size)
+        kv.start, kv.new, kv.last = start, stop - start, stop == context
+        kv.question = start >= context
+        patch = row.prompt[:context][-kv.window :] if kv.patched and stop < context else []
         token = feed(row.prompt[start:stop] + patch, start)
         patch_rows += len(patch)
     kept = [[sorted(head.positions[0].tolist()) for head in layer] for layer in kv.held]
@@ -77,11 +80,13 @@ class ReferenceKV:
 
     start = 0  # position of the chunk's first token
     new = 0  # tokens of the chunk, without the patched ones
-    last = False  # whether it is the prompt's last chunk
+    last = False  # whether it is the last chunk that the method evicts from
+    question = False  # whether it is a chunk of the question, all of which stays
     fed = 0  # tokens of the answer that have been read
 
     def __init__(self, row: Row, model: LoadedModel) -> None:
         self.row, self.shape, self.layers = row, model.shape, model.layers
+        self.context = len(row.prompt) if row.context is None else row.context
         evicts, method, shape = row.budget < 1, row.spec.method, model.shape
         windows = method.windows(shape, row.budget, len(row.prompt)) if evicts else None
         everything = [[None] * layer.kv_heads for layer in self.layers]
@@ -184,11 +189,13 @@ class ReferenceKV:
         """Whether the method is asked what stays."""
         if self.fed:
             return bool(self.interval) and self.fed % self.interval == 0
-        return True
+        return bool(self.interval) or not self.question
 
     @property
     def evicts(self) -> bool:
         """Whether entries are evicted by score."""
+        if self.question and not self.fed:
+            return False
         return bool(self.fed) or self.last or self.chunking is not Chunking.NONE
 
     def choose(self, call: AttentionCall, heads: list[int], scorer: Method) -> Tensor:
@@ -252,7 +259,7 @@ class ReferenceKV:
         if isinstance(scorer, DecodingMethod) and self.interval:
             capacity = scorer.entries_held(self.longest, self.row.budget)
         else:
-            asked = view.prompt if self.chunking is Chunking.BOUNDED else read
+            asked = self.context if self.chunking is Chunking.BOUNDED else read
             budget = spec.scorer_budget(self.row.budget)
             capacity = scorer.capacity(replace(view, new=asked), budget)
         capacity = min(view.new, capacity)

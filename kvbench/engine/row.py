@@ -45,11 +45,9 @@ class Outcome:
     kv_peak: float  # most entries at a row in all layers, of those that full attention ends with
     kv_held_peak: float  # the same at one instant as executed: it depends on the prefill chunk
     kv_reads: float  # entries that attention read, of full attention's
-    kv_bytes_read: float | None  # read for a decoded token on average; None if none was decoded
     resident_rows: int  # entry-rows, summed over layers and KV heads
     full_rows: int  # the same under full attention
     patch_rows: int  # patched tokens that went through the model
-    replay_rows: int  # tokens of a replay that went through the model
     kv_bytes_peak: int  # as if the row ran alone, including temporary copies
     device_bytes_peak: int | None  # of the CUDA allocator, in the whole call; None on a CPU
     prefill_seconds: float  # the row's share of the time of each forward it took part in
@@ -61,6 +59,8 @@ class Outcome:
     group_bytes_peak: int  # keys and values of all rows of the call
     kept: list[list[list[int]]] | None = None  # as `RowState.kept`, if it was asked for
     failure: str | None = None  # why the row could not be measured
+    kv_bytes_read: float | None = None  # for a decoded token, on average; None if there was none
+    replay_rows: int = 0  # tokens of a replay that went through the model
 
 
 @dataclass
@@ -96,7 +96,9 @@ class RowState:
         """Note what is held before tokens are decoded, and count the queries that are kept."""
         self.before = held(self)
         for layer, pages in enumerate(self.policy.pages):
-            for group in self.cache.layers[layer] if pages is not None else ():
+            for group in self.cache.layers[layer]:
+                if pages is None:
+                    break
                 keys = group.entries().keys
                 group.bounds = PageBounds(pages, keys, group.length, group.capacity)
                 self.accounting.kept_beside(group.bounds.nbytes)

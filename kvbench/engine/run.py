@@ -47,11 +47,12 @@ def run_rows(
         torch.cuda.reset_peak_memory_stats(model.device)
     ledger = Ledger()
     # By prompt, then by equal rows: indices of rows.
-    groups: dict[tuple[int, ...], dict[object, list[int]]] = {}
+    groups: dict[object, dict[object, list[int]]] = {}
     for index, row in enumerate(rows):
         full = policy_of(model, row, prefill_chunk).keeps_all
         same = (row.max_new_tokens,) if full else index
-        groups.setdefault(tuple(row.prompt), {}).setdefault(same, []).append(index)
+        prompt = tuple(row.prompt), row.context
+        groups.setdefault(prompt, {}).setdefault(same, []).append(index)
     states: list[RowState] = []
     # Kernels and graphs go to the current GPU, which may not be the model's.
     with torch.inference_mode(), torch.cuda.device(model.device) if on_gpu else nullcontext():

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvbench.engine.eviction import EvictionPolicy
+from kvbench.engine.policy import EvictionPolicy
 from kvbench.engine.prefill import PACKED_TOKENS
 from kvbench.engine.row import Row, policy_of
 from kvbench.engine.run import run_rows
-from kvbench.method import Window
+from kvbench.method import Pages, Window
 from kvbench.models.attention import LayerShape
 from kvbench.models.load import LoadedModel
 from kvbench.records import BASELINE
@@ -52,8 +52,8 @@ def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) 
     for prompt, policies in groups.items():
         n = len(prompt)
         first = min(n, prefill_chunk or n)
-        late = [p for p in policies if p.keeps_whole_prompt]
-        early = [p for p in policies if not p.keeps_whole_prompt]
+        late = [p for p in policies if p.keeps_whole_prompt and not p.evicts_late]
+        early = [p for p in policies if not p.keeps_whole_prompt or p.evicts_late]
         streams = len(early) + bool(late)
         patches = {p: sum(c.patched for c in p.chunks) for p in early}
         # The first chunk is read once, and once more with every other patch.
@@ -73,13 +73,28 @@ def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) 
 def bytes_kept(model: LoadedModel, policy: EvictionPolicy) -> int:
     """Bytes that a row stores: what stays of its prompt, and its answer."""
     whole = policy.prompt + policy.decoded
+    if policy.evicts_late:
+        return bytes_full(model, whole)
+    if any(policy.pages):  # a page has two keys more
+        bounds = zip(model.layers, policy.pages, strict=True)
+        more = sum(bounds_bytes(model, layer, pages, whole) for layer, pages in bounds)
+        return bytes_full(model, whole) + more
     share = policy.spec.scorer_budget(policy.budget) if policy.evicts_by_score else 1.0
     scored = min(whole, round(share * policy.prompt) + 1 + policy.decoded)
+    if policy.interval:
+        scored = min(whole, policy.held + policy.interval)
     return sum(
         entry_bytes(model, layer) * policy_entries(window, scored, whole)
         for layer, windows in zip(model.layers, policy.windows, strict=True)
         for window in windows
     )
+
+
+def bounds_bytes(model: LoadedModel, layer: LayerShape, pages: Pages | None, entries: int) -> int:
+    """Bytes of the bounds of a layer's pages."""
+    if pages is None:
+        return 0
+    return 2 * layer.kv_heads * layer.key_size * model.dtype.itemsize * -(-entries // pages.size)
 
 
 def policy_entries(window: Window | None, scored: int, whole: int) -> int:

@@ -59,6 +59,18 @@ def test_chunked_eviction(name: str, chunk: int, budget: float) -> None:
     assert_agrees(loaded_model(), [Row(tokens(96, 5), 4, spec(name), budget)], chunk)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize(("chunk", "budget"), [(None, 0.3), (25, 0.3), (16, 0.7)])
+def test_a_question_that_is_read_after_the_eviction(
+    architecture: str, chunk: int | None, budget: float
+) -> None:
+    rows = [
+        Row(tokens(90, 1), 10, spec(name), budget, seed=3, context=60)
+        for name in names_for(architecture)
+    ]
+    assert_agrees(loaded_model(architecture), rows, chunk)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     prompt=st.integers(2, 80),
@@ -67,6 +79,7 @@ def test_chunked_eviction(name: str, chunk: int, budget: float) -> None:
     chunk=st.one_of(st.none(), st.integers(1, 90)),
     window=st.integers(1, 20),
     interval=st.integers(0, 5),
+    question=st.integers(0, 30),
     names=st.lists(st.sampled_from(METHODS), min_size=1, max_size=3),
 )
 def test_any_rows(
@@ -76,9 +89,13 @@ def test_any_rows(
     chunk: int | None,
     window: int,
     interval: int,
+    question: int,
     names: list[str],
 ) -> None:
-    rows = [Row(tokens(prompt), new, spec(name, window, interval), budget, 2) for name in names]
+    context = prompt - question if 0 < question < prompt else None
+    rows = [
+        Row(tokens(prompt), new, spec(name, window, interval), budget, 2, context) for name in names
+    ]
     assert_agrees(loaded_model(), rows, chunk)
 
 
