@@ -73,6 +73,7 @@ class GeneratedTask(Task):
             reference=turn.reference,
             max_new_tokens=min(answer + SPARE_TOKENS, context - prompt),
             metadata={"answer_prefix": turn.answer_prefix, "units": low},
+            question_at=len(episode.context),
         )
 
     def score(self, prediction: str, sample: Sample) -> float:

@@ -265,6 +265,35 @@ def encode_prompt(tokenizer: Any, sample: Sample, *, chat: Chat | None) -> list[
     return _in_chat(tokenizer, chat, sample.prompt.removesuffix(prefix).rstrip(), prefix.lstrip())
 
 
+def context_tokens(
+    tokenizer: Any, sample: Sample, prompt: Sequence[int], *, chat: Chat | None
+) -> int:
+    """How many tokens of a prompt belong to its context, before the question starts.
+
+    A token that holds the end of the context and the start of the question belongs to the
+    question. ContractError if the sample does not say where its question starts, or if nothing
+    comes before it.
+    """
+    if sample.question_at is None:
+        raise ContractError(
+            "it does not say where its question starts (question_at), which --compress context needs"
+        )
+    text, before = sample.prompt, sample.prompt[: sample.question_at]
+    if chat is not None:
+        before = before.strip()
+        text = chat.text(tokenizer, text)
+        if before not in text:
+            raise ContractError("the model's chat template changes its context")
+        before = text[: text.index(before) + len(before)]
+    ids = tokenizer.encode(before, add_special_tokens=chat is None)
+    same = 0
+    while same < min(len(ids), len(prompt) - 1) and ids[same] == prompt[same]:
+        same += 1
+    if not same:
+        raise ContractError("it has nothing before its question; expected a context")
+    return same
+
+
 def _in_chat(tokenizer: Any, chat: Chat, content: str, answer: str) -> list[int]:
     text = chat.text(tokenizer, content)
     return list(tokenizer.encode(text + answer, add_special_tokens=False))
