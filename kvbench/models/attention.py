@@ -212,7 +212,7 @@ def check_arguments(module: Any, others: dict[str, Any]) -> None:
     for name, value in others.items():
         if name in NEUTRAL or value is None or value is False:
             continue
-        if isinstance(value, int | float) and value == 0:
+        if type(value) in (int, float) and value == 0:
             continue
         raise InputError(
             f"the model's attention has an argument '{name}', which kvbench does not know and "
@@ -223,17 +223,16 @@ def check_arguments(module: Any, others: dict[str, Any]) -> None:
 def check_shapes(call: AttentionCall, layers: Sequence[LayerShape]) -> None:
     """InputError if tensors do not have the shapes of the layer; kernels rely on them."""
     layer = layers[call.layer]
-    rows, _, tokens, _ = call.query.shape
-    expected = (
-        (rows, layer.query_heads, tokens, layer.key_size),
-        (rows, layer.kv_heads, tokens, layer.key_size),
-        (rows, layer.kv_heads, tokens, layer.value_size),
-    )
-    found = tuple(tuple(tensor.shape) for tensor in (call.query, call.key, call.value))
-    if found != expected:
+    rows, heads, tokens, size = call.query.shape
+    keys = (rows, layer.kv_heads, tokens, layer.key_size)
+    values = (rows, layer.kv_heads, tokens, layer.value_size)
+    fits = heads == layer.query_heads and size == layer.key_size
+    if not fits or call.key.shape != keys or call.value.shape != values:
+        found = tuple(tuple(tensor.shape) for tensor in (call.query, call.key, call.value))
+        queries = (rows, layer.query_heads, tokens, layer.key_size)
         raise InputError(
             f"layer {call.layer} attends with queries, keys and values of shapes {found}, where "
-            f"{expected} were expected"
+            f"{(queries, keys, values)} were expected"
         )
 
 
@@ -243,7 +242,9 @@ def rescaled(module: Any, query: Tensor, positions: Tensor | None) -> Tensor:
     Layers without RoPE scale queries by 1 + attn_scale * log(1 + floor((p + 1) / floor_scale)).
     transformers takes p from its own cache, and so from 0 on in every chunk without one.
     """
-    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+    # `getattr` of a module is slow for what it does not have, and this is called for every token.
+    tuned = vars(module).get("attn_temperature_tuning")
+    if not tuned or getattr(module, "use_rope", True):
         return query
     if positions is None:
         raise InputError("the model's attention depends on positions, which it was not given")
