@@ -176,6 +176,10 @@ def build(
     known = cls.options()
     hints = typing.get_type_hints(cls)
     given = dict((card_options or {}).get(name, {}))
+    for option in given:
+        if option not in known:
+            hint = did_you_mean(option, known) if known else "it has none"
+            raise InputError(f"the model's card gives {name} an option '{option}': {hint}")
     given |= {key: value for key, value in options.items() if key in known}
     prefix = f"{name}."
     for key, value in options.items():
@@ -194,7 +198,15 @@ def build(
     missing = [key for key, default in known.items() if default is MISSING and key not in given]
     if missing:
         raise InputError(f"{name} needs --option {missing[0]}=...")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{name} cannot be made with options {values} ({type(error).__name__}: {reason})"
+        ) from None
 
 
 def convert(kind: Any, value: Any, where: str) -> Any:

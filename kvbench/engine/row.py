@@ -123,6 +123,7 @@ def check(model: LoadedModel, row: Row) -> None:
         raise InputError("a row needs a prompt and at least one token to generate")
     if not 0 < row.budget <= 1:
         raise InputError(f"a budget must be above 0 and at most 1, not {row.budget}")
+    model.check_ids(row.prompt)
     total = len(row.prompt) + row.max_new_tokens
     if total > model.max_context:
         raise InputError(

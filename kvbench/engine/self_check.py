@@ -121,7 +121,12 @@ def worst_of(found: "Sequence[tuple[int, float]]", model: LoadedModel) -> Check:
 
 def differences(model: LoadedModel) -> list[tuple[int, float]]:
     """For each token whose logits were compared: its position, and how far they were apart."""
-    vocabulary = model.model.get_input_embeddings().num_embeddings
+    if model.max_context <= ANSWER:
+        raise InputError(
+            f"model '{model.name}' takes {model.max_context} tokens (max_position_embeddings); "
+            f"kvbench needs more than {ANSWER}"
+        )
+    vocabulary = model.vocabulary
     draw = torch.Generator().manual_seed(0)
     prompts = [
         torch.randint(min(1, vocabulary - 1), min(vocabulary, 1000), (n,), generator=draw).tolist()

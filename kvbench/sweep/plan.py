@@ -193,6 +193,7 @@ def _prepare_sample(
     prompt = encode_prompt(model.tokenizer, sample, chat=settings.chat)
     if not prompt:
         raise ContractError("its prompt is empty; expected at least one token")
+    model.check_ids(prompt)
     _check_length(model, task, sample, prompt)
     return sample, prompt
 
@@ -250,6 +251,11 @@ def make_sample(model: "LoadedModel", task: Task, index: int, settings: Settings
     tokens = settings.context
     if settings.chat is not None:
         tokens -= len(_in_chat(model.tokenizer, settings.chat, "", ""))
+        if tokens < 1:
+            raise InputError(
+                f"the chat template alone takes {settings.context - tokens} tokens; choose a "
+                "longer --context, or --chat-template off"
+            )
     return task.sample(index, seed=settings.seed, context=tokens, tokenizer=model.tokenizer)
 
 
@@ -267,6 +273,11 @@ def encode_prompt(tokenizer: Any, sample: Sample, *, chat: Chat | None) -> list[
 
 def _in_chat(tokenizer: Any, chat: Chat, content: str, answer: str) -> list[int]:
     text = chat.text(tokenizer, content)
+    if content.strip() not in text:
+        raise InputError(
+            "the model's chat template leaves out the prompt, or changes it; use "
+            "--chat-template off"
+        )
     return list(tokenizer.encode(text + answer, add_special_tokens=False))
 
 
