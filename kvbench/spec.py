@@ -8,15 +8,17 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import Family, Method, option_name
 from kvbench.registry import methods
+
+T = TypeVar("T")
 
 
 class Chunking(StrEnum):
@@ -141,7 +143,7 @@ def parse_method(
         method = build(base, options, card_options)
         if method.family is not Family.POST_FILL:
             raise InputError(f"method '{name}': only post-fill methods are chunked, not '{base}'")
-        if variant == Chunking.PATCHED and not method.observation_window:
+        if variant == Chunking.PATCHED and not of_method(name, lambda: method.observation_window):
             raise InputError(
                 f"method '{name}': '{base}' observes no queries, so patching would change nothing; "
                 f"use {base}-{Chunking.NAIVE}"
@@ -198,15 +200,31 @@ def build(
     missing = [key for key, default in known.items() if default is MISSING and key not in given]
     if missing:
         raise InputError(f"{name} needs --option {missing[0]}=...")
+    check_family(cls)
+    return of_method(name, lambda: cls(**values))
+
+
+def of_method(name: str, ask: Callable[[], T]) -> T:
+    """What a method answers; InputError, naming it, if it raises."""
     try:
-        return cls(**values)
+        return ask()
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())
+        raise InputError(f"method '{name}' raises {type(error).__name__}: {reason}") from None
+
+
+def check_family(cls: type[Method]) -> None:
+    """InputError for a method that would keep everything, whatever it is asked for."""
+    if not isinstance(cls.family, Family):
+        known = ", ".join(f"Family.{family.name}" for family in Family)
+        raise InputError(f"method '{cls.name}' has the family {cls.family!r}; expected {known}")
+    if cls.scores is not Method.scores and cls.family is not Family.POST_FILL:
         raise InputError(
-            f"{name} cannot be made with options {values} ({type(error).__name__}: {reason})"
-        ) from None
+            f"method '{cls.name}' overrides scores, which is asked of Family.POST_FILL only; its "
+            f"family is Family.{cls.family.name}"
+        )
 
 
 def convert(kind: Any, value: Any, where: str) -> Any:

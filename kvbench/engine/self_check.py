@@ -71,8 +71,10 @@ def self_check(model: LoadedModel) -> Check:
     """
     try:
         return checked(model)
-    except InputError:
-        raise
+    except InputError as error:
+        text = str(error)
+        named = text if model.name in text else f"model '{model.name}' cannot be measured: {text}"
+        raise InputError(named) from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(

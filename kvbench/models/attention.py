@@ -128,12 +128,24 @@ class MaskRule:
         size = self.size or 32
         marks = {0, 1, 2, 5, size - 1, size, size + 1, 2 * size - 1, 2 * size, 2 * size + 1}
         marks = {mark for mark in marks if mark >= 0}
-        if size <= COMPARED:
-            seen_by = set(range(2 * size + 2))
-        else:  # what is next to a border, and some in between
-            near = {mark + step for mark in marks for step in (-size - 1, -size, 1 - size, -1, 0, 1)}
-            seen_by = {*filter(lambda entry: entry >= 0, near), *range(0, 2 * size, size // 997)}
-        order, queries = torch.tensor(sorted(seen_by)), torch.tensor(sorted(marks))[:, None]
+        entries = (
+            set(range(2 * size + 2))
+            if size <= COMPARED
+            else {
+                entry
+                for mark in [*marks, *range(0, 2 * size, size // 997)]
+                for entry in (
+                    mark - size - 1,
+                    mark - size,
+                    mark - size + 1,
+                    mark - 1,
+                    mark,
+                    mark + 1,
+                )
+                if entry >= 0
+            }
+        )
+        order, queries = torch.tensor(sorted(entries)), torch.tensor(sorted(marks))[:, None]
         zero = torch.tensor(0)
         try:
             seen = torch.as_tensor(self.sees(zero, zero, queries, order)).cpu()

@@ -28,6 +28,7 @@ def check_files(folder: Path, name: str) -> None:
     allowed = [folder.resolve()]
     if folder.parent.name == "snapshots":
         allowed.append(folder.resolve().parent.parent / "blobs")
+
     def inside(path: Path) -> bool:
         return any(path.resolve().is_relative_to(place) for place in allowed)
 

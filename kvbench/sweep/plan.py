@@ -151,7 +151,9 @@ def recorded_options(spec: "MethodSpec") -> tuple[dict[str, Any], str]:
     """A method's options as records hold them, and why they cannot be recorded ("" if they can)."""
     try:
         options = spec.options
-        json.dumps(options, allow_nan=False)
+        text = json.dumps(options, allow_nan=False)
+        if json.dumps(spec.options) != text:  # every run would measure everything again
+            raise ContractError("they change each time that they are asked for")
     except Exception as error:
         return {}, (
             f"method '{spec.name}': its options and remarks cannot be recorded as JSON: "
@@ -167,14 +169,21 @@ def _prepared_samples(model: "LoadedModel", task: Task, settings: Settings) -> l
     """All samples of a task.
 
     A sample that cannot be made has a stand-in without a prompt. InputError if no sample can be
-    made, and the first one's fault is the user's choice.
+    made, and the first one's fault is the user's choice. A task that makes another sample each time
+    has none: every run would measure all of its cells again.
     """
     prepared: list[Prepared] = []
     first: InputError | None = None
+    varies = False
     for index in range(settings.samples):
         try:
-            prepared.append((*_prepare_sample(model, task, index, settings), ""))
-        except Exception as error:
+            sample, prompt = _prepare_sample(model, task, index, settings)
+            if index == 0:
+                varies = asked_of(sample) != asked_of(make_sample(model, task, 0, settings))
+            if varies:
+                raise ContractError("sample() makes another sample each time; expected equal ones")
+            prepared.append((sample, prompt, ""))
+        except (Exception, SystemExit) as error:
             if index == 0 and isinstance(error, InputError):
                 first = error
             subtask = str(task.subtasks[index % len(task.subtasks)]) if task.subtasks else ""
@@ -196,6 +205,11 @@ def _prepare_sample(
     model.check_ids(prompt)
     _check_length(model, task, sample, prompt)
     return sample, prompt
+
+
+def asked_of(sample: Sample) -> tuple[Any, ...]:
+    """What must be equal if a sample is made again."""
+    return sample.prompt, sample.reference, sample.max_new_tokens
 
 
 def check_sample(sample: Any, task: Task, index: int) -> Sample:
@@ -223,7 +237,7 @@ def check_sample(sample: Any, task: Task, index: int) -> Sample:
     return sample
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An exception as records hold it; the message alone if it is one of kvbench's own."""
     text = " ".join(str(error).split()) or "no message"
     own = isinstance(error, ContractError | InputError)
@@ -291,5 +305,12 @@ def _check_length(model: "LoadedModel", task: Task, sample: Sample, prompt: Sequ
 
 
 def get_tasks(names: Sequence[str]) -> list[Task]:
-    """Task objects by name; InputError with the nearest name for an unknown one."""
-    return [task_registry.get(name)() for name in names]
+    """Task objects by name; InputError for one that is unknown or cannot be made."""
+    made = []
+    for name in names:
+        task = task_registry.get(name)
+        try:
+            made.append(task())
+        except Exception as error:
+            raise InputError(f"task '{name}' cannot be made: {one_line(error)}") from None
+    return made
