@@ -220,7 +220,8 @@ def check_family(cls: type[Method]) -> None:
     if not isinstance(cls.family, Family):
         known = ", ".join(f"Family.{family.name}" for family in Family)
         raise InputError(f"method '{cls.name}' has the family {cls.family!r}; expected {known}")
-    if cls.scores is not Method.scores and cls.family is not Family.POST_FILL:
+    only_scores = cls.scores is not Method.scores and cls.windows is Method.windows
+    if only_scores and cls.family is not Family.POST_FILL:
         raise InputError(
             f"method '{cls.name}' overrides scores, which is asked of Family.POST_FILL only; its "
             f"family is Family.{cls.family.name}"

@@ -128,23 +128,12 @@ class MaskRule:
         size = self.size or 32
         marks = {0, 1, 2, 5, size - 1, size, size + 1, 2 * size - 1, 2 * size, 2 * size + 1}
         marks = {mark for mark in marks if mark >= 0}
-        entries = (
-            set(range(2 * size + 2))
-            if size <= COMPARED
-            else {
-                entry
-                for mark in [*marks, *range(0, 2 * size, size // 997)]
-                for entry in (
-                    mark - size - 1,
-                    mark - size,
-                    mark - size + 1,
-                    mark - 1,
-                    mark,
-                    mark + 1,
-                )
-                if entry >= 0
-            }
-        )
+        if size <= COMPARED:
+            entries = set(range(2 * size + 2))
+        else:
+            some = [*marks, *range(0, 2 * size, size // 997)]
+            near = {place + step for place in some for step in (-size - 1, -size, 1 - size, 0, 1)}
+            entries = {entry for entry in near if entry >= 0}
         order, queries = torch.tensor(sorted(entries)), torch.tensor(sorted(marks))[:, None]
         zero = torch.tensor(0)
         try:

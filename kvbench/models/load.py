@@ -183,7 +183,7 @@ def wrap_model(
     layers = probe_layers(model, count, name)
     weight = next(model.parameters())
     vocabulary = len(model.get_input_embeddings().weight)
-    check_end_tokens(end_tokens(model, tokenizer), vocabulary, name)
+    check_end_tokens(end_tokens(model, None), vocabulary, name)
     return LoadedModel(
         name,
         model,
