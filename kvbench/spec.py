@@ -8,15 +8,17 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import Competition, DecodingMethod, Family, Method, Need, option_name
 from kvbench.registry import methods
+
+T = TypeVar("T")
 
 
 class Chunking(StrEnum):
@@ -187,7 +189,7 @@ def parse_method(
         bounded = variant == Chunking.BOUNDED and method.family is Family.DECODING
         if method.family is not Family.POST_FILL and not bounded:
             raise InputError(f"method '{name}': only post-fill methods are chunked, not '{base}'")
-        if variant == Chunking.PATCHED and not method.observation_window:
+        if variant == Chunking.PATCHED and not of_method(name, lambda: method.observation_window):
             raise InputError(
                 f"method '{name}': '{base}' observes no queries, so patching would change nothing; "
                 f"use {base}-{Chunking.NAIVE}"
@@ -244,6 +246,10 @@ def build(
     known = cls.options()
     hints = typing.get_type_hints(cls)
     given = dict((card_options or {}).get(name, {}))
+    for option in given:
+        if option not in known:
+            hint = did_you_mean(option, known) if known else "it has none"
+            raise InputError(f"the model's card gives {name} an option '{option}': {hint}")
     given |= {key: value for key, value in options.items() if key in known}
     prefix = f"{name}."
     for key, value in options.items():
@@ -262,7 +268,32 @@ def build(
     missing = [key for key, default in known.items() if default is MISSING and key not in given]
     if missing:
         raise InputError(f"{name} needs --option {missing[0]}=...")
-    return cls(**values)
+    check_family(cls)
+    return of_method(name, lambda: cls(**values))
+
+
+def of_method(name: str, ask: Callable[[], T]) -> T:
+    """What a method answers; InputError, naming it, if it raises."""
+    try:
+        return ask()
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"method '{name}' raises {type(error).__name__}: {reason}") from None
+
+
+def check_family(cls: type[Method]) -> None:
+    """InputError for a method that would keep everything, whatever it is asked for."""
+    if not isinstance(cls.family, Family):
+        known = ", ".join(f"Family.{family.name}" for family in Family)
+        raise InputError(f"method '{cls.name}' has the family {cls.family!r}; expected {known}")
+    only_scores = cls.scores is not Method.scores and cls.windows is Method.windows
+    if only_scores and cls.family not in SCORED:
+        raise InputError(
+            f"method '{cls.name}' overrides scores, which is asked of Family.POST_FILL only; its "
+            f"family is Family.{cls.family.name}"
+        )
 
 
 def convert(kind: Any, value: Any, where: str) -> Any:

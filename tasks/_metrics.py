@@ -21,8 +21,8 @@ def answer_found(prediction: str, reference: Any) -> float:
 
     `reference` is a text, or a list of texts of which one is enough. Unlike HELMET's substring
     match, "lute" is not found in "flute", nor 1234567 in 91234567: these are wrong answers. Case
-    and articles are ignored. Punctuation is left out or read as a space, whichever finds the
-    answer, so 1,234,567 is 1234567.
+    and articles are ignored (but not in an answer that is an article). Punctuation is left out or
+    read as a space, whichever finds the answer. 1,234,567 is 1234567, and 3.5 is not 35.
     """
     return float(any(_found(texts_of(reference), prediction)))
 
@@ -40,27 +40,33 @@ def values_found(prediction: str, reference: Any) -> float:
 
 def _found(values: Iterable[str], text: str) -> Iterable[bool]:
     """Whether each of the values stands in the text as whole words."""
-    texts = [f" {reading} " for reading in _readings(text)]
     for value in values:
+        dropped = ARTICLES if any(_readings(value, ARTICLES)) else frozenset()  # "A" is an answer
         yield any(
-            f" {reading} " in text
-            for reading, text in zip(_readings(value), texts, strict=True)
-            if reading
+            f" {wanted} " in f" {given} "
+            for wanted, given in zip(
+                _readings(value, dropped), _readings(text, dropped), strict=True
+            )
+            if wanted
         )
 
 
-def _readings(text: str) -> tuple[str, str]:
+ARTICLES = frozenset({"a", "an", "the"})
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)|(?<![\d.,])\d{1,3}(?:\.\d{3})+(?!\d)")
+
+
+def _readings(text: str, dropped: frozenset[str]) -> tuple[str, str]:
     """The words of a text, with punctuation left out and with punctuation read as a space.
 
-    Points and commas between two digits belong to the number and are left out in both.
+    Points and commas that group thousands are left out in both. Any other point between two digits
+    belongs to the number, so that 3.5 is not 35, and any other comma parts two numbers.
     """
-    text = unicodedata.normalize("NFKC", text).lower()
-    apart = re.sub(r"(?<=\d)[.,](?=\d)", "", text)
-    return _words(re.sub(r"[^\w\s]", "", text)), _words(re.sub(r"[\W_]", " ", apart))
-
-
-def _words(text: str) -> str:
-    return " ".join(word for word in text.split() if word not in {"a", "an", "the"})
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = THOUSANDS.sub(lambda number: re.sub("[.,]", "", number[0]), text)
+    text = re.sub(r"(?<=\d)\.(?=\d)", "point", re.sub(r"(?<=\d),(?=\d)", " ", text))
+    readings = re.sub(r"[^\w\s]", "", text), re.sub(r"[\W_]", " ", text)
+    one, other = (" ".join(w for w in each.split() if w not in dropped) for each in readings)
+    return one, other
 
 
 @register_metric("ndcg@10_mentions")
@@ -72,7 +78,7 @@ def ndcg_at_10_of_mentions(prediction: str, reference: Any) -> float:
     for a ranking in words, "a guide to tea [ID3] > an introduction to tea [ID1]". HELMET reads one
     chain of ids without words, and so would find a single document in a perfect answer.
     """
-    named = r"(?:ID|\b[Ii]d)[\s:#(-]*(\d+)"
+    named = r"(?:ID|\b[Ii][Dd])[\s:#(-]*(\d+)"
     if not re.search(named, prediction):
         return ranked_ndcg(re.findall(r"\d+", prediction), reference)
     bare = r">\s*(\d+)(?=\s*(?:>|$))"

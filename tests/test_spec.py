@@ -1,13 +1,14 @@
 """Names and options of methods, and the messages for wrong ones."""
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvbench.errors import InputError
 from kvbench.heads import ScoreSet, nearest, read_scores
-from kvbench.method import KVShape
+from kvbench.method import Family, KVShape, Method
 from kvbench.models.card import EMBEDDED, ModelCard, model_folder, read_card
 from kvbench.registry import methods
 from kvbench.spec import Chunking, check_option_names, parse_method
@@ -107,11 +108,38 @@ def test_head_scores_of_either_format(tmp_path: Path) -> None:
             read_scores(file)
 
 
+def raising(*_: object) -> int:
+    raise KeyError("such")
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "message"),
+    [
+        ("bad", {"family": "magic"}, "has the family 'magic'; expected Family.FULL"),
+        ("bad", {"family": Family.RECENCY}, r"overrides scores, .* family is Family\.RECENCY"),
+        ("bad", {"__post_init__": raising}, "method 'bad' raises KeyError: 'such'"),
+        ("bad-patched", {"observation_window": property(raising)}, "'bad-patched' raises KeyError"),
+    ],
+)
+def test_a_broken_method_is_bad_input(
+    name: str, body: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"family": Family.POST_FILL, "scores": lambda self, view: None}
+    bad: Any = dataclass(frozen=True)(type("Bad", (Method,), {**base, **body}))
+    monkeypatch.setitem(methods._known, "bad", bad)
+    bad.name = "bad"
+    with pytest.raises(InputError, match=message):
+        parse_method(name, {})
+
+
 def test_score_files_beside_a_model_become_defaults(tmp_path: Path) -> None:
     (tmp_path / "scores-prulong.tsv").write_bytes(SCORES.read_bytes())
     card = read_card(tmp_path)
     assert parse_method("prulong", {}, card.options).options["scores"].startswith("scores-prulong")
     assert read_card(tmp_path / "nowhere") == ModelCard()
+    (tmp_path / "kvbench.json").write_text('{"options": {"knorm": {"windw": 3}}}')
+    with pytest.raises(InputError, match="the model's card gives knorm an option 'windw'"):
+        parse_method("knorm", {}, read_card(tmp_path).options)
     (tmp_path / "kvbench.json").write_text('{"contxt": 3}')
     with pytest.raises(InputError, match="not a model card"):
         read_card(tmp_path)

@@ -66,13 +66,14 @@ def _holds(name: str, spec: MethodSpec | None) -> bool:
     from rich.text import Text
 
     from kvbench.sweep.check import check_method, check_task
+    from kvbench.sweep.plan import get_tasks
 
     if spec is not None:
         findings = check_method(spec)
     else:
         from kvbench.models.load import load_model
 
-        findings = check_task(tasks.get(name)(), load_model(MODEL, device="cpu").tokenizer)
+        findings = check_task(get_tasks([name])[0], load_model(MODEL, device="cpu").tokenizer)
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(name, "bold"))
     for finding in findings:

@@ -18,6 +18,7 @@ from kvbench.errors import ContractError
 from kvbench.method import KVShape, LayerView, Pages, Window
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+SCORES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WRITES = "views are read-only; clone what you change"
 
 
@@ -77,11 +78,14 @@ def check_scores(scores: Any, view: LayerView, asked: Asked) -> Tensor:
     shape = (len(view.kv_heads), view.entries)
     if not isinstance(scores, Tensor):
         raise asked.error(f"returns {_kind(scores)}; expected a tensor {list(shape)}")
-    if scores.shape != shape or not scores.is_floating_point():
+    if scores.is_nested or scores.layout is not torch.strided or scores.is_meta:
+        kind = "nested" if scores.is_nested else "meta" if scores.is_meta else "sparse"
+        raise asked.error(f"returns a {kind} tensor; expected a dense one {list(shape)}")
+    if scores.shape != shape or scores.dtype not in SCORES:
         given = f"{list(scores.shape)} of {_name(scores.dtype)}"
         raise asked.error(
             f"returns a tensor {given}; expected [KV heads, entries] = {list(shape)} of a "
-            "floating-point dtype"
+            "floating-point dtype from 16 bits"
         )
     return scores
 
@@ -151,9 +155,10 @@ def check_capacity(capacity: Any, asked: Asked) -> int:
     """The capacity; ContractError unless it is an integer from 0."""
     if not isinstance(capacity, Integral) or isinstance(capacity, bool):
         raise asked.error(f"returns {_kind(capacity)}; expected an int, at least 0")
-    if capacity < 0:
-        raise asked.error(f"returns {capacity}; expected an int, at least 0")
-    return int(capacity)
+    whole = int(capacity)
+    if whole < 0:
+        raise asked.error(f"returns {whole}; expected an int, at least 0")
+    return whole
 
 
 def check_observation_window(window: Any, asked: Asked) -> None:

@@ -4,7 +4,8 @@
 Streaming KV heads need no choice: their windows keep entries by position.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -49,7 +50,8 @@ def choose(policy: EvictionPolicy, scores: "LayerScores") -> Chosen:
     as many in total. Entries of earlier chunks always stay, patched ones never.
     """
     view = scores.view(policy)
-    capacity = policy.capacity(view)
+    with scores.watched(policy, "capacity"):
+        capacity = policy.capacity(view)
     if capacity >= view.new:
         return scores.split(policy, None)
     protected = 0 if view.patched else min(policy.spec.protected, view.new)
@@ -178,6 +180,7 @@ class LayerScores:
         self.finite: list[tuple[Asked, int, Tensor]] = []
         self._shared: dict[tuple[int, int], LayerView] = {}
         self._views: dict[tuple[Method, int], LayerView] = {}
+        self._looked: set[tuple[Method | None, str]] = set()
         self._gathered: set[tuple[Method, int]] = set()
         self._candidates: dict[tuple[Method, int], Tensor] = {}
         self._rankings: dict[tuple[Method, int], Tensor] = {}
@@ -208,7 +211,7 @@ class LayerScores:
         key, asked = (scorer, policy.seed), policy.asked("gather", self.layer.index)
         if key not in self._gathered:
             view = self.view(policy)
-            with asking(asked):
+            with self.watched(policy, "gather"), asking(asked):
                 gathered = scorer.gather(view)
             gathered = check_gathered(gathered, view, scorer.gathers_per_entry, asked)
             self._views[key] = replace(view, gathered=gathered)
@@ -287,7 +290,7 @@ class LayerScores:
             return None
         asked = policy.asked("select", self.layer.index)
         view, candidates = self.view(policy), self.candidates(policy, protected)
-        with asking(asked):
+        with self.watched(policy, "select"), asking(asked):
             selected = scorer.select(view, candidates, capacity)
         return check_selection(selected, candidates, capacity, asked)
 
@@ -300,18 +303,29 @@ class LayerScores:
     def _scores(
         self, policy: EvictionPolicy, scorer: Method, view: LayerView, asked: Asked
     ) -> Tensor:
-        """A method's scores [K, E]; ContractError for a wrong answer, or if it writes to the view.
-
-        Writes that PyTorch does not refuse are looked for in one layer.
-        """
-        look = self.layer.index == policy.first_scored and not self.layer.chunk.decoded
-        before = contents(view) if look else []
+        """A method's scores [K, E]; ContractError for a wrong answer or a write to the view."""
         view.generator.manual_seed(self._draw_seed(policy))
-        with asking(asked):
+        with self.watched(policy, "scores"), asking(asked):
             scores = scorer.scores(view)
-        if look:
-            check_contents(before, contents(view), asked)
         return check_scores(scores, view, asked)
+
+    @contextmanager
+    def watched(self, policy: EvictionPolicy, what: str) -> Iterator[None]:
+        """Ask a method for `what`; ContractError if it then writes to its view.
+
+        Writes that PyTorch does not refuse are looked for in one layer of the prompt, once.
+        """
+        scorer = policy.spec.scorer
+        own = getattr(type(scorer), what) is not getattr(Method, what)
+        look = self.layer.index == policy.first_scored and not self.layer.chunk.decoded
+        if not own or not look or (scorer, what) in self._looked:
+            yield
+            return
+        self._looked.add((scorer, what))
+        view = self.view(policy)
+        before = contents(view)
+        yield
+        check_contents(before, contents(view), policy.asked(what, self.layer.index))
 
     def _draw_seed(self, policy: EvictionPolicy) -> int:
         # Without chunking, the choice must not depend on how the prompt was cut into chunks.

@@ -21,7 +21,8 @@ from kvbench.engine.contract import Asked, check_finite
 from kvbench.engine.eviction import Gathered, LayerChunk, LayerScores, choose, choose_in_model
 from kvbench.engine.policy import Chunk
 from kvbench.engine.replay import replay
-from kvbench.engine.row import Row, RowState, policy_of
+from kvbench.engine.row import Row, RowState, not_finite, policy_of
+from kvbench.errors import ContractError
 from kvbench.method import EVERY_QUERY, Competition, Entries, Need
 from kvbench.models.attention import AttentionCall, LayerShape
 from kvbench.models.load import LoadedModel, best_tokens, forward
@@ -64,7 +65,12 @@ def read(model: LoadedModel, pack: "Sequence[Piece]", ids: Tensor) -> None:
     for stream in (stream for piece in pack for stream in piece.streams):
         if stream.late and pack[0].chunk.last:
             stream.evict_late(model, ids)
-        check_finite(stream.finite)
+        try:
+            check_finite(stream.finite)
+        except ContractError as error:
+            if logits.isfinite().all():
+                raise
+            raise ContractError(not_finite(model, "in the prompt")) from error
         stream.finite.clear()
     first = best_tokens(logits).tolist() if pack[0].chunk.final else [None] * len(pack)
     if model.device.type == "cuda":

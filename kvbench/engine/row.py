@@ -227,6 +227,7 @@ def check(model: LoadedModel, row: Row) -> None:
         raise InputError("a row needs a prompt and at least one token to generate")
     if not 0 < row.budget <= 1:
         raise InputError(f"a budget must be above 0 and at most 1, not {row.budget}")
+    model.check_ids(row.prompt)
     if row.context is not None and not 0 < row.context < len(row.prompt):
         raise InputError(
             f"the context must be from 1 to {len(row.prompt) - 1} tokens of the prompt, not "
@@ -237,6 +238,14 @@ def check(model: LoadedModel, row: Row) -> None:
         raise InputError(
             f"{total} tokens are more than model '{model.name}' takes ({model.max_context})"
         )
+
+
+def not_finite(model: LoadedModel, where: str) -> str:
+    """What to say where logits are not finite."""
+    return (
+        f"logits are not finite {where}: the weights hold NaN or infinity, or values overflow "
+        f"{str(model.dtype).removeprefix('torch.')} (try another --dtype)"
+    )
 
 
 def outcome(
@@ -253,11 +262,7 @@ def outcome(
     full = full_attention_rows(model.layers, prompt, fed)
     tokens, failure = state.tokens, None
     if tokens[-1] == NOT_FINITE:
-        failure = (
-            f"logits are not finite at token {len(tokens)} of the answer: the weights hold NaN or "
-            f"infinity, or values overflow {str(model.dtype).removeprefix('torch.')} (try another "
-            "--dtype)"
-        )
+        failure = not_finite(model, f"at token {len(tokens)} of the answer")
     return Outcome(
         tokens=tokens[:-1] if failure or tokens[-1] in model.end_tokens else tokens,
         kv_footprint=counted.resident_rows / full,

@@ -71,8 +71,10 @@ def self_check(model: LoadedModel) -> Check:
     """
     try:
         return checked(model)
-    except InputError:
-        raise
+    except InputError as error:
+        text = str(error)
+        named = text if model.name in text else f"model '{model.name}' cannot be measured: {text}"
+        raise InputError(named) from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -121,7 +123,12 @@ def worst_of(found: "Sequence[tuple[int, float]]", model: LoadedModel) -> Check:
 
 def differences(model: LoadedModel) -> list[tuple[int, float]]:
     """For each token whose logits were compared: its position, and how far they were apart."""
-    vocabulary = model.model.get_input_embeddings().num_embeddings
+    if model.max_context <= ANSWER:
+        raise InputError(
+            f"model '{model.name}' takes {model.max_context} tokens (max_position_embeddings); "
+            f"kvbench needs more than {ANSWER}"
+        )
+    vocabulary = model.vocabulary
     draw = torch.Generator().manual_seed(0)
     prompts = [
         torch.randint(min(1, vocabulary - 1), min(vocabulary, 1000), (n,), generator=draw).tolist()

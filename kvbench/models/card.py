@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kvbench.arguments import check_options, check_whole
 from kvbench.errors import InputError
 from kvbench.models.wheel import WHEELS
 
@@ -51,6 +52,16 @@ def model_folder(name: str) -> Path | None:
     return None
 
 
+def check_card(card: ModelCard) -> None:
+    """InputError for a card with a value that cannot be a default."""
+    for name in ("context", "prefill_chunk"):
+        check_whole(name, getattr(card, name), least=0)
+    for name in ("options", "training"):
+        check_options(name, getattr(card, name))
+        for method, values in getattr(card, name).items():
+            check_options(f"{name}.{method}", values)
+
+
 def read_card(folder: Path) -> ModelCard:
     """The card in a model's folder; ModelCard() if there is none.
 
@@ -61,7 +72,8 @@ def read_card(folder: Path) -> ModelCard:
     try:
         data = json.loads(path.read_text()) if path.is_file() else {}
         card = ModelCard(**data)
-    except (ValueError, TypeError) as error:
+        check_card(card)
+    except (ValueError, TypeError, InputError) as error:
         raise InputError(f"'{path}' is not a model card: {error}") from None
     options = {name: dict(values) for name, values in card.options.items()}
     for scores in sorted([*folder.glob("scores-*.tsv"), *folder.glob("scores-*.json")]):

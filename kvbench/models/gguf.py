@@ -64,6 +64,8 @@ def read_gguf(path: Path, **options: Any) -> tuple[Any, Any]:
 def read_config(fields: dict[str, Any], *, tied: bool) -> LlamaConfig:
     """The configuration in a file's fields."""
     heads = fields["llama.attention.head_count"]
+    if fields.get("llama.rope.scaling.type", "none") != "none":
+        raise InputError(f"RoPE scaling of type {fields['llama.rope.scaling.type']} is not read")
     return LlamaConfig(
         vocab_size=len(fields["tokenizer.ggml.tokens"]),
         hidden_size=fields["llama.embedding_length"],

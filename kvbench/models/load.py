@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +19,22 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoTokenizer,
 )
+from transformers.utils import cached_file
 
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import KVShape
 from kvbench.models.attention import ATTENTION, KVAttention, LayerShape
 from kvbench.models.card import ModelCard, model_folder, read_card
-from kvbench.models.files import check_files, check_weights, digest_of, folder_digest
+from kvbench.models.files import (
+    CONFIG,
+    check_files,
+    check_tensors,
+    check_weights,
+    digest_of,
+    folder_digest,
+)
 from kvbench.models.layers import check_kinds, kv_shape, probe_layers
-from kvbench.models.rotation import LongRope, length_dependent_rope, longest_input
+from kvbench.models.rotation import LongRope, check_rope, length_dependent_rope, longest_input
 from kvbench.models.wheel import WHEELS
 
 
@@ -43,6 +52,7 @@ class LoadedModel:
     attention: str
     fingerprint: str
     layers: tuple[LayerShape, ...]
+    vocabulary: int  # tokens that the model can read
     card: ModelCard = field(default_factory=ModelCard)
     long_rope: LongRope | None = None
 
@@ -54,12 +64,16 @@ class LoadedModel:
     @property
     def end_tokens(self) -> frozenset[int]:
         """Ids that end an answer."""
-        ids = self.model.generation_config.eos_token_id
-        if ids is None and self.tokenizer is not None:
-            ids = self.tokenizer.eos_token_id
-        if ids is None:
-            return frozenset()
-        return frozenset([ids] if isinstance(ids, int) else ids)
+        return frozenset(end_tokens(self.model, self.tokenizer))
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """InputError for tokens that the model does not have."""
+        lowest, highest = min(ids), max(ids)
+        if lowest < 0 or highest >= self.vocabulary:
+            raise InputError(
+                f"token {lowest if lowest < 0 else highest} of a prompt is none of the "
+                f"{self.vocabulary} of model '{self.name}'; does its tokenizer belong to it?"
+            )
 
 
 def load_model(
@@ -80,7 +94,7 @@ def load_model(
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:240]
+        reason = told(error)
         hint = (
             "is it a model folder with config.json, safetensors weights and a tokenizer?"
             if folder
@@ -88,8 +102,7 @@ def load_model(
         )
         raise InputError(f"model '{name}' cannot be loaded ({hint}): {reason}") from None
     except Exception as error:  # tokenizers and safetensors raise plain Exceptions
-        reason = " ".join(str(error).split())[:240]
-        raise InputError(f"model '{name}' has a broken file: {reason}") from None
+        raise InputError(f"model '{name}' has a broken file: {told(error)}") from None
     model.eval().to(where)
     return wrap_model(
         model,
@@ -99,6 +112,13 @@ def load_model(
         fingerprint=fingerprint(name, model.config),
         card=read_card(folder) if folder else ModelCard(),
     )
+
+
+def told(error: Exception) -> str:
+    """An error of a library on one line, with its type where the message needs it."""
+    text = " ".join(str(error).split())[:240]
+    speaks = isinstance(error, OSError | ImportError) or type(error) in (ValueError, Exception)
+    return text if text and speaks else f"{type(error).__name__}: {text}"
 
 
 def read_model(name: str, **options: Any) -> tuple[Any, Any]:
@@ -118,6 +138,7 @@ def read_model(name: str, **options: Any) -> tuple[Any, Any]:
     source = str(folder or name)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    check_rope(config, name)
     several = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
     several = several and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     model_class = AutoModelForMultimodalLM if several else AutoModelForCausalLM
@@ -130,6 +151,8 @@ def read_model(name: str, **options: Any) -> tuple[Any, Any]:
         **options,
     )
     check_weights(found, name)
+    # a model of the hub lies in the cache by now
+    check_tensors(folder or Path(cached_file(name, CONFIG)).parent, name, model)
     return model, tokenizer
 
 
@@ -155,8 +178,12 @@ def wrap_model(
         count, limit = int(config.num_hidden_layers), longest_input(config)
     except AttributeError as error:
         raise InputError(f"model '{name}' is not an attention-only decoder: {error}") from None
+    if limit < 1:
+        raise InputError(f"model '{name}' takes {limit} tokens (max_position_embeddings)")
     layers = probe_layers(model, count, name)
     weight = next(model.parameters())
+    vocabulary = len(model.get_input_embeddings().weight)
+    check_end_tokens(end_tokens(model, None), vocabulary, name)
     return LoadedModel(
         name,
         model,
@@ -168,9 +195,30 @@ def wrap_model(
         attention,
         fingerprint,
         layers,
+        vocabulary,
         card or ModelCard(),
         length_dependent_rope(model, config, name),
     )
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[Any]:
+    """What the generation configuration, or else the tokenizer, names as ids that end an answer."""
+    ids = model.generation_config.eos_token_id
+    if ids is None and tokenizer is not None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return []
+    return list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
+def check_end_tokens(ids: Sequence[Any], vocabulary: int, name: str) -> None:
+    """InputError for an end token that no answer can contain."""
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocabulary:
+            raise InputError(
+                f"model '{name}' has the end token {token!r}; expected ids from 0 to "
+                f"{vocabulary - 1} (eos_token_id in generation_config.json)"
+            )
 
 
 def resolve_device(device: str) -> torch.device:

@@ -61,6 +61,17 @@ def rope_kinds(config: Any) -> Iterator[dict[str, Any]]:
     yield from nested or [parameters]
 
 
+def check_rope(config: Any, name: str) -> None:
+    """InputError for a type of RoPE that transformers does not have."""
+    for parameters in rope_kinds(config.get_text_config(decoder=True)):
+        kind = parameters.get("rope_type", "default")
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise InputError(
+                f"model '{name}' has RoPE of the unknown type '{kind}'; known are default, "
+                f"{', '.join(sorted(ROPE_INIT_FUNCTIONS))}"
+            )
+
+
 def longest_input(config: Any) -> int:
     """Tokens that a model takes at most.
 

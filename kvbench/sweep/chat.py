@@ -3,6 +3,9 @@
 `plan.py` encodes prompts by it.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 from kvbench.errors import InputError
 
 TEMPLATE_DATE = "2025-01-01"  # a fixed day, so that the same command makes the same prompts
+MOST_LINES = 1_000_000  # of a template, run to write two prompts; usual ones take some hundreds
 # Put before a chat template: its `strftime_now` then writes a fixed day. Templates are given data
 # only, no functions, and the line's end is not part of what they write.
 TODAY = (
@@ -24,6 +28,28 @@ def parts_of_day(day: str) -> dict[str, str]:
     noon = datetime.fromisoformat(day).replace(hour=12)
     codes = [f"%{flag}{letter}" for letter in "aAbBcdHIjmMpSUwWxXyYZ" for flag in ("-", "")]
     return {code: noon.strftime(code) for code in codes}
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Raise RuntimeError in a template that runs too many lines: it may loop without an end."""
+    left = MOST_LINES
+
+    def count(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != "<template>":
+            return None
+        left -= 1
+        if left < 0:
+            raise RuntimeError("it does not come to an end")
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 @dataclass(frozen=True)
@@ -43,15 +69,20 @@ class Chat:
         given = {**dict(self.options), "kvbench_today": parts_of_day(self.date)}
         try:
             template = TODAY + tokenizer.get_chat_template()
-            return str(
-                tokenizer.apply_chat_template(
-                    turns,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    **given,
+            with limited():
+                first, second = (
+                    tokenizer.apply_chat_template(
+                        turns,
+                        chat_template=template,
+                        tokenize=False,
+                        add_generation_prompt=True,
+                        **given,
+                    )
+                    for _ in range(2)
                 )
-            )
+            if first != second:
+                raise ValueError("it writes something else each time")
+            return str(first)
         except Exception as error:  # templates raise whatever they like
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(

@@ -30,7 +30,7 @@ from kvbench.records import (
     read_settings,
 )
 from kvbench.registry import tasks as task_registry
-from kvbench.spec import MethodSpec, check_option_names, method_names, parse_method
+from kvbench.spec import MethodSpec, check_option_names, method_names, of_method, parse_method
 from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.folder import experiment, find_folder
 from kvbench.sweep.plan import Cell, Settings, common_settings, get_tasks, make_plan
@@ -260,7 +260,7 @@ def choose_methods(choices: Choices, card: ModelCard) -> tuple[list[MethodSpec],
     left_out = []
     for name in names:
         spec = parse_method(name, choices.option, card.options)
-        missing = spec.method.missing()
+        missing = of_method(name, spec.method.missing)
         if missing:
             if choices.method:
                 raise InputError(

@@ -151,7 +151,9 @@ def recorded_options(spec: "MethodSpec") -> tuple[dict[str, Any], str]:
     """A method's options as records hold them, and why they cannot be recorded ("" if they can)."""
     try:
         options = spec.options
-        json.dumps(options, allow_nan=False)
+        text = json.dumps(options, allow_nan=False)
+        if json.dumps(spec.options) != text:  # every run would measure everything again
+            raise ContractError("they change each time that they are asked for")
     except Exception as error:
         return {}, (
             f"method '{spec.name}': its options and remarks cannot be recorded as JSON: "
@@ -167,14 +169,21 @@ def _prepared_samples(model: "LoadedModel", task: Task, settings: Settings) -> l
     """All samples of a task.
 
     A sample that cannot be made has a stand-in without a prompt. InputError if no sample can be
-    made, and the first one's fault is the user's choice.
+    made, and the first one's fault is the user's choice. A task that makes another sample each time
+    has none: every run would measure all of its cells again.
     """
     prepared: list[Prepared] = []
     first: InputError | None = None
+    varies = False
     for index in range(settings.samples):
         try:
-            prepared.append((*_prepare_sample(model, task, index, settings), ""))
-        except Exception as error:
+            sample, prompt = _prepare_sample(model, task, index, settings)
+            if index == 0:
+                varies = asked_of(sample) != asked_of(make_sample(model, task, 0, settings))
+            if varies:
+                raise ContractError("sample() makes another sample each time; expected equal ones")
+            prepared.append((sample, prompt, ""))
+        except (Exception, SystemExit) as error:
             if index == 0 and isinstance(error, InputError):
                 first = error
             subtask = str(task.subtasks[index % len(task.subtasks)]) if task.subtasks else ""
@@ -193,8 +202,14 @@ def _prepare_sample(
     prompt = encode_prompt(model.tokenizer, sample, chat=settings.chat)
     if not prompt:
         raise ContractError("its prompt is empty; expected at least one token")
+    model.check_ids(prompt)
     _check_length(model, task, sample, prompt)
     return sample, prompt
+
+
+def asked_of(sample: Sample) -> tuple[Any, ...]:
+    """What must be equal if a sample is made again."""
+    return sample.prompt, sample.reference, sample.max_new_tokens
 
 
 def check_sample(sample: Any, task: Task, index: int) -> Sample:
@@ -222,7 +237,7 @@ def check_sample(sample: Any, task: Task, index: int) -> Sample:
     return sample
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An exception as records hold it; the message alone if it is one of kvbench's own."""
     text = " ".join(str(error).split()) or "no message"
     own = isinstance(error, ContractError | InputError)
@@ -250,6 +265,11 @@ def make_sample(model: "LoadedModel", task: Task, index: int, settings: Settings
     tokens = settings.context
     if settings.chat is not None:
         tokens -= len(_in_chat(model.tokenizer, settings.chat, "", ""))
+        if tokens < 1:
+            raise InputError(
+                f"the chat template alone takes {settings.context - tokens} tokens; choose a "
+                "longer --context, or --chat-template off"
+            )
     return task.sample(index, seed=settings.seed, context=tokens, tokenizer=model.tokenizer)
 
 
@@ -276,7 +296,7 @@ def context_tokens(
     """
     if sample.question_at is None:
         raise ContractError(
-            "it does not say where its question starts (question_at), which --compress context needs"
+            "it does not say where its question starts; expected question_at"
         )
     text, before = sample.prompt, sample.prompt[: sample.question_at]
     if chat is not None:
@@ -296,6 +316,11 @@ def context_tokens(
 
 def _in_chat(tokenizer: Any, chat: Chat, content: str, answer: str) -> list[int]:
     text = chat.text(tokenizer, content)
+    if content.strip() not in text:
+        raise InputError(
+            "the model's chat template leaves out the prompt, or changes it; use "
+            "--chat-template off"
+        )
     return list(tokenizer.encode(text + answer, add_special_tokens=False))
 
 
@@ -309,5 +334,12 @@ def _check_length(model: "LoadedModel", task: Task, sample: Sample, prompt: Sequ
 
 
 def get_tasks(names: Sequence[str]) -> list[Task]:
-    """Task objects by name; InputError with the nearest name for an unknown one."""
-    return [task_registry.get(name)() for name in names]
+    """Task objects by name; InputError for one that is unknown or cannot be made."""
+    made = []
+    for name in names:
+        task = task_registry.get(name)
+        try:
+            made.append(task())
+        except Exception as error:
+            raise InputError(f"task '{name}' cannot be made: {one_line(error)}") from None
+    return made

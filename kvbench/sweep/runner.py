@@ -98,7 +98,7 @@ class Sweep:
                 outcomes = self.run_rows(
                     self.model, rows_of(batch), prefill_chunk=self.chunk(batch)
                 )
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 # Only the text is kept: the error itself keeps the memory of its frames alive.
                 failure = one_line(error)
                 guilty = getattr(error, "method", "")
@@ -124,7 +124,7 @@ class Sweep:
             # A copy: what `score` does to the reference must not reach other cells.
             sample = deepcopy(cell.sample)
             score = float(self.tasks[cell.sample.task].score(prediction, sample))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return self._record(cell, error=f"scoring failed: {one_line(error)}")
         if math.isnan(score) or not 0 <= score <= 1:
             return self._record(cell, error=f"the task's score {score} is not in 0..1")
@@ -244,7 +244,7 @@ def gib(size: float) -> str:
     return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out; the CPU's allocator raises a bare RuntimeError."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True

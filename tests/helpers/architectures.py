@@ -86,6 +86,7 @@ MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {}),
     "cohere": ("cohere", {}),
     "cohere2": ("cohere2", ALTERNATE),
+    "cwm": ("cwm", {**ALTERNATE, "bos_token_id": 1, "eos_token_id": 2}),
     "deepseek-v2": ("deepseek_v2", {**EXPERTS, **LATENT}),
     "deepseek-v3": ("deepseek_v3", {**EXPERTS, **LATENT}),
     "dots1": ("dots1", EXPERTS),
@@ -122,6 +123,33 @@ MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
         "llama4_text",
         {**LLAMA4, "attention_chunk_size": 8192, "floor_scale": 16, "attn_scale": 0.5},
     ),
+    "longcat-flash": (
+        "longcat_flash",
+        {
+            **LATENT,
+            "num_layers": 2,
+            "n_routed_experts": 4,
+            "moe_topk": 2,
+            "expert_ffn_hidden_size": 24,
+            "ffn_hidden_size": 48,
+            "zero_expert_num": 1,
+        },
+    ),
+    "mimo-v2-flash": (
+        "mimo_v2_flash",
+        {
+            **EXPERTS,
+            "sliding_window": 24,
+            "v_head_dim": 8,
+            "swa_num_key_value_heads": 2,
+            "swa_num_attention_heads": 4,
+            "swa_head_dim": 16,
+            "swa_v_head_dim": 8,
+            "moe_layer_freq": [0, 1, 1, 1],
+            "hybrid_layer_pattern": [0, 1, 1, 0],
+        },
+    ),
+    "minicpm3": ("minicpm3", LATENT),
     "minimax-m2": ("minimax_m2", EXPERTS),
     "ministral": ("ministral", ALTERNATE),
     "ministral3": ("ministral3", {"sliding_window": None}),
@@ -143,6 +171,7 @@ MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": LONGROPE,
         },
     ),
+    "phimoe": ("phimoe", EXPERTS),
     "qwen2": ("qwen2", {}),
     "qwen2-moe": ("qwen2_moe", EXPERTS),
     "qwen3": ("qwen3", {}),
@@ -150,6 +179,8 @@ MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
     "seed-oss": ("seed_oss", {}),
     "smollm3": ("smollm3", {}),
     "starcoder2": ("starcoder2", {"sliding_window": None}),
+    "vaultgemma": ("vaultgemma", ALTERNATE),
+    "youtu": ("youtu", LATENT),
 }
 
 # What the refusal says.

@@ -100,6 +100,8 @@ SCORES: dict[str, tuple[Callable[[LayerView], Any], str]] = {
     "integers": (lambda view: norms(view).long(), "of int64; expected"),
     "bools": (lambda view: norms(view) > 0, "of bool; expected"),
     "complex": (lambda view: norms(view).to(torch.complex64), "of complex64; expected"),
+    "8 bits": (lambda view: norms(view).to(torch.float8_e4m3fn), "of float8_e4m3fn; expected"),
+    "sparse": (lambda view: norms(view).to_sparse(), "returns a sparse tensor; expected a dense"),
     "none": (lambda view: None, "returns None; expected a tensor"),
     "a list": (lambda view: norms(view).tolist(), "returns list"),
     "nan": (lambda view: norms(view).masked_fill(view.positions == 3, torch.nan), "returns 2 of "),

@@ -23,6 +23,7 @@ from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
 from kvbench.engine.self_check import self_check
 from kvbench.errors import InputError
+from kvbench.method import Limit
 from kvbench.models import attention, layers, load
 from kvbench.models.load import LoadedModel, wrap_model
 from kvbench.spec import parse_method
@@ -206,6 +207,23 @@ def test_masks_that_are_more_than_causal_are_refused() -> None:
 
     with pytest.raises(InputError, match="masks its attention"):
         attention.MaskRule(both_ways, None).limit()
+
+
+@pytest.mark.parametrize("size", [24, 4097, 131072, 10**12])
+def test_masks_of_any_size_are_recognised(size: int) -> None:
+    def sliding(batch: Any, head: Any, query: Any, entry: Any) -> Any:
+        return (entry <= query) & (entry > query - size)
+
+    def chunked(batch: Any, head: Any, query: Any, entry: Any) -> Any:
+        return (entry <= query) & (entry // size == query // size)
+
+    def longer(batch: Any, head: Any, query: Any, entry: Any) -> Any:
+        return (entry <= query) & (entry >= query - size)
+
+    assert attention.MaskRule(sliding, size).limit() == Limit(size)
+    assert attention.MaskRule(chunked, size).limit() == Limit(size, chunked=True)
+    with pytest.raises(InputError, match="masks its attention"):
+        attention.MaskRule(longer, size).limit()
 
 
 def test_layers_that_share_keys_count_once() -> None:

@@ -84,6 +84,77 @@ def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     load_model(str(tmp_path / "m"))
 
 
+def change_json(name: str, **changes: Any) -> Callable[[Path], Any]:
+    """Sets keys in a JSON file of a folder."""
+
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, **changes}))
+
+    return change
+
+
+def as_integers(folder: Path) -> None:
+    rewrite(folder, lambda weights: weights.update({NORM: weights[NORM].int()}))
+
+
+def in_two_shards(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    shards = {"a.safetensors": weights, "b.safetensors": {NORM: 2 * weights[NORM]}}
+    for shard, tensors in shards.items():
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+    where = {**dict.fromkeys(weights, "a.safetensors"), "other": "b.safetensors"}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+NORM = "model.norm.weight"
+CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "kvbench.json"
+ROPE = {"rope_type": "spiral", "rope_theta": 1e4}
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "integers": (as_integers, f"holds {NORM} as I32"),
+    "a tensor twice": (in_two_shards, f"both a.safetensors and b.safetensors hold {NORM}"),
+    "an absolute path": (lambda folder: write_index(folder, f"/{WEIGHTS}"), "lies outside"),
+    "no JSON": (lambda folder: (folder / GENERATION).write_text("{"), "is not a JSON object"),
+    "an end token as text": (change_json(GENERATION, eos_token_id="5"), "has the end token '5'"),
+    "an end token beyond": (change_json(GENERATION, eos_token_id=[5, 199]), "the end token 199"),
+    "end tokens in lists": (change_json(GENERATION, eos_token_id=[[1]]), "the end token [1]"),
+    "no tokens": (change_json(CONFIG, max_position_embeddings=0), "takes 0 tokens"),
+    "unknown RoPE": (change_json(CONFIG, rope_parameters=ROPE), "the unknown type 'spiral'"),
+    "unknown activation": (change_json(CONFIG, hidden_act="relish"), "KeyError: 'relish'"),
+    "a context as text": (lambda folder: write_card(folder, context="x"), "context must be"),
+    "half a context": (lambda folder: write_card(folder, context=2.5), "context must be"),
+    "a list of options": (lambda folder: write_card(folder, options=[]), "options must be a dict"),
+    "a number": (lambda folder: write_card(folder, options={"knorm": 5}), "options.knorm must be"),
+}
+
+
+def write_card(folder: Path, **content: Any) -> None:
+    (folder / CARD).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_refused_in_one_line(
+    folder: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    damage(folder)
+    assert message in refusal(folder)
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(folder: Path) -> None:
+    model = load_model(str(folder))
+    for token in (-1, 199):
+        row = Row([3, token, 5], 4, parse_method("full", {}), 1.0)
+        with pytest.raises(InputError, match=f"token {token} of a prompt is none of the 199"):
+            run_rows(model, [row], prefill_chunk=None)
+
+
+def test_a_model_must_take_more_than_the_check_needs(folder: Path) -> None:
+    change_json(CONFIG, max_position_embeddings=3)(folder)
+    with pytest.raises(InputError, match=r"takes 3 tokens .* kvbench needs more than 5"):
+        self_check(load_model(str(folder)))
+
+
 def write_index(folder: Path, shard: str) -> None:
     names = load_file(folder / WEIGHTS)
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard)}

@@ -34,7 +34,14 @@ def some_model(*, tied: bool = False) -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def write(path: Path, model: Any, *, architecture: str = "llama", pre: str = "smollm") -> None:
+def write(
+    path: Path,
+    model: Any,
+    *,
+    architecture: str = "llama",
+    pre: str = "smollm",
+    scaling: str = "none",
+) -> None:
     """Write the model as a GGUF file, with each head's rows of q and k in the format's order."""
     config, file = model.config, GGUFWriter(path, architecture)
     file.add_context_length(config.max_position_embeddings)
@@ -45,6 +52,7 @@ def write(path: Path, model: Any, *, architecture: str = "llama", pre: str = "sm
     file.add_head_count_kv(config.num_key_value_heads)
     file.add_layer_norm_rms_eps(config.rms_norm_eps)
     file.add_rope_freq_base(5000.0)
+    file.add_string("llama.rope.scaling.type", scaling)
     file.add_tokenizer_model("gpt2")
     file.add_tokenizer_pre(pre)
     file.add_token_list(TOKENS)
@@ -101,7 +109,11 @@ def test_the_tokenizer_splits_digits_and_keeps_special_tokens_whole(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"architecture": "qwen2"}, "not a llama"), ({"pre": "qwen2"}, "unknown kind")],
+    [
+        ({"architecture": "qwen2"}, "not a llama"),
+        ({"pre": "qwen2"}, "unknown kind"),
+        ({"scaling": "yarn"}, "RoPE scaling of type yarn"),
+    ],
 )
 def test_what_is_not_known_here_is_refused(
     tmp_path: Path, change: dict[str, str], message: str

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ class Echo(Task):
         return 0.5
 
 
-def raising(error: Exception) -> Callable[..., Any]:
+def raising(error: BaseException) -> Callable[..., Any]:
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
@@ -69,6 +71,7 @@ def sweep(
 
 SAMPLES: dict[str, tuple[Change, str]] = {
     "it raises": (raising(ValueError("no such\nline")), "ValueError: no such line"),
+    "it ends the program": (raising(SystemExit(5)), "SystemExit: 5"),
     "bad input": (raising(InputError("too short")), "too short"),
     "nothing": (lambda sample: None, "returns a NoneType; expected a Sample"),
     "an empty prompt": (changed(prompt=""), "its prompt is empty"),
@@ -118,6 +121,30 @@ def test_bad_input_that_concerns_all_samples_stops_before_anything_is_measured(
     assert len(sweep(monkeypatch, tmp_path).failed) == 9
 
 
+def test_a_task_that_makes_another_sample_each_time_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = iter(range(99))
+    sample = Echo.sample
+
+    def another(self: Echo, index: int, **given: Any) -> Sample:
+        made = sample(self, index, **given)
+        return replace(made, prompt=f"{made.prompt} {next(numbers)}")
+
+    monkeypatch.setattr(Echo, "sample", another)
+    result = sweep(monkeypatch, tmp_path)
+    assert (result.measured, len(result.failed), result.exit_code) == (0, 9, 1)
+    assert all("makes another sample each time" in (r.error or "") for r in result.failed)
+
+
+def test_a_task_that_cannot_be_made_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Echo, "__init__", raising(ValueError("no data")))
+    with pytest.raises(InputError, match="task 'echo' cannot be made: ValueError: no data"):
+        sweep(monkeypatch, tmp_path)
+
+
 def kept(records: list[Record]) -> dict[tuple[str, float, int], Any]:
     return {
         (r.method, r.budget, r.sample): (r.prediction, r.resident_rows, r.kv_bytes_peak, r.score)
@@ -126,12 +153,14 @@ def kept(records: list[Record]) -> dict[tuple[str, float, int], Any]:
     }
 
 
+NUMBERS = count()
 BAD: dict[str, tuple[Method, str]] = {
     "scores": (broken.method(broken.SCORES["shape"][0]), "layer 0: scores returns a tensor [4, 5]"),
     "nan": (broken.method(broken.SCORES["nan"][0]), "NaN or infinite"),
     "capacity": (broken.method(capacity=broken.CAPACITIES["negative"][0]), "capacity returns -3"),
     "windows": (broken.method(windows=broken.WINDOWS["layers"][0]), "windows returns 1 layers"),
     "windows that raise": (broken.method(windows=raising(KeyError("x"))), "KeyError: 'x'"),
+    "ends the program": (broken.method(raising(SystemExit(3))), "SystemExit: 3"),
     "writes": (broken.writing(broken.WRITES["queries"]), "scores writes to the view"),
     "writes to blocks": (broken.writing(broken.WRITES["NumPy"]), "scores writes to the view"),
 }
@@ -156,6 +185,7 @@ def test_a_bad_method_is_named_and_the_others_are_measured_unchanged(
         (raising(KeyError("x")), "KeyError: 'x'"),
         (lambda self: {"x": {1}}, "not JSON serializable"),
         (lambda self: {"x": float("inf")}, "not JSON compliant"),
+        (lambda self: {"x": next(NUMBERS)}, "they change each time"),
     ],
 )
 def test_remarks_that_cannot_be_recorded_cost_their_method_only(

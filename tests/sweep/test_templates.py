@@ -1,6 +1,7 @@
 """Chat templates: the day is fixed, options are passed on, and faults are bad input."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +14,8 @@ from kvbench.errors import InputError
 from kvbench.models.card import EMBEDDED
 from kvbench.sweep.chat import Chat
 from kvbench.sweep.command import template_date, template_options
-from kvbench.sweep.plan import Settings, common_settings
+from kvbench.sweep.plan import Settings, common_settings, encode_prompt
+from kvbench.task import Sample
 
 MESSAGES = "{% for m in messages %}user: {{ m['content'] }}\n{% endfor %}assistant:\n"
 THINKING = "{% if enable_thinking is not defined or enable_thinking %}<think>\n"
@@ -70,6 +72,34 @@ def test_a_template_that_raises_is_bad_input(tokenizer_with: Callable[[str], Any
     tokenizer = tokenizer_with("{{ raise_exception('a system message is needed') }}")
     with pytest.raises(InputError, match="a system message is needed"):
         Chat().text(tokenizer, "Hi")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "an end",
+        ),
+        ("{{ range(100000) | random }}" + MESSAGES, "something else each time"),
+    ],
+)
+def test_a_template_that_loops_or_varies_is_bad_input(
+    template: str, message: str, tokenizer_with: Callable[[str], Any]
+) -> None:
+    tracer = sys.gettrace()
+    with pytest.raises(InputError, match=message):
+        Chat().text(tokenizer_with(template), "Hi")
+    assert sys.gettrace() is tracer
+
+
+@pytest.mark.parametrize("template", ["", "Hello", MESSAGES.replace("m['content']", "m.role")])
+def test_a_template_that_leaves_out_the_prompt_is_bad_input(
+    template: str, tokenizer_with: Callable[[str], Any]
+) -> None:
+    sample = Sample("t", "any", 0, "Where is the badger?", ["x"], 4)
+    with pytest.raises(InputError, match="leaves out the prompt"):
+        encode_prompt(tokenizer_with(template), sample, chat=Chat())
 
 
 def test_a_day_is_checked() -> None:

@@ -33,6 +33,9 @@ def test_every_built_in_task_names_a_registered_metric() -> None:
         ("91234567", 0),
         ("12345678", 0),
         ("1234567.5", 0),
+        ("1234.567", 0),
+        ("1.234.567", 1),
+        ("7,1234567,9", 1),
         ("x1234567", 0),
         ("123 4567", 0),
         ("", 0),
@@ -51,6 +54,7 @@ def test_a_number_inside_another_is_another(prediction: str, expected: float) ->
         ("_lute_", 1),
         ("played the flute.", 0),
         ("lutes", 0),
+        ("LUTE", 1),
     ],
 )
 def test_a_word_inside_another_is_another(prediction: str, expected: float) -> None:
@@ -106,3 +110,17 @@ def test_ids_are_read_in_every_spelling(prediction: str) -> None:
 )
 def test_each_row_counts_once(prediction: str, expected: float) -> None:
     assert score("html_to_tsv", prediction, TABLE) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("It is 3.5.", "35", 0),
+        ("It is 3.5.", "3.5", 1),
+        ("A", "A", 1),  # an answer may be an article
+        ("The answer is A.", "A", 1),
+        ("Strasse", "Straße", 1),
+    ],
+)
+def test_answers_of_few_letters(prediction: str, reference: str, expected: float) -> None:
+    assert score("rag", prediction, [reference]) == expected
