@@ -208,6 +208,10 @@ class Report:
     records: DataFrame = field(default_factory=DataFrame, repr=False, compare=False)
     source: str = field(default="", repr=False, compare=False)  # hash of the files it was made from
 
+    def __repr__(self) -> str:
+        curves, settings = len(self.curves), len(self.settings())
+        return f"<Report of {curves} curves in {settings} settings, threshold {self.threshold:g}>"
+
     def settings(self) -> list[Setting]:
         """Return the settings in order of first appearance: each has one table and one picture."""
         return list(dict.fromkeys(curve.setting for curve in self.curves))

@@ -16,10 +16,10 @@ from kvbench.report.figures.style import (
     FONT,
     GREY,
     CurvesBySetting,
+    Styles,
     chunk_sizes,
     label_axes,
     make_grid,
-    style_of,
 )
 
 BUDGET = 0.3  # the measured budget nearest to it is drawn
@@ -39,7 +39,7 @@ class Panel:
     kv_peak: float | None
 
 
-def draw_timeline(curves: CurvesBySetting) -> Figure | None:
+def draw_timeline(curves: CurvesBySetting, styles: Styles) -> Figure | None:
     """Draw the first sample of the task with the longest answers, None if no timeline is recorded.
 
     Each panel shows full attention behind the methods whose caches hold the same.
@@ -60,7 +60,7 @@ def draw_timeline(curves: CurvesBySetting) -> Figure | None:
     prompt = known(whole["prompt_tokens"], int)
     full = np.array(_line(whole["timeline"], most)).T
     for axes, panel in zip(axes_of_panels, panels, strict=True):
-        colour = style_of(panel.curves[0].method).colour
+        colour = styles[panel.curves[0].method].colour
         line = np.array(panel.line).T
         axes.fill_between(*full, color="#E4E4E4", linewidth=0)
         axes.plot(*full, color=GREY, linewidth=0.7)
