@@ -98,7 +98,10 @@ def _fill(template: str, report: Report, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.globals.update(
-        BASELINE=BASELINE, critical_text=critical_text, interval_text=interval_text
+        BASELINE=BASELINE,
+        critical_text=critical_text,
+        interval_text=interval_text,
+        percent=percent,
     )
     grid = overview(report, lambda curve: curve)
     order = report.critical.groupby("label")["critical_footprint"].mean().sort_values().index

@@ -90,7 +90,7 @@ def test_a_run_half_finished(tmp_path: Path) -> None:
     assert [p["budget"] for p in found[1]["points"]] == [0.2, 0.5]
     assert [p["samples"] for p in found[1]["points"]] == [12, 8]
     assert "too few samples at budget 0.9" in errors
-    assert "unfinished, 8 to 12 samples" in errors
+    assert "unfinished; each budget has 8 to 12 of full attention's 12 samples" in errors
     assert "no sample that the baseline has too" in errors
 
 

@@ -7,9 +7,10 @@ colour vision.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
+from itertools import chain, count
 from pathlib import Path
 
 import matplotlib
@@ -88,7 +89,17 @@ def draw_pictures(report: Report) -> list[Picture]:
             Picture(_file_name(stem + tail), caption, figure)
             for stem, caption, figure in _over_tasks({s: report.of(s) for s in tasks}, styles)
         ]
-    return pictures
+    return list(_told_apart(pictures))
+
+
+def _told_apart(pictures: Iterable[Picture]) -> Iterator[Picture]:
+    """Yield pictures whose files differ in name, on file systems that ignore case too."""
+    used: set[str] = set()
+    for picture in pictures:
+        stems = (f"{picture.stem}{tail}" for tail in chain([""], (f"-{n}" for n in count(2))))
+        stem = next(stem for stem in stems if stem.lower() not in used)
+        used.add(stem.lower())
+        yield replace(picture, stem=stem)
 
 
 def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from kvbench.report.figures.style import (
     label_axes,
     make_grid,
 )
+from kvbench.report.tables import percent
 
 BUDGET = 0.3  # the measured budget nearest to it is drawn
 ALIKE = 0.4  # per cent of full attention's entries: nearer timelines are drawn as one
@@ -73,9 +74,9 @@ def draw_timeline(curves: CurvesBySetting, styles: Styles) -> Figure | None:
         axes.yaxis.set_major_locator(MultipleLocator(25))
         axes.yaxis.set_major_formatter("{x:g} %")
         names = _wrapped([curve.name for curve in panel.curves])
-        peak = f", peak {100 * panel.kv_peak:.0f} %" if panel.kv_peak is not None else ""
+        peak = f", peak {percent(panel.kv_peak)} %" if panel.kv_peak is not None else ""
         axes.set_title(
-            f"{names}\nfootprint {100 * panel.kv_footprint:.0f} %{peak}",
+            f"{names}\nfootprint {percent(panel.kv_footprint)} %{peak}",
             fontsize=FONT - 0.5,
             loc="left",
         )
