@@ -237,6 +237,8 @@ def generate(
     if prefill_chunk is None:
         prefill_chunk = choose_settings(Choices(), loaded).prefill_chunks[0]
     tokens = list(loaded.tokenizer.encode(prompt))
+    if not tokens:
+        raise InputError(f"prompt {prompt!r} has no tokens: give a longer text")
     row = Row(tokens, max_new_tokens, spec, budget, seed)
     found = run_rows(loaded, [row], prefill_chunk=prefill_chunk, keep_positions=True)[0]
     return Generation(

