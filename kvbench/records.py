@@ -96,8 +96,15 @@ _JSON_TYPES: dict[Any, tuple[type, ...]] = {
     dict[str, Any]: (dict,),
     list[list[int]] | None: (list, NoneType),
 }
-_NAMES = {str: "a text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
+_NAMES: dict[type, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+}
 _TYPES = {f.name: _JSON_TYPES[f.type] for f in fields(Record) if f.type is not Any}
+_LEAST = {**dict.fromkeys(_TYPES, 0), "prefill_chunk": 1}
 _LARGEST = 2**63 - 1  # whole number that a data frame can hold
 _SHARES = ("budget", "score")  # from 0 to 1; patched tokens raise peaks a little above 1
 _DEFAULTS = {f.name: None if f.default is MISSING else f.default for f in fields(Record)}
@@ -143,8 +150,8 @@ def _check(values: dict[str, Any]) -> None:
         value = values[name]
         if type(value) not in types:
             raise ValueError(f"{name} is {_shown(value)}; expected {_NAMES[types[0]]}")
-        if type(value) in (int, float) and not 0 <= value <= _LARGEST:
-            raise ValueError(f"{name} is {_shown(value)}; expected 0 or more, and a finite number")
+        if type(value) in (int, float) and not _LEAST[name] <= value <= _LARGEST:
+            raise ValueError(f"{name} is {_shown(value)}; expected {_LEAST[name]} to {_LARGEST}")
     for name in _SHARES:
         if values[name] is not None and values[name] > 1:
             raise ValueError(f"{name} is {_shown(values[name])}; expected 0 to 1")

@@ -69,7 +69,9 @@ def print_listing(listing: dict[str, list[dict[str, Any]]]) -> None:
                 console.print(Padding(Text(f"chunked: {', '.join(row['variants'])}"), indent))
             table = Table.grid(padding=(0, 2))
             for option, default in row.get("options", {}).items():
-                cards = [f"on {model}: {value}" for model, value in row["on_models"][option].items()]
+                cards = [
+                    f"on {model}: {value}" for model, value in row["on_models"][option].items()
+                ]
                 note = "; ".join([row["option_types"][option], *cards])
                 help = f"{row['option_help'][option]} ({note})".strip()
                 value = f"{option}={'FILE' if default is None else default}"

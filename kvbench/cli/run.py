@@ -194,20 +194,25 @@ def print_plan(choices: Choices) -> None:
     for note in plan.notes:
         say(note)
     console = Console()
-    methods = Table("method", "budgets", "chunks", "tasks", "cells", box=None)
+    methods = Table("methods", "budgets", "prefill chunks", "tasks", "cells each", box=None)
+    alike: dict[tuple[str, ...], list[str]] = {}  # methods that are measured on the same
     for method in dict.fromkeys(cell.spec.name for cell in plan.cells):
         cells = [cell for cell in plan.cells if cell.spec.name == method]
         chunks = sorted({c.prefill_chunk for c in cells if c.prefill_chunk is not None})
-        methods.add_row(
-            escape(method),
+        row = (
             ", ".join(f"{b:g}" for b in sorted({c.budget for c in cells})),
             ", ".join(map(str, chunks)) or "any",
             escape(", ".join(dict.fromkeys(c.sample.task for c in cells))),
             str(len(cells)),
         )
+        alike.setdefault(row, []).append(method)
+    for shared, names in alike.items():
+        methods.add_row(escape(", ".join(names)), *shared)
     console.print(methods, "")
 
-    groups = Table("task", "chunk", "groups", "cells each", "tokens", "alone", "memory", box=None)
+    groups = Table(
+        *("task", "chunk", "groups", "cells each", "tokens", "tokens alone", "memory"), box=None
+    )
     kinds = [(batch[0].sample.task, plan.sweep.chunk(batch)) for batch, _ in plan.batches]
     for task, chunk in dict.fromkeys(kinds):
         here = [b for b, kind in zip(plan.batches, kinds, strict=True) if kind == (task, chunk)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,7 +211,7 @@ class Report:
 
     def __repr__(self) -> str:
         curves, settings = len(self.curves), len(self.settings())
-        return f"<Report of {curves} curves in {settings} settings, threshold {self.threshold:g}>"
+        return f"Report(curves: {curves}, settings: {settings}, threshold: {self.threshold:g})"
 
     def settings(self) -> list[Setting]:
         """Return the settings in order of first appearance: each has one table and one picture."""
@@ -309,12 +309,10 @@ def report_records(
     cells, notes = select(frame, latest, current_codes(runs))
     notes = [*_notes_on_runs(runs), *notes]
     curves: list[Curve] = []
-    groups = {
-        Setting(model, task, context, seed): group_cells(of_setting)
-        for (task, model, context, seed), of_setting in cells.groupby(
-            ["task", "model", "context", "seed"]
-        )
-    }
+    groups: dict[Setting, list[CellGroup]] = {}
+    for key, in_setting in cells.groupby(["task", "model", "context", "seed"]):
+        task, model, context, seed = cast(tuple[str, str, int, int], key)
+        groups[Setting(model, task, context, seed)] = group_cells(in_setting)
     for setting, of_setting in groups.items():
         peers = [
             group

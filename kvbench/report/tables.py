@@ -255,7 +255,8 @@ def print_summary(records: Sequence[Record], codes: Mapping[str, str]) -> None:
     """
     console = console_of_stdout()
     cells, _ = select(frame_of(records), True, codes)
-    tasks = {task: (each, group_cells(each)) for task, each in cells.groupby("task", sort=False)}
+    by_task = cells.groupby("task", sort=False)
+    tasks = {str(task): (of_task, group_cells(of_task)) for task, of_task in by_task}
     peers = [group for _, groups in tasks.values() for group in groups]
     for task, (of_task, groups) in tasks.items():
         table = Table(

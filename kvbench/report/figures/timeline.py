@@ -53,7 +53,7 @@ def draw_timeline(curves: CurvesBySetting, styles: Styles) -> Figure | None:
     methods = [c for c in curves[setting] if c.method != BASELINE]
     budgets = sorted({p.budget for c in methods for p in c.points if p.budget < 1})
     budget = min(budgets, key=lambda b: abs(b - BUDGET), default=BUDGET)
-    most = max(entries for _, entries in whole["timeline"])
+    most = max([1, *(entries for _, entries in whole["timeline"])])
     panels = _find_panels(methods, budget, whole["sample"], most)
     if not panels:
         return None
