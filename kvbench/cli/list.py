@@ -29,15 +29,15 @@ def list_command(
         typer.Argument(
             metavar="KINDS",
             show_default="all",
-            help="Any of methods, tasks, metrics, models, separated by commas.",
+            help="methods, tasks, metrics or models; several separated by commas.",
             autocompletion=complete.kinds,
         ),
     ] = None,
     form: Annotated[
-        Literal["table", "json"], opt(OUTPUT, "What goes to stdout.", names=["--format"])
+        Literal["table", "json"], opt(OUTPUT, "What to print.", names=["--format"])
     ] = "table",
 ) -> int:
-    """Show methods with their options, tasks, metrics and models."""
+    """List methods with their options, tasks, metrics and models."""
     chosen = tuple(LISTS) if kinds is None else comma_list(kinds, "kinds", str)
     for kind in chosen:
         if kind not in LISTS:
@@ -130,7 +130,7 @@ def list_metrics() -> list[dict[str, Any]]:
     return [
         {
             "metric": name,
-            "tasks": ", ".join(task for metric, task in named if metric == name) or "none here",
+            "tasks": ", ".join(task for metric, task in named if metric == name) or "no task here",
             "about": first_line(metrics.get(name)),
         }
         for name in metrics.names()
@@ -168,8 +168,8 @@ LISTS = {
 }
 FACTS = {  # what stands beside a name
     "methods": "{family}",
-    "tasks": "metric {metric}, by default: {default}",
-    "metrics": "of tasks: {tasks}",
+    "tasks": "metric {metric}; measured by default: {default}",
+    "metrics": "used by: {tasks}",
     "models": "context {context} tokens, prefill chunks of {prefill chunk}",
 }
 

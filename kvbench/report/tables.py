@@ -85,10 +85,12 @@ def title(report: Report, setting: Setting) -> str:
 def legend(report: Report) -> str:
     """Return what the signs of a table mean."""
     return (
-        f"Critical: the smallest KV footprint (or peak) that keeps {100 * report.threshold:g} % of "
-        "full attention's score, with its 95 % interval. <= every budget measured keeps it; ~ none "
-        "does, so it lies between the largest and full attention. * the best method; = not "
-        "distinguishable from it (paired bootstrap over samples)."
+        "Critical footprint (peak): the smallest KV footprint (peak) at which a method keeps "
+        f"{100 * report.threshold:g} % of full attention's score, with its 95 % interval. "
+        "<= means that every measured budget keeps it: the true value may be smaller. ~ means that "
+        "no measured budget keeps it: the value lies between the largest footprint measured and "
+        "full attention. * marks the best method, = a method that cannot be distinguished from it "
+        "(paired bootstrap over samples)."
     )
 
 
@@ -167,7 +169,7 @@ def to_markdown(report: Report) -> str:
     grid = overview(report, cell)
     header = ["method", *map(escape_markdown, grid.columns)]
     rows = [[escape_markdown(label), *cells] for label, *cells in grid.itertuples()]
-    text = escape_markdown(legend(report)).replace("\\* the best", "Bold: the best")
+    text = escape_markdown(legend(report)).replace("\\* marks", "Bold marks")
     return f"{markdown_table(header, rows)}\n\n{text}"
 
 
