@@ -259,6 +259,7 @@ def full_choices(out: Path) -> Choices:
     for name in ("method", "task", "budgets"):
         settings[name] = tuple(settings[name])
     settings["prefill_chunk"] = (settings["prefill_chunk"],)
+    settings["option"] = {key: str(value) for key, value in settings["option"].items()}
     return Choices(out=out, **settings)
 
 
