@@ -4,14 +4,14 @@
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pandas import DataFrame
 
-from kvbench.arguments import check_options, check_share, check_text, check_whole
+from kvbench.arguments import LARGEST, check_options, check_share, check_text, check_whole
 from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
 from kvbench.engine.self_check import self_check
@@ -181,7 +181,8 @@ class Generation:
     peak: float
     reads: float
     bytes_peak: int  # peak memory of keys and values, temporary copies included
-    kept: list[list[list[int]]]  # [layers][KV heads], sorted positions resident after the prompt
+    # [layers][KV heads], sorted positions resident after the prompt
+    kept: list[list[list[int]]] = field(repr=False)
 
 
 def generate(
@@ -220,7 +221,7 @@ def generate(
     budget = 1.0 if budget is None else budget
     check_share("budget", budget)
     check_whole("max_new_tokens", max_new_tokens)
-    check_whole("seed", seed, least=0)
+    check_whole("seed", seed, least=0, most=LARGEST)
     if prefill_chunk is not None:
         check_whole("prefill_chunk", prefill_chunk)
     if not isinstance(model, LoadedModel):
@@ -236,6 +237,8 @@ def generate(
     if prefill_chunk is None:
         prefill_chunk = choose_settings(Choices(), loaded).prefill_chunks[0]
     tokens = list(loaded.tokenizer.encode(prompt))
+    if not tokens:
+        raise InputError(f"prompt {prompt!r} has no tokens: give a longer text")
     row = Row(tokens, max_new_tokens, spec, budget, seed)
     found = run_rows(loaded, [row], prefill_chunk=prefill_chunk, keep_positions=True)[0]
     return Generation(

@@ -7,6 +7,10 @@ from typing import Any
 
 from kvbench.errors import InputError
 
+MOST = 2**31 - 1  # of anything that is counted
+MOST_SAMPLES = 10**6
+LARGEST = 2**63 - 1  # whole number that records and data frames can hold
+
 
 def check_text(name: str, value: Any) -> None:
     """The value is a text."""
@@ -14,12 +18,16 @@ def check_text(name: str, value: Any) -> None:
         raise InputError(f"{name} must be a text, not {value!r}")
 
 
-def check_whole(name: str, value: Any, least: int = 1, what: str = "a whole number") -> None:
-    """The value is a whole number of at least `least`."""
+def check_whole(
+    name: str, value: Any, least: int = 1, most: int = MOST, what: str = "a whole number"
+) -> None:
+    """The value is a whole number from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise InputError(f"{name} must be {what}, not {value!r}")
     if int(value) < least:
         raise InputError(f"{name} must be at least {least}, not {value}")
+    if int(value) > most:
+        raise InputError(f"{name} is too large: give at most {most}")
 
 
 def check_share(name: str, value: Any) -> None:

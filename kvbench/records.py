@@ -15,7 +15,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any
 
 from kvbench.errors import InputError
@@ -85,6 +85,28 @@ class Record:
     error: str | None = None
 
 
+# The JSON types of each type of a field; a whole number may stand for any number.
+_JSON_TYPES: dict[Any, tuple[type, ...]] = {
+    str: (str,),
+    str | None: (str, NoneType),
+    int: (int,),
+    int | None: (int, NoneType),
+    float: (float, int),
+    float | None: (float, int, NoneType),
+    dict[str, Any]: (dict,),
+    list[list[int]] | None: (list, NoneType),
+}
+_NAMES: dict[type, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+}
+_TYPES = {f.name: _JSON_TYPES[f.type] for f in fields(Record) if f.type is not Any}
+_LEAST = {**dict.fromkeys(_TYPES, 0), "prefill_chunk": 1}
+_LARGEST = 2**63 - 1  # whole number that a data frame can hold
+_SHARES = ("budget", "score")  # from 0 to 1; patched tokens raise peaks a little above 1
 _DEFAULTS = {f.name: None if f.default is MISSING else f.default for f in fields(Record)}
 _REQUIRED = tuple(f.name for f in fields(Record) if f.default is MISSING)
 _MEASURED = ("prediction", "score", "kv_footprint", "kv_peak")
@@ -103,15 +125,44 @@ def from_line(line: bytes) -> Record:
 
 def _values(line: bytes) -> dict[str, Any]:
     """Return the fields of a line's record, all of them; ValueError says what is wrong."""
-    values = json.loads(line)
+    values = json.loads(line, parse_constant=_refuse_constant)
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
+    if b"\\u" in line:
+        json.dumps(values, ensure_ascii=False).encode()  # raises for half of a surrogate pair
     missing = [name for name in _REQUIRED if name not in values]
     if not missing and values.get("error") is None:
         missing = [name for name in _MEASURED if values.get(name) is None]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    return {name: values.get(name, default) for name, default in _DEFAULTS.items()}
+    values = {name: values.get(name, default) for name, default in _DEFAULTS.items()}
+    _check(values)
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Raise ValueError for a field of another type, or a number outside of what it can be."""
+    for name, types in _TYPES.items():
+        value = values[name]
+        if type(value) not in types:
+            raise ValueError(f"{name} is {_shown(value)}; expected {_NAMES[types[0]]}")
+        if type(value) in (int, float) and not _LEAST[name] <= value <= _LARGEST:
+            raise ValueError(f"{name} is {_shown(value)}; expected {_LEAST[name]} to {_LARGEST}")
+    for name in _SHARES:
+        if values[name] is not None and values[name] > 1:
+            raise ValueError(f"{name} is {_shown(values[name])}; expected 0 to 1")
+    for point in values["timeline"] or ():
+        if type(point) is not list or [type(number) for number in point] != [int, int]:
+            raise ValueError(f"timeline has a point {_shown(point)}; expected [rows, entries]")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -131,7 +182,7 @@ def read_values(folder: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(_whole_lines(path), start=1):
             try:
                 values = _values(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(
                     f"{path}, line {number}: not a record of kvbench ({error}); "
                     "delete the line to measure that sample again"
@@ -156,15 +207,15 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     path = folder / RUN_FILE
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(contents["common"], dict) or not isinstance(
-            contents["invocations"], list
-        ):
+        each = [contents["common"], *contents["invocations"]]
+        each += [one.get("codes", {}) for one in contents["invocations"]]
+        if not all(isinstance(one, dict) for one in each):
             raise TypeError
     except FileNotFoundError:
         return None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} is damaged; delete it to continue the run, or choose another --out"
         ) from error

@@ -182,6 +182,7 @@ def test_a_run_is_continued_with_more_samples(tmp_path: Path) -> None:
         ({"methods": "snapkv,knorm"}, r"\['snapkv', 'knorm'\]"),
         ({"model": None}, "model must be"),
         ({"memory_limit": "8GiB"}, "memory_limit must be .*bytes"),
+        ({"samples": 10**30}, "samples is too large"),
     ],
 )
 def test_wrong_types_are_named(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ app.command("list", epilog=listing.EXAMPLES)(listing.list_command)
 app.command("check", epilog=check.EXAMPLES)(check.check)
 app.command("reproduce", epilog=reproduce.EXAMPLES)(reproduce.reproduce)
 training = new_group(callback=train.train, epilog=train.EXAMPLES)
-prulong = "Learn masks by next-token loss, to a target sparsity (arXiv 2506.17121)."
-duoattention = "Learn gates by distillation on passkeys (arXiv 2410.10819)."
+prulong = "Train masks with a next-token loss and a target sparsity (arXiv 2506.17121)."
+duoattention = "Train gates by distillation on passkeys (arXiv 2410.10819)."
 training.command("prulong", help=prulong, epilog=train.EXAMPLES)(train.heads)
 training.command("duoattention", help=duoattention, epilog=train.EXAMPLES)(train.heads)
 training.command("tiny", epilog=train.EXAMPLES)(train.tiny)

@@ -26,19 +26,20 @@ def check(
         str,
         typer.Argument(
             metavar="NAME",
-            help="A method or a task; several separated by commas.",
+            help="Methods or tasks, separated by commas.",
             autocompletion=complete.checkable,
         ),
     ],
     option: Annotated[
         list[str] | None,
-        opt(WHAT, "Of methods: window=32, snapkv.window=32; repeatable.", metavar="KEY=VALUE"),
+        opt(WHAT, options.METHOD_OPTION, metavar="KEY=VALUE"),
     ] = None,
 ) -> int:
-    """Try a method or a task against its contract, in seconds.
+    """Check that a method or a task follows the rules; takes seconds.
 
-    A method runs on small random models of several shapes, dtypes and
-    prefill chunks. A task makes samples of several lengths.
+    A method runs on small random models of several shapes, precisions
+    and prefill chunks. A task makes samples of several lengths, and
+    scores odd answers.
     """
     given = options.key_value(option)
     chosen = comma_list(names, "names", str)

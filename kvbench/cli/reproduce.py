@@ -22,20 +22,20 @@ EXAMPLES = options.examples(
 def reproduce(
     scale: Annotated[
         Literal["small", "full"],
-        opt(WHAT, "The embedded model, or the paper's model, context and data."),
+        opt(WHAT, "small: the embedded model. full: the paper's model, context and data."),
     ] = "small",
     samples: options.Samples = 24,
     seed: options.Seed = 0,
     threshold: options.Threshold = 0.9,
     out: Annotated[
-        Path, opt(OUTPUT, "Folder for records, tables, figures, page.", metavar=FOLDER)
+        Path, opt(OUTPUT, "Folder for records, tables, figures and the page.", metavar=FOLDER)
     ] = Path("results/reproduce"),
     dry_run: options.DryRun = False,
 ) -> int:
-    """Measure the paper's table and claims, beside its own numbers.
+    """Compare the paper's table and claims with new measurements.
 
-    The same command continues an interrupted reproduction. The full scale
-    sets its own samples and seed.
+    The same command continues an interrupted reproduction. With --scale
+    full, the numbers of samples and the seed are fixed.
     """
     from kvbench.reproduce import command
 
@@ -51,7 +51,7 @@ def reproduce(
     missing = command.missing_for_full_scale(command.full_scale_choices())
     if missing:
         lines = "".join(f"\n  - {text}" for text in missing)
-        say(f"the full scale ({command.FULL_SCALE}) cannot run here, for want of{lines}")
+        say(f"the full scale ({command.FULL_SCALE}) cannot run here; missing:{lines}")
         say("'kvbench reproduce' without --scale measures the embedded model", name="")
         return 2
     choices = command.full_choices(out / "full-scale")

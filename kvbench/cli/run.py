@@ -61,70 +61,89 @@ def _config_value(file: Path, name: str, value: Any) -> Any:
     return value
 
 
-CONFIG = "YAML file with any of these options; the command line wins."
+TEMPLATE_VALUE = "Value for the chat template, like enable_thinking=false; repeatable."
+CONFIG = "YAML file with any of these options; the command line overrides it."
 
 
 def run(
     method: Annotated[
         str | None,
-        opt(WHAT, "Methods.", "all that can run", metavar=LIST, autocompletion=complete.methods),
+        opt(
+            WHAT,
+            "Methods to measure.",
+            "all that can run",
+            metavar=LIST,
+            autocompletion=complete.methods,
+        ),
     ] = None,
     task: Annotated[
         str | None,
-        opt(WHAT, "Tasks.", "see 'list tasks'", metavar=LIST, autocompletion=complete.tasks),
+        opt(WHAT, "Tasks to use.", "see 'list tasks'", metavar=LIST, autocompletion=complete.tasks),
     ] = None,
     option: Annotated[
         list[str] | None,
-        opt(WHAT, "Of methods: window=32, snapkv.window=32; repeatable.", metavar="KEY=VALUE"),
+        opt(WHAT, options.METHOD_OPTION, metavar="KEY=VALUE"),
     ] = None,
     config: Annotated[
         Path | None,
         opt(WHAT, CONFIG, metavar="FILE", is_eager=True, callback=read_config),
     ] = None,
     budgets: Annotated[
-        str, opt(HOW_MUCH, "Shares of the cache to keep, more than 0, at most 1.", metavar=LIST)
+        str, opt(HOW_MUCH, "Shares of the cache to keep, above 0 and at most 1.", metavar=LIST)
     ] = "0.1,0.2,0.3,0.5,0.7,0.9",
     samples: options.Samples = 32,
     context: Annotated[
-        int | None, opt(HOW_MUCH, "Tokens of prompt and answer.", "the model's own", min=1)
+        int | None, opt(HOW_MUCH, "Tokens of prompt and answer together.", "the model's own", min=1)
     ] = None,
     prefill_chunk: Annotated[
         str | None,
-        opt(HOW_MUCH, "Tokens of a prefill chunk.", "the model's own or context/4", metavar=LIST),
+        opt(
+            HOW_MUCH,
+            "Tokens read in one forward pass.",
+            "the model's own or context/4",
+            metavar=LIST,
+        ),
     ] = None,
     seed: options.Seed = 0,
     model: options.Model = "tiny",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    attention: Annotated[str, opt(MODEL, "auto, sdpa or flash.")] = "auto",
+    attention: Annotated[str, opt(MODEL, "Attention of prompts: auto, sdpa or flash.")] = "auto",
     chat_template: Annotated[
-        Literal["auto", "on", "off"], opt(MODEL, "Put prompts into the model's chat template.")
+        Literal["auto", "on", "off"],
+        opt(MODEL, "Whether prompts go into the model's chat template."),
     ] = "auto",
     template_date: Annotated[
-        str, opt(MODEL, "The day that a chat template writes.", metavar="YYYY-MM-DD")
+        str, opt(MODEL, "Date that the chat template writes.", metavar="YYYY-MM-DD")
     ] = TEMPLATE_DATE,
     template_option: Annotated[
         list[str] | None,
-        opt(MODEL, "Of a chat template: enable_thinking=false; repeatable.", metavar="KEY=VALUE"),
+        opt(MODEL, TEMPLATE_VALUE, metavar="KEY=VALUE"),
     ] = None,
     batch_rows: Annotated[
-        int | None, opt(MEMORY, "Most cells measured together.", "as memory allows", min=1)
+        int | None,
+        opt(MEMORY, "Largest number of cells measured together.", "as memory allows", min=1),
     ] = None,
     memory_limit: Annotated[
         str | None,
-        opt(MEMORY, "Memory beside the model, like 8GiB.", "most of what is free", metavar="SIZE"),
+        opt(
+            MEMORY,
+            "Memory to use beside the weights, like 8GiB.",
+            "most of what is free",
+            metavar="SIZE",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        opt(OUTPUT, "Run folder.", "results/runs/MODEL-TASKS-DATE", metavar=FOLDER),
+        opt(OUTPUT, "Folder for the records.", "results/runs/MODEL-TASKS-DATE", metavar=FOLDER),
     ] = None,
     dry_run: options.DryRun = False,
 ) -> int:
     """Measure methods on tasks at several budgets.
 
-    Full attention always runs too, as the baseline. The same command
-    continues an interrupted run. With more samples, budgets or prefill
-    chunks it measures what is missing.
+    Full attention is always measured too: it is the baseline. The same
+    command continues an interrupted run. If you ask for more samples,
+    budgets or prefill chunks, only the missing cells are measured.
     """
     chunks = None if prefill_chunk is None else comma_list(prefill_chunk, "sizes", options.tokens)
     choices = Choices(
@@ -194,20 +213,25 @@ def print_plan(choices: Choices) -> None:
     for note in plan.notes:
         say(note)
     console = Console()
-    methods = Table("method", "budgets", "chunks", "tasks", "cells", box=None)
+    methods = Table("methods", "budgets", "prefill chunks", "tasks", "cells each", box=None)
+    alike: dict[tuple[str, ...], list[str]] = {}  # methods that are measured on the same
     for method in dict.fromkeys(cell.spec.name for cell in plan.cells):
         cells = [cell for cell in plan.cells if cell.spec.name == method]
         chunks = sorted({c.prefill_chunk for c in cells if c.prefill_chunk is not None})
-        methods.add_row(
-            escape(method),
+        row = (
             ", ".join(f"{b:g}" for b in sorted({c.budget for c in cells})),
             ", ".join(map(str, chunks)) or "any",
             escape(", ".join(dict.fromkeys(c.sample.task for c in cells))),
             str(len(cells)),
         )
+        alike.setdefault(row, []).append(method)
+    for shared, names in alike.items():
+        methods.add_row(escape(", ".join(names)), *shared)
     console.print(methods, "")
 
-    groups = Table("task", "chunk", "groups", "cells each", "tokens", "alone", "memory", box=None)
+    groups = Table(
+        *("task", "chunk", "groups", "cells each", "tokens", "tokens alone", "memory"), box=None
+    )
     kinds = [(batch[0].sample.task, plan.sweep.chunk(batch)) for batch, _ in plan.batches]
     for task, chunk in dict.fromkeys(kinds):
         here = [b for b, kind in zip(plan.batches, kinds, strict=True) if kind == (task, chunk)]

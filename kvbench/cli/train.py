@@ -18,14 +18,14 @@ EXAMPLES = options.examples(
     "kvbench train tiny --out results/training/tiny --minutes 30",
 )
 DATA = (
-    "'stdlib' (the sources of Python's standard library), 'tasks' (the embedded model's language), "
-    "a folder of text or code, or datasets:NAME@CONFIG#SPLIT."
+    "Texts to train on: 'stdlib' (Python's standard library), 'tasks' (generated, for the model "
+    "tiny), a folder of text or code, or datasets:NAME@CONFIG#SPLIT."
 )
-TARGET = "Sparsity to reach; of several, each is used at the budgets nearest to it. PruLong only."
+TARGET = "Sparsity to reach. With several, each budget uses the nearest one. PruLong only."
 
 
 def train(ctx: typer.Context) -> int:
-    """Learn head scores, or the embedded model."""
+    """Train head scores, or the embedded model."""
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help(), nl=False)
     return 0
@@ -35,15 +35,17 @@ def heads(
     ctx: typer.Context,
     model: options.Model = "tiny",
     data: Annotated[str | None, opt(WHAT, DATA, "the model's own, or stdlib")] = None,
-    steps: Annotated[int | None, opt(HOW_MUCH, "Steps of the optimizer.", min=1)] = None,
-    batch: Annotated[int | None, opt(HOW_MUCH, "Rows of a step, in all.", min=1)] = None,
-    length: Annotated[int | None, opt(HOW_MUCH, "Tokens of a row.", min=8)] = None,
+    steps: Annotated[int | None, opt(HOW_MUCH, "Optimizer steps.", min=1)] = None,
+    batch: Annotated[
+        int | None, opt(HOW_MUCH, "Sequences in each step, over all processes.", min=1)
+    ] = None,
+    length: Annotated[int | None, opt(HOW_MUCH, "Tokens of each sequence.", min=8)] = None,
     rate: Annotated[float | None, opt(TRAINING, "Adam's learning rate.", min=1e-12)] = None,
     seed: options.Seed = 0,
     target: Annotated[str | None, opt(TRAINING, TARGET, metavar=LIST)] = None,
     option: Annotated[
         list[str] | None,
-        opt(TRAINING, "Other settings: sinks, window, ...; repeatable.", metavar="KEY=VALUE"),
+        opt(TRAINING, "Another setting, like sinks=16; repeatable.", metavar="KEY=VALUE"),
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -86,11 +88,11 @@ def heads(
 
 def tiny(
     out: Annotated[Path, opt(OUTPUT, "Folder to write to.", metavar=FOLDER, file_okay=False)],
-    minutes: Annotated[float, opt(HOW_MUCH, "How long to train.", min=0.001)] = 60.0,
+    minutes: Annotated[float, opt(HOW_MUCH, "Minutes of training.", min=0.001)] = 60.0,
     seed: options.Seed = 0,
     start: Annotated[
         Path | None,
-        opt(TRAINING, "An earlier training to continue.", metavar=FOLDER, exists=True),
+        opt(TRAINING, "Folder of an earlier training to start from.", metavar=FOLDER, exists=True),
     ] = None,
 ) -> int:
     """Train the embedded model from scratch."""

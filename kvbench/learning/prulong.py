@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbench.errors import InputError
 from kvbench.learning.attention import GatedAttention
 from kvbench.learning.examples import TrainingRow, padded
 from kvbench.learning.masks import constraint, expected_sparsity, hard_concrete, target_at
@@ -55,6 +56,12 @@ class PruLong(Objective):
         """Next-token cross-entropy, averaged over each row's predicted tokens."""
         ids, answers = (tensor.to(self.log_alpha.device) for tensor in padded(rows))
         counts = (answers > 0) & self.drawn(answers.shape[1], step).to(answers.device)
+        if not counts.any():
+            raise InputError(
+                f"step {step} has no token to predict: {self.recipe.loss_tokens} of "
+                f"{answers.shape[1]} tokens were drawn for the loss, and no answer is among them; "
+                "give a larger --option loss_tokens"
+            )
         places = counts.any(0).nonzero()[:, 0]
         gates, sinks, window = self.gates(step, indices), self.recipe.sinks, self.recipe.window
         attention = GatedAttention(gates, sinks, window, self.acting)

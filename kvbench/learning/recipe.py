@@ -1,10 +1,12 @@
 """The settings of each training; they are saved with what it learns."""
 
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from kvbench.arguments import LARGEST, check_whole
 from kvbench.errors import InputError, did_you_mean
 from kvbench.spec import convert
 
@@ -35,7 +37,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 
-COUNTS = ("length", "steps", "batch", "window", "loss_tokens", "passkeys", "passkey_words")
+# The least value of each setting that is a whole number. A row of one token predicts nothing.
+LEAST = {
+    **{"length": 2, "sinks": 0},
+    **dict.fromkeys(("steps", "batch", "window", "loss_tokens", "passkeys", "passkey_words"), 1),
+}
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,14 @@ class HeadRecipe:
     passkey_words: int | None = None  # duoattention: words of a passkey
 
     def __post_init__(self) -> None:
-        bounds = dict.fromkeys(COUNTS, 1) | {"sinks": 0, "weights_rate": 0}
-        for name, least in bounds.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{self.method}: {name} must be at least {least}, not {value}")
-        if self.rate <= 0:
+        for name, least in LEAST.items():
+            if (value := getattr(self, name)) is not None:
+                check_whole(f"{self.method}: {name}", value, least)
+        check_whole(f"{self.method}: seed", self.seed, least=0, most=LARGEST)
+        for name in ("multiplier_rate", "weights_rate", "l1"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
+                raise InputError(f"{self.method}: {name} must be 0 or more, not {value}")
+        if not 0 < self.rate < math.inf:
             raise InputError(f"{self.method}: rate must be above 0, not {self.rate}")
         if self.target is not None and not 0 < self.target < 1:
             raise InputError(f"a target sparsity must be between 0 and 1, not {self.target}")

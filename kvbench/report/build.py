@@ -6,6 +6,7 @@ statistics of `statistics.py`. `tables.py`, `figures/` and `page.py` present it.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -208,6 +209,10 @@ class Report:
     records: DataFrame = field(default_factory=DataFrame, repr=False, compare=False)
     source: str = field(default="", repr=False, compare=False)  # hash of the files it was made from
 
+    def __repr__(self) -> str:
+        curves, settings = len(self.curves), len(self.settings())
+        return f"Report(curves: {curves}, settings: {settings}, threshold: {self.threshold:g})"
+
     def settings(self) -> list[Setting]:
         """Return the settings in order of first appearance: each has one table and one picture."""
         return list(dict.fromkeys(curve.setting for curve in self.curves))
@@ -304,9 +309,18 @@ def report_records(
     cells, notes = select(frame, latest, current_codes(runs))
     notes = [*_notes_on_runs(runs), *notes]
     curves: list[Curve] = []
-    for key, of_setting in cells.groupby(["task", "model", "context", "seed"]):
+    groups: dict[Setting, list[CellGroup]] = {}
+    for key, in_setting in cells.groupby(["task", "model", "context", "seed"]):
         task, model, context, seed = cast(tuple[str, str, int, int], key)
-        curves += _curves_of(Setting(model, task, context, seed), of_setting, threshold, notes)
+        groups[Setting(model, task, context, seed)] = group_cells(in_setting)
+    for setting, of_setting in groups.items():
+        peers = [
+            group
+            for other, of_other in groups.items()
+            if replace(other, task=setting.task) == setting
+            for group in of_other
+        ]
+        curves += _curves_of(setting, of_setting, peers, threshold, notes)
     return Report(tuple(curves), threshold, tuple(notes), runs, frame)
 
 
@@ -389,20 +403,33 @@ def group_cells(cells: DataFrame) -> list[CellGroup]:
     return groups
 
 
-def label_of(group: CellGroup, groups: Sequence[CellGroup], with_chunk: bool) -> str:
-    """Return the method of a group, and what distinguishes it from other groups of the method."""
-    same = [other for other in groups if other.method == group.method]
-    names = dict.fromkeys(name for other in same for name in other.options)
-    parts = [
-        f"{name}={_short(group.options.get(name))}"
-        for name in names
-        if len({str(other.options.get(name)) for other in same}) > 1
-    ]
-    if with_chunk and len({other.prefill_chunk for other in same}) > 1:
-        parts.append(f"chunk {group.prefill_chunk}")
-    if group.older:
-        parts.append(code_name(group.method_code))
-    return f"{group.method} ({', '.join(parts)})" if parts else group.method
+def labels_of(
+    groups: Sequence[CellGroup], peers: Sequence[CellGroup], with_chunk: bool
+) -> list[str]:
+    """Return a label for each group of a setting: the method, and what tells it from its `peers`.
+
+    `peers` are the groups of all tasks that are shown together, `groups` included. Labels of one
+    setting and one prefill chunk differ: if need be, a number is added.
+    """
+    labels = []
+    used: Counter[tuple[str, int | None]] = Counter()
+    for group in groups:
+        same = [peer for peer in peers if peer.method == group.method]
+        names = dict.fromkeys(name for peer in same for name in peer.options)
+        parts = [
+            f"{name}={_short(group.options.get(name))}"
+            for name in names
+            if len({str(peer.options.get(name)) for peer in same}) > 1
+        ]
+        if with_chunk and len({peer.prefill_chunk for peer in same}) > 1:
+            parts.append(f"chunk {group.prefill_chunk}")
+        if group.older:
+            parts.append(code_name(group.method_code))
+        label = f"{group.method} ({', '.join(parts)})" if parts else group.method
+        used[label, group.prefill_chunk] += 1
+        number = used[label, group.prefill_chunk]
+        labels.append(label if number == 1 else f"{label} #{number}")
+    return labels
 
 
 def _short(value: Any) -> str:
@@ -412,11 +439,14 @@ def _short(value: Any) -> str:
 
 
 def _curves_of(
-    setting: Setting, cells: DataFrame, threshold: float, notes: list[str]
+    setting: Setting,
+    groups: Sequence[CellGroup],
+    peers: Sequence[CellGroup],
+    threshold: float,
+    notes: list[str],
 ) -> list[Curve]:
-    """Return the curves of one setting, from one bootstrap of its samples."""
+    """Return the curves of one setting, from one bootstrap of its samples; see `labels_of`."""
     where = f"{setting.model}/{setting.task}"
-    groups = group_cells(cells)
     if groups[0].method != BASELINE:
         notes.append(
             f"{where}: full attention has not been measured, so there is no baseline; continue "
@@ -433,12 +463,13 @@ def _curves_of(
             else f"{where}: one sample only, so there are no intervals"
         )
     kept = []
-    for group in groups:
-        label = label_of(group, groups, with_chunk=True)
+    labels = labels_of(groups, peers, with_chunk=True)
+    names = labels_of(groups, peers, with_chunk=False)
+    for group, label, name in zip(groups, labels, names, strict=True):
         usable = _usable(group.cells, set(full.index), f"{where}/{label}", notes)
         if not usable.empty:
-            kept.append((replace(group, cells=usable), label))
-    tables = [_by_sample(group.cells, full) for group, _ in kept]
+            kept.append((replace(group, cells=usable), label, name))
+    tables = [_by_sample(group.cells, full) for group, _, _ in kept]
     together = concat(tables, axis=1)
     means, counts = resampled_means(
         np.ascontiguousarray(together.to_numpy()),
@@ -446,10 +477,9 @@ def _curves_of(
     )
     ends = np.cumsum([table.shape[1] for table in tables])[:-1]
     curves = []
-    for (group, label), table, mean, count in zip(
+    for (group, label, name), table, mean, count in zip(
         kept, tables, np.split(means, ends, axis=1), np.split(counts, ends, axis=1), strict=True
     ):
-        name = label_of(group, groups, with_chunk=False)
         curves.append(_curve(setting, group, label, name, _measures(table, mean, count), threshold))
     return _mark_best(curves)
 
@@ -467,9 +497,14 @@ def _usable(cells: DataFrame, full: set[int], where: str, notes: list[str]) -> D
         left_out = ", ".join(f"{budget:g}" for budget in counts.index.difference(kept.index))
         notes.append(f"{where}: too few samples at budget {left_out}, left out")
     if kept.min() < most:
-        notes.append(f"{where}: unfinished, {kept.min()} to {most} samples a budget")
+        notes.append(
+            f"{where}: unfinished; each budget has {kept.min()} to {most} of full attention's "
+            f"{len(full)} samples"
+        )
     elif most < len(full):
-        notes.append(f"{where}: unfinished, {most} of {len(full)} samples")
+        notes.append(
+            f"{where}: unfinished; each budget has {most} of full attention's {len(full)} samples"
+        )
     alone = cells["budget"].isin(kept.index).sum() - kept.sum()
     if alone:
         notes.append(f"{where}: {alone} cells of samples that the baseline lacks are left out")

@@ -19,6 +19,7 @@ from typing import Any
 
 from pandas import DataFrame, Series
 
+from kvbench.arguments import check_paths
 from kvbench.errors import InputError
 from kvbench.records import BASELINE, Record, find_run_folders, read_values
 
@@ -43,6 +44,7 @@ def load_records(*folders: str | Path) -> DataFrame:
     The module's docstring describes the columns. Failed cells are included; `error` is missing
     where a cell was measured. Raises InputError if a folder holds no run or a record is damaged.
     """
+    check_paths("load_records", folders)
     if not folders:
         raise InputError("load_records: name at least one run folder")
     rows: list[dict[str, Any]] = []

@@ -98,7 +98,10 @@ def _fill(template: str, report: Report, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.globals.update(
-        BASELINE=BASELINE, critical_text=critical_text, interval_text=interval_text
+        BASELINE=BASELINE,
+        critical_text=critical_text,
+        interval_text=interval_text,
+        percent=percent,
     )
     grid = overview(report, lambda curve: curve)
     order = report.critical.groupby("label")["critical_footprint"].mean().sort_values().index
@@ -113,7 +116,7 @@ def _budgets(curves: Sequence[Curve]) -> list[float]:
 
 
 def _rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """Return a setting's table: texts, and the numbers that its columns are sorted by."""
+    """Return a setting's table: each curve, and by how much it is behind the best."""
     best = next((c for c in curves if c.best), None)
     rows = []
     for curve in by_critical(curves):
@@ -123,12 +126,6 @@ def _rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
             {
                 "curve": curve,
                 "mark": mark(curve),
-                "critical": critical_text(curve.footprint),
-                "critical_value": curve.footprint.value if curve.footprint else "",
-                "interval": interval_text(curve.footprint),
-                "peak": critical_text(curve.peak),
-                "peak_value": curve.peak.value if curve.peak else "",
-                "peak_interval": interval_text(curve.peak),
                 "behind": "" if against is None or curve.best else percent(against.value),
                 "behind_value": "" if against is None else against.value,
                 "behind_interval": ""

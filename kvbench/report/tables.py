@@ -22,10 +22,10 @@ from kvbench.report.build import (
     Setting,
     by_critical,
     group_cells,
-    label_of,
+    labels_of,
 )
 from kvbench.report.frames import as_text, frame_of, select
-from kvbench.report.statistics import Status
+from kvbench.report.statistics import ROUNDING, Status
 
 WIDTH_OF_A_FILE = 120  # columns, if stdout is no terminal
 
@@ -39,8 +39,19 @@ CSV_COLUMNS = [
 
 
 def percent(value: float | None) -> str:
-    """Return a fraction as per cent with one decimal, a dash for None."""
-    return "-" if value is None else f"{100 * value:.1f}"
+    """Return a fraction as per cent with one decimal, a dash for None.
+
+    Only what equals full attention is shown as 100: 99.97 is rounded down.
+    """
+    if value is None:
+        return "-"
+    text = f"{100 * value:.1f}"
+    return "99.9" if text == "100.0" and value < 1 - ROUNDING else text
+
+
+def score_text(score: float, kv_footprint: float) -> str:
+    """Return a score and the footprint (per cent) that it was measured at."""
+    return f"{score:.2f}@{percent(kv_footprint).removesuffix('.0')}"
 
 
 def critical_text(found: Critical | None) -> str:
@@ -74,10 +85,12 @@ def title(report: Report, setting: Setting) -> str:
 def legend(report: Report) -> str:
     """Return what the signs of a table mean."""
     return (
-        f"Critical: the smallest KV footprint (or peak) that keeps {100 * report.threshold:g} % of "
-        "full attention's score, with its 95 % interval. <= every budget measured keeps it; ~ none "
-        "does, so it lies between the largest and full attention. * the best method; = not "
-        "distinguishable from it (paired bootstrap over samples)."
+        "Critical footprint (peak): the smallest KV footprint (peak) at which a method keeps "
+        f"{100 * report.threshold:g} % of full attention's score, with its 95 % interval. "
+        "<= means that every measured budget keeps it: the true value may be smaller. ~ means that "
+        "no measured budget keeps it: the value lies between the largest footprint measured and "
+        "full attention. * marks the best method, = a method that cannot be distinguished from it "
+        "(paired bootstrap over samples)."
     )
 
 
@@ -112,7 +125,7 @@ def print_tables(report: Report, console: Console) -> None:
         table.add_column("samples", justify="right")
         table.add_column("score at footprint %", overflow="fold")
         for curve in by_critical(report.of(setting)):
-            points = "  ".join(f"{p.score:.2f}@{100 * p.kv_footprint:.0f}" for p in curve.points)
+            points = "  ".join(score_text(p.score, p.kv_footprint) for p in curve.points)
             table.add_row(
                 mark(curve),
                 escape(curve.label),
@@ -156,7 +169,7 @@ def to_markdown(report: Report) -> str:
     grid = overview(report, cell)
     header = ["method", *map(escape_markdown, grid.columns)]
     rows = [[escape_markdown(label), *cells] for label, *cells in grid.itertuples()]
-    text = escape_markdown(legend(report)).replace("\\* the best", "Bold: the best")
+    text = escape_markdown(legend(report)).replace("\\* marks", "Bold marks")
     return f"{markdown_table(header, rows)}\n\n{text}"
 
 
@@ -244,7 +257,10 @@ def print_summary(records: Sequence[Record], codes: Mapping[str, str]) -> None:
     """
     console = console_of_stdout()
     cells, _ = select(frame_of(records), True, codes)
-    for task, of_task in cells.groupby("task", sort=False):
+    by_task = cells.groupby("task", sort=False)
+    tasks = {str(task): (of_task, group_cells(of_task)) for task, of_task in by_task}
+    peers = [group for _, groups in tasks.values() for group in groups]
+    for task, (of_task, groups) in tasks.items():
         table = Table(
             box=SIMPLE_HEAD, title=f"{task}: score @ KV footprint %", title_justify="left"
         )
@@ -252,10 +268,8 @@ def print_summary(records: Sequence[Record], codes: Mapping[str, str]) -> None:
         budgets = sorted(of_task["budget"].unique())
         for budget in budgets:
             table.add_column(f"{budget:g}", justify="right", no_wrap=True)
-        groups = group_cells(of_task)
-        for group in groups:
+        for group, label in zip(groups, labels_of(groups, peers, with_chunk=True), strict=True):
             means = group.cells.groupby("budget")[["score", "kv_footprint"]].mean()
-            texts = {b: f"{score:.2f}@{100 * kv:.0f}" for b, score, kv in means.itertuples()}
-            label = label_of(group, groups, with_chunk=True)
+            texts = {b: score_text(score, kv) for b, score, kv in means.itertuples()}
             table.add_row(escape(label), *(texts.get(budget, "") for budget in budgets))
         console.print(table)

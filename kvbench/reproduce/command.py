@@ -255,20 +255,12 @@ def full_scale_choices() -> dict[str, Any]:
 
 def full_choices(out: Path) -> Choices:
     """The full scale as a sweep into the folder `out`."""
-    settings = full_scale_choices()
-    return Choices(
-        model=str(settings["model"]),
-        method=tuple(settings["method"]),
-        task=tuple(settings["task"]),
-        budgets=tuple(settings["budgets"]),
-        samples=int(settings["samples"]),
-        context=int(settings["context"]),
-        prefill_chunk=(int(settings["prefill-chunk"]),),
-        out=out,
-        device=str(settings["device"]),
-        dtype=str(settings["dtype"]),
-        option={key: str(value) for key, value in settings["option"].items()},
-    )
+    settings = {key.replace("-", "_"): value for key, value in full_scale_choices().items()}
+    for name in ("method", "task", "budgets"):
+        settings[name] = tuple(settings[name])
+    settings["prefill_chunk"] = (settings["prefill_chunk"],)
+    settings["option"] = {key: str(value) for key, value in settings["option"].items()}
+    return Choices(out=out, **settings)
 
 
 def missing_for_full_scale(settings: dict[str, Any]) -> list[str]:

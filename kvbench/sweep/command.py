@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench.arguments import check_share, check_text, check_whole
+from kvbench.arguments import LARGEST, MOST_SAMPLES, check_share, check_text, check_whole
 from kvbench.errors import InputError, did_you_mean
 from kvbench.models.card import ModelCard, model_folder, read_card
 from kvbench.records import (
@@ -79,15 +79,16 @@ class Choices:
                 raise InputError(f"{name} is empty: give at least one")
         for budget in self.budgets:
             check_share("a budget", budget)
-        check_whole("samples", self.samples)
-        check_whole("seed", self.seed, least=0)
+        check_whole("samples", self.samples, most=MOST_SAMPLES)
+        check_whole("seed", self.seed, least=0, most=LARGEST)
         for chunk in self.prefill_chunk or ():
             check_whole("prefill_chunk", chunk)
         for name in ("context", "batch_rows"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name))
         if self.memory_limit is not None:
-            check_whole("memory_limit", self.memory_limit, what="a whole number of bytes")
+            what = "a whole number of bytes"
+            check_whole("memory_limit", self.memory_limit, most=LARGEST, what=what)
         if self.chat_template not in CHAT_TEMPLATES:
             raise InputError(
                 f"unknown chat_template '{self.chat_template}': "
@@ -103,7 +104,7 @@ class SweepResult:
     planned: int  # cells
     reused: int  # cells that were measured before
     measured: int = 0  # cells that were measured now, without the failed ones
-    failed: list[Record] = field(default_factory=list)
+    failed: list[Record] = field(default_factory=list, repr=False)
     left_out: list[str] = field(default_factory=list)  # methods, each with the reason
     interrupted: bool = False
 

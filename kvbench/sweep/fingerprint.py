@@ -48,6 +48,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
+def content_digest(value: Any) -> str:
+    """A hash of any data: of objects by what they are made of, of tensors by their bytes."""
+    return digest(repr(_compiled(value, {})))
+
+
 @cache
 def measuring_code() -> str:
     """A hash of the code of kvbench that measures, 8 hexadecimal digits."""
@@ -187,7 +192,7 @@ def _folders(package: str) -> list[Path]:
 
 
 def _compiled(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:
-    """What a class, function or constant without a file is, with all that it uses.
+    """What a value, or a class or function without a file, is made of, with all that it uses.
 
     `seen` numbers the objects met so far, and keeps them alive so that their ids stay theirs.
     """

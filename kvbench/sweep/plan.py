@@ -17,7 +17,7 @@ from kvbench.errors import ContractError, InputError
 from kvbench.records import BASELINE
 from kvbench.registry import tasks as task_registry
 from kvbench.sweep.chat import TEMPLATE_DATE, Chat
-from kvbench.sweep.fingerprint import digest, measuring_code, source_code
+from kvbench.sweep.fingerprint import content_digest, digest, measuring_code, source_code
 from kvbench.task import Sample, Task
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ def make_plan(
                 "sample": index,
                 "prompt": digest(prompt),
                 "max_new_tokens": sample.max_new_tokens,
+                # What `Task.score` is given beside the prediction.
+                "scored_by": content_digest([sample.subtask, sample.reference, sample.metadata]),
             }
             for spec, budget, chunk in _variants(specs, settings):
                 given, method_error = options[spec.name]

@@ -37,6 +37,10 @@ def records(folder: Path) -> list[dict[str, Any]]:
         ("run --budgets abc", "'abc' is not a budget"),
         ("run --budgets 0.1,,0.3", "empty entry"),
         ("run --samples 0", "--samples"),
+        (f"run --samples {10**30}", "samples is too large: give at most 1000000"),
+        (f"run --seed {10**30}", "seed is too large"),
+        (f"run --context {10**30}", "context is too large"),
+        (f"run --prefill-chunk {10**30}", "prefill_chunk is too large"),
         ("run --prefill-chunk 0", "at least 1"),
         ("run --model tinyy", "no model 'tinyy'"),
         ("run --model ./nowhere", "no model './nowhere'"),
@@ -203,6 +207,8 @@ def test_lists_say_what_there_is(tmp_path: Path) -> None:
     assert snapkv["options"]["window"] == "64"
     assert snapkv["option_types"]["window"] == "int"
     assert set(snapkv["option_help"]) == set(snapkv["options"])
+    assert snapkv["on_models"]["window"] == {"tiny": "16"}
+    assert snapkv["on_models"]["kernel"] == {}
 
 
 def test_the_list_fits_80_columns(
@@ -215,6 +221,20 @@ def test_the_list_fits_80_columns(
     assert "pyramidkv  post-fill" in lines
     assert "    chunked: pyramidkv-naive, pyramidkv-patched" in [line.rstrip() for line in lines]
     assert any(line.startswith("    window=64 ") for line in lines)
+    assert any("(int; on tiny: 16)" in line for line in lines)
+
+
+def test_a_plan_names_methods_that_are_measured_alike_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    methods = "snapkv,recency,knorm,snapkv-naive"
+    sweep = ["run", "--method", methods, *SMALL, "--samples", "1", "--dry-run"]
+    assert main([*sweep, "--out", str(tmp_path / "r")]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "full 1 any rag 1" in lines
+    assert "snapkv, knorm 0.3, 0.6 any rag 2" in lines
+    assert "recency, snapkv-naive 0.3, 0.6 64 rag 2" in lines
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,14 @@ def test_a_checkpoint_of_other_settings_or_a_broken_one_is_refused(tmp_path: Pat
         )
 
 
+def test_a_loss_over_no_token_is_refused() -> None:
+    how = recipe("prulong", loss_tokens=1, steps=1)
+    rows = [TrainingRow(list(range(1, 41)), [0] * 40)]
+    objective = PruLong(SHAPE, how, CPU)
+    with pytest.raises(InputError, match="step 0 has no token to predict: 1 of 40 tokens"):
+        objective.data_loss(loaded_model().model, rows, 0, [0])
+
+
 def test_weights_are_trained_only_if_asked_to(tmp_path: Path) -> None:
     changed = {}
     for rate in (0.0, 1e-3):

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from helpers.records import record, store
 
+import kvbench
 from kvbench.errors import InputError
 from kvbench.records import Record, RunWriter, find_run_folders, from_line, read_records, to_line
-from kvbench.report.build import make_report
+from kvbench.report.build import make_report, report_records
 from kvbench.report.statistics import Status
-from kvbench.report.tables import to_csv, to_json, to_latex, to_markdown
+from kvbench.report.tables import percent, score_text, to_csv, to_json, to_latex, to_markdown
 
 
 def curve_of(folder: Path, method: str, threshold: float = 0.9) -> Any:
@@ -114,6 +115,39 @@ def test_nothing_appended_leaves_nothing_behind(tmp_path: Path) -> None:
     store(tmp_path / "run", [record("full", 1.0, 0, 1.0)])
     with pytest.raises(InputError, match="other settings"):
         RunWriter(tmp_path / "run", {"model": "another"}, {})
+
+
+def test_curves_that_would_share_a_label_are_told_apart() -> None:
+    rows = [record("full", 1.0, i, 1.0, task=task) for i in range(3) for task in ("recall", "rag")]
+    for i in range(3):
+        for options in ({"window": 8}, {"window": "8"}, {"window": 16}):
+            rows.append(record("snapkv", 0.5, i, 0.5, options=options))
+        rows.append(record("snapkv", 0.5, i, 0.5, task="rag", options={"window": 8}))
+    curves = report_records(rows).curves
+    assert [(c.setting.task, c.label) for c in curves if c.method != "full"] == [
+        # One window alone was measured on rag; its label says which, for recall has others.
+        ("rag", "snapkv (window=8)"),
+        ("recall", "snapkv (window=8)"),
+        ("recall", "snapkv (window=16)"),
+        ("recall", "snapkv (window=8) #2"),
+    ]
+    labels = [(c.setting, c.label) for c in curves]
+    assert len(set(labels)) == len(labels)
+    assert [c.name for c in curves] == [c.label for c in curves]
+
+
+def test_a_share_below_one_is_never_shown_as_100() -> None:
+    assert [percent(x) for x in (0.996, 0.9997, 1 - 1e-12, 1.0, 0.3)] == [
+        *("99.6", "99.9", "100.0", "100.0", "30.0")
+    ]
+    assert score_text(0.83, 0.996) == "0.83@99.6"
+    assert score_text(1.0, 1.0) == "1.00@100"
+
+
+def test_a_report_is_one_short_line_in_a_console(tmp_path: Path) -> None:
+    store(tmp_path / "r", [record("full", 1.0, i, 1.0) for i in range(12)])
+    for shown in (make_report([tmp_path / "r"]), kvbench.report(tmp_path / "r")):
+        assert repr(shown) == "Report(curves: 1, settings: 1, threshold: 0.9)"
 
 
 def test_score_files_are_told_apart_by_the_beginning_of_their_hashes() -> None:

@@ -13,6 +13,7 @@ from kvbench.engine.accounting import full_rows
 from kvbench.records import Record
 from kvbench.report.build import report_records
 from kvbench.report.figures import draw_pictures, save_pictures
+from kvbench.report.figures.style import choose_styles
 
 
 def timed(method: str, budget: float, sample: int, corners: list[list[int]], **more: Any) -> Record:
@@ -97,6 +98,28 @@ def test_legends_stand_beside_the_axes() -> None:
                 assert not box.overlaps(axes.get_window_extent())
                 for label in (axes.xaxis.label, axes.yaxis.label):
                     assert not label.get_text() or not box.overlaps(label.get_window_extent())
+
+
+def test_methods_of_plug_ins_look_different() -> None:
+    ours = [f"plug{i}" for i in range(8)]
+    styles = choose_styles([*ours, "full", "snapkv", "prulong"])
+    looks = [(style.colour, style.marker) for style in styles.values()]
+    assert len(set(looks)) == len(looks)
+    few = choose_styles(["snapkv", "prulong", "b", "a"])
+    assert len({style.colour for style in few.values()}) == 4
+    assert few == choose_styles(["a", "b", "prulong", "snapkv"])
+
+
+def test_no_picture_overwrites_another() -> None:
+    rows = [
+        record(method, budget, i, budget, task=task, model=model)
+        for i in range(3)
+        for method, budget in (("full", 1.0), ("snapkv", 0.5))
+        for task in ("bytes", "Bytes", "a b", "a-b")
+        for model in ("org/m", "org-m")
+    ]
+    stems = [picture.stem.lower() for picture in draw_pictures(report_records(rows, 0.9))]
+    assert len(set(stems)) == len(stems) == 8 + 2
 
 
 def test_a_dollar_in_a_label_starts_no_formula(tmp_path: Path) -> None:

@@ -61,6 +61,9 @@ def test_records_need_a_folder_that_holds_some(tmp_path: Path) -> None:
         load_records()
     with pytest.raises(InputError, match="holds no results"):
         load_records(tmp_path)
+    several: Any = [tmp_path, tmp_path]
+    with pytest.raises(InputError, match=r"load_records\(FIRST, SECOND\)"):
+        load_records(several)
 
 
 def test_the_frames_of_a_report_have_the_documented_columns() -> None:

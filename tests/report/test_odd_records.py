@@ -1,16 +1,22 @@
 """`kvbench report` of odd runs, as processes: a sensible answer, or one line and code 2."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.records import record, store
 
-from kvbench.records import Record
+from kvbench.errors import InputError
+from kvbench.records import Record, to_line
+from kvbench.report.build import make_report
+from kvbench.report.page import render
+from kvbench.report.tables import to_json
 
 
 def report(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -90,7 +96,7 @@ def test_a_run_half_finished(tmp_path: Path) -> None:
     assert [p["budget"] for p in found[1]["points"]] == [0.2, 0.5]
     assert [p["samples"] for p in found[1]["points"]] == [12, 8]
     assert "too few samples at budget 0.9" in errors
-    assert "unfinished, 8 to 12 samples" in errors
+    assert "unfinished; each budget has 8 to 12 of full attention's 12 samples" in errors
     assert "no sample that the baseline has too" in errors
 
 
@@ -115,6 +121,56 @@ def test_a_torn_line_is_dropped_and_a_damaged_one_named(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "samples-x.jsonl").write_bytes(b'{"fingerprint": "x"}\n' + whole)
     assert "line 1: not a record of kvbench" in refusal("d", folder=tmp_path)
+
+
+WRONG: list[Any] = [
+    *(None, "", "x", True, -1, 0, 0.5, 2, 2**70, 1e308, math.nan, math.inf, "\ud800"),
+    *([], [1], [[0, "x"]], [[5, 5], [-1, 2]], {}, {"a": {"b": [1]}}),
+]
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Record)])
+def test_a_field_of_another_type_is_named_with_its_line_or_does_no_harm(
+    name: str, tmp_path: Path
+) -> None:
+    measured = {"prompt_tokens": 8, "new_tokens": 2, "timeline": [[0, 0], [8, 8], [8, 4], [10, 6]]}
+    rows = [*full(3), *(record("snapkv", b, i, b, **measured) for i in range(3) for b in (0.3, 1))]
+    values = [json.loads(to_line(row)) for row in rows]
+    file = tmp_path / "samples-x.jsonl"
+    refusals = []
+    for wrong in WRONG:
+        changed = [*values[:4], {**values[4], name: wrong}, *values[5:]]
+        file.write_text("".join(f"{json.dumps(each)}\n" for each in changed))
+        try:
+            report = make_report([tmp_path])
+        except InputError as error:
+            refusals.append(str(error))
+        else:
+            assert json.loads(to_json(report))
+            assert render(report, [])
+    assert refusals  # half of a surrogate pair, at least
+    assert all(text.startswith(f"{file}, line 5: ") for text in refusals)
+
+
+def test_damaged_lines_are_one_line_of_error(tmp_path: Path) -> None:
+    line = to_line(record("full", 1.0, 0, 1.0))
+    for number, (bad, message) in enumerate(
+        [
+            (line.replace(b'"score":1.0', b'"score":NaN'), "NaN is not a number"),
+            (line.replace(b'"score":1.0', b'"score":"1.0"'), 'score is "1.0"; expected a number'),
+            (line.replace(b'"budget":1.0', b'"budget":[1]'), "budget is [1]; expected a number"),
+            (line.replace(b'"score":1.0', b'"score":7'), "score is 7; expected 0 to 1"),
+            (line.replace(b'"sample":0,', b""), "it lacks sample"),
+            (b"[" * 100_000 + b"\n", "not a record"),
+            (b"\xff\n", "not a record"),
+        ]
+    ):
+        run = tmp_path / str(number)
+        run.mkdir()
+        (run / "samples-x.jsonl").write_bytes(line.replace(b"full/", b"other/") + bad)
+        said = refusal(str(number), folder=tmp_path)
+        assert "samples-x.jsonl, line 2: " in said
+        assert message in said
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_the_full_scale_says_what_is_missing(
     assert done.returncode == 2
     assert done.stdout == ""
     lines = done.stderr.splitlines()
-    assert "cannot run here, for want of" in lines[0]
+    assert "cannot run here; missing:" in lines[0]
     assert any("the model meta-llama/Llama-3.1-8B-Instruct" in line for line in lines)
     assert any("HELMET and LongProc" in line for line in lines)
     assert any("icl, longqa" in line for line in lines)

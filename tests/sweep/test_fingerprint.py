@@ -5,17 +5,23 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from helpers.process import kvbench
 
 from kvbench.method import Family, LayerView, Method
+from kvbench.models.load import load_model
+from kvbench.spec import parse_method
 from kvbench.sweep.fingerprint import _compiled, _own_file, source_code
+from kvbench.sweep.plan import Settings, make_plan
+from kvbench.task import Sample, Task, Tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -328,3 +334,43 @@ def test_a_class_without_a_file_is_hashed_as_compiled(monkeypatch: pytest.Monkey
     hashed: Any = source_code
     assert hashed(typed_in(1.0)) == hashed(typed_in(1.0))
     assert hashed(typed_in(1.0)) != hashed(typed_in(-1.0))
+
+
+class Given(Task):
+    """Samples with the same prompt, and what each test gives them beside it."""
+
+    name, metric, subtasks = "given", "exact match", ("any",)
+    beside: ClassVar[dict[str, Any]] = {}
+
+    def sample(self, index: int, *, seed: int, context: int, tokenizer: Tokenizer) -> Sample:
+        """The same words."""
+        sample = Sample("given", "any", index, "the badger and the crane", "x", 4)
+        return replace(sample, **self.beside)
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        """Half."""
+        return 0.5
+
+
+def test_what_scoring_is_given_is_in_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model("tiny", device="cpu")
+    settings = Settings(64, 0, 1, (16,), (0.5,), chat_template=False)
+
+    def fingerprint(**beside: Any) -> str:
+        monkeypatch.setattr(Given, "beside", beside)
+        (cell,) = make_plan(model, [Given()], [parse_method("full", {})], settings)
+        return cell.fingerprint
+
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"reference": "y"},
+        {"reference": ["x"]},
+        {"subtask": "other"},
+        {"metadata": {"answers": {"b", "a"}}},
+        {"metadata": {"answers": {"b", "c"}}},
+        {"metadata": {"table": np.arange(2000)}},
+        {"metadata": {"table": np.arange(2000)[::-1].copy()}},
+    ]
+    first = [fingerprint(**kind) for kind in kinds]
+    assert len(set(first)) == len(kinds)
+    assert [fingerprint(**deepcopy(kind)) for kind in kinds] == first

@@ -7,9 +7,10 @@ colour vision.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
+from itertools import chain, count
 from pathlib import Path
 
 import matplotlib
@@ -24,6 +25,8 @@ from kvbench.report.figures.chunks import draw_chunks
 from kvbench.report.figures.curves import draw_grid, draw_task
 from kvbench.report.figures.style import (
     CurvesBySetting,
+    Styles,
+    choose_styles,
     chunk_sizes,
     plain_text,
     with_chunk,
@@ -64,6 +67,7 @@ class Picture:
 def draw_pictures(report: Report) -> list[Picture]:
     """Return every picture that the records allow: one per task, then those over all tasks."""
     settings = report.settings()
+    styles = choose_styles(curve.method for curve in report.curves)
     pictures = []
     for setting in settings:
         alone = sum(other.task == setting.task for other in settings) == 1
@@ -73,7 +77,7 @@ def draw_pictures(report: Report) -> list[Picture]:
                 f"{setting.task}: score against KV footprint. Lines are the fitted curves, marks "
                 "are the measured means, bands their 95 % intervals. A stroke on the dashed line "
                 "is a critical footprint.",
-                draw_task(report.of(setting), setting),
+                draw_task(report.of(setting), setting, styles),
                 setting,
             )
         )
@@ -83,9 +87,19 @@ def draw_pictures(report: Report) -> list[Picture]:
         tail = "" if len(groups) == 1 else _tail(tasks[0])
         pictures += [
             Picture(_file_name(stem + tail), caption, figure)
-            for stem, caption, figure in _over_tasks({s: report.of(s) for s in tasks})
+            for stem, caption, figure in _over_tasks({s: report.of(s) for s in tasks}, styles)
         ]
-    return pictures
+    return list(_told_apart(pictures))
+
+
+def _told_apart(pictures: Iterable[Picture]) -> Iterator[Picture]:
+    """Yield pictures whose files differ in name, on file systems that ignore case too."""
+    used: set[str] = set()
+    for picture in pictures:
+        stems = (f"{picture.stem}{tail}" for tail in chain([""], (f"-{n}" for n in count(2))))
+        stem = next(stem for stem in stems if stem.lower() not in used)
+        used.add(stem.lower())
+        yield replace(picture, stem=stem)
 
 
 def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
@@ -104,7 +118,7 @@ def _file_name(stem: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "picture"
 
 
-def _over_tasks(curves: CurvesBySetting) -> Iterator[tuple[str, str, Figure]]:
+def _over_tasks(curves: CurvesBySetting, styles: Styles) -> Iterator[tuple[str, str, Figure]]:
     """Yield stem, caption and figure of each picture over the tasks of one model."""
     sizes = chunk_sizes(c for of_task in curves.values() for c in of_task)
     each: list[int | None] = [*sizes] or [None]
@@ -113,15 +127,15 @@ def _over_tasks(curves: CurvesBySetting) -> Iterator[tuple[str, str, Figure]]:
     for size, of_size in shown.items():
         words = f" with prefill chunks of {size:,} tokens" if size else ""
         caption = f"All tasks{words}, for a paper's full width."
-        yield f"all-tasks{tails[size]}", caption, draw_grid(of_size)
+        yield f"all-tasks{tails[size]}", caption, draw_grid(of_size, styles)
     if len(sizes) > 1:
         yield (
             "prefill-chunks",
             "Critical footprint against the size of the prefill chunk, with 95 % intervals.",
-            draw_chunks(curves),
+            draw_chunks(curves, styles),
         )
     for size, of_size in shown.items():
-        figure = draw_timeline(of_size)
+        figure = draw_timeline(of_size, styles)
         if figure is not None:
             yield (
                 f"timeline{tails[size]}",
@@ -133,5 +147,5 @@ def _over_tasks(curves: CurvesBySetting) -> Iterator[tuple[str, str, Figure]]:
         yield (
             "bytes",
             "KV footprint against the peak bytes of the KV cache, as measured.",
-            draw_bytes(curves),
+            draw_bytes(curves, styles),
         )

@@ -9,15 +9,15 @@ from kvbench.records import BASELINE
 from kvbench.report.figures.style import (
     GREY,
     CurvesBySetting,
+    Styles,
     footprint_axis,
     label_axes,
     legend_below,
     make_panels,
-    style_of,
 )
 
 
-def draw_bytes(curves: CurvesBySetting) -> Figure:
+def draw_bytes(curves: CurvesBySetting, styles: Styles) -> Figure:
     """Draw one panel per task; bytes in per cent of full attention's, or in MiB if unknown."""
     names = {curve.name for of_task in curves.values() for curve in of_task}
     figure, panels = make_panels(curves, 2.0, 1 + math.ceil(len(names) / 4))
@@ -30,7 +30,7 @@ def draw_bytes(curves: CurvesBySetting) -> Figure:
             if curve.method == BASELINE:
                 continue
             known = [(p.kv_footprint, b) for p in curve.points if (b := p.kv_bytes_peak)]
-            marks = {**style_of(curve.method).marks(3.3, 0.7, "none"), "linestyle": "none"}
+            marks = {**styles[curve.method].marks(3.3, 0.7, "none"), "linestyle": "none"}
             axes.plot([100 * x for x, _ in known], [scale * b for _, b in known], **marks)
             entries.setdefault(curve.name, Line2D([], [], **marks, label=curve.name))
         footprint_axis(axes)

@@ -10,15 +10,16 @@ from matplotlib.ticker import NullLocator
 from kvbench.report.build import Curve
 from kvbench.report.figures.style import (
     CurvesBySetting,
+    Style,
+    Styles,
     chunk_sizes,
     label_axes,
     legend_below,
     make_panels,
-    style_of,
 )
 
 
-def draw_chunks(curves: CurvesBySetting) -> Figure:
+def draw_chunks(curves: CurvesBySetting, styles: Styles) -> Figure:
     """Draw one panel per task, with one line per method."""
     figure, panels = make_panels(curves, 1.9)
     entries: dict[str, Line2D] = {}
@@ -30,7 +31,8 @@ def draw_chunks(curves: CurvesBySetting) -> Figure:
                 lines.setdefault(curve.name, []).append(curve)
         for index, (name, line) in enumerate(lines.items()):
             line.sort(key=lambda c: c.prefill_chunk or 0)
-            entries[name] = _draw_line(axes, line, index / max(1, len(lines) - 1) - 0.5)
+            style, aside = styles[line[0].method], index / max(1, len(lines) - 1) - 0.5
+            entries[name] = _draw_line(axes, line, style, aside)
         axes.set_xscale("log", base=2)
         axes.set_xlim(min(sizes, default=1) / 1.35, max(sizes, default=2) * 1.35)
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
@@ -41,9 +43,8 @@ def draw_chunks(curves: CurvesBySetting) -> Figure:
     return figure
 
 
-def _draw_line(axes: Axes, line: Sequence[Curve], aside: float) -> Line2D:
+def _draw_line(axes: Axes, line: Sequence[Curve], style: Style, aside: float) -> Line2D:
     """Draw one method's critical footprints, moved sideways a little so that intervals differ."""
-    style = style_of(line[0].method)
     x = [(c.prefill_chunk or 1) * 2 ** (0.22 * aside) for c in line]
     found = [c.footprint for c in line if c.footprint is not None]
     for at, one in zip(x, found, strict=True):

@@ -20,6 +20,7 @@ from kvbench.report.figures.style import (
     GREY,
     CurvesBySetting,
     Style,
+    Styles,
     chunk_sizes,
     footprint_axis,
     label_axes,
@@ -27,7 +28,6 @@ from kvbench.report.figures.style import (
     legend_beside,
     light_axes,
     make_panels,
-    style_of,
     with_chunk,
 )
 
@@ -37,7 +37,7 @@ _DASHES = (0, (5, 3))  # of the threshold
 X_LABEL, Y_LABEL = "KV footprint (share of full attention's)", "score"
 
 
-def draw_task(curves: Sequence[Curve], setting: Setting) -> Figure:
+def draw_task(curves: Sequence[Curve], setting: Setting, styles: Styles) -> Figure:
     """Draw one task, with a panel for each prefill chunk."""
     sizes: list[int | None] = list(chunk_sizes(curves)) or [None]
     figure = Figure(figsize=(3.0 + 4.6 * len(sizes), 4.6), layout="constrained")
@@ -47,7 +47,7 @@ def draw_task(curves: Sequence[Curve], setting: Setting) -> Figure:
     for axes, size in zip(panels, sizes, strict=True):
         light_axes(axes)
         shown = [c for c in with_chunk(curves, size) if c.method != BASELINE]
-        entries = _draw_curves(axes, shown, curves[0], scale=1.0) | entries
+        entries = _draw_curves(axes, shown, curves[0], styles, scale=1.0) | entries
         for curve in shown:
             families.setdefault(curve.family, {})[curve.name] = None
         axes.set_xlabel(X_LABEL)
@@ -67,14 +67,14 @@ def draw_task(curves: Sequence[Curve], setting: Setting) -> Figure:
     return figure
 
 
-def draw_grid(curves: CurvesBySetting) -> Figure:
+def draw_grid(curves: CurvesBySetting, styles: Styles) -> Figure:
     """Draw all tasks of one prefill chunk, for a paper's full width."""
     shown = {s: [c for c in of_task if c.method != BASELINE] for s, of_task in curves.items()}
     names = {curve.name for of_task in shown.values() for curve in of_task}
     figure, panels = make_panels(curves, 2.0, 2 + math.ceil(len(names) / 4))
     entries: dict[str, Line2D] = {}
     for axes, (setting, of_task) in zip(panels, curves.items(), strict=True):
-        entries |= _draw_curves(axes, shown[setting], of_task[0], scale=0.62)
+        entries |= _draw_curves(axes, shown[setting], of_task[0], styles, scale=0.62)
     label_axes(panels, X_LABEL, Y_LABEL)
     threshold = next(iter(curves.values()))[0].threshold
     legend_below(figure, [*_baseline_handles(threshold), *entries.values()])
@@ -82,14 +82,14 @@ def draw_grid(curves: CurvesBySetting) -> Figure:
 
 
 def _draw_curves(
-    axes: Axes, shown: Sequence[Curve], full: Curve, scale: float
+    axes: Axes, shown: Sequence[Curve], full: Curve, styles: Styles, scale: float
 ) -> dict[str, Line2D]:
     """Draw curves, the baseline, the threshold and critical footprints; return legend handles."""
     baseline, target = full.baseline, full.threshold * full.baseline
     handles: dict[str, Line2D] = {}
     variants: Counter[str] = Counter()
     for curve in shown:
-        style = style_of(curve.method)
+        style = styles[curve.method]
         variant = variants[curve.method]
         variants[curve.method] += 1
         line = style.line if variant == 0 else _LINES[variant % len(_LINES)]

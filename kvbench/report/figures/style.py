@@ -1,9 +1,10 @@
 """What all pictures share: how each method looks, panels, labels and legends."""
 
-import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import matplotlib
@@ -45,7 +46,9 @@ class Style:
         }
 
 
-STYLES = {
+Styles = dict[str, Style]  # by method
+
+STYLES: Styles = {
     "full": Style(BLACK, "", "-"),
     "recency": Style(GREY, "v", "-"),
     "random": Style(BLACK, "x", ":"),
@@ -67,17 +70,22 @@ _SPARE_COLOURS = (PURPLE, GREEN, BLUE, VERMILLION, ORANGE, SKY)
 _SPARE_MARKERS = ("h", "p", "X", "<", "d", "H")
 
 
-def style_of(method: str) -> Style:
-    """Return the style of a method; one that is not in the table gets one from its name."""
-    known = STYLES.get(method)
-    if known is not None:
-        return known
-    draw = hashlib.sha256(method.encode()).digest()
-    return Style(
-        _SPARE_COLOURS[draw[0] % len(_SPARE_COLOURS)],
-        _SPARE_MARKERS[draw[1] % len(_SPARE_MARKERS)],
-        "-.",
-    )
+def choose_styles(methods: Iterable[str]) -> Styles:
+    """Return a style for each method of a report.
+
+    A method that is not in the table gets the colour and the marker that the report uses least.
+    """
+    names = set(methods)
+    styles = {name: STYLES[name] for name in names & set(STYLES)}
+    taken: Counter[Any] = Counter()  # how often a colour, a marker or a pair of both is used
+    for style in styles.values():
+        taken.update([style.colour, style.marker, (style.colour, style.marker)])
+    for name in sorted(names - set(STYLES)):
+        pairs = product(_SPARE_COLOURS, _SPARE_MARKERS)
+        colour, marker = min(pairs, key=lambda pair: (taken[pair], taken[pair[0]], taken[pair[1]]))
+        taken.update([colour, marker, (colour, marker)])
+        styles[name] = Style(colour, marker, "-.")
+    return styles
 
 
 def chunk_sizes(curves: Iterable[Curve]) -> list[int]:

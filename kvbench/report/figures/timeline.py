@@ -16,11 +16,12 @@ from kvbench.report.figures.style import (
     FONT,
     GREY,
     CurvesBySetting,
+    Styles,
     chunk_sizes,
     label_axes,
     make_grid,
-    style_of,
 )
+from kvbench.report.tables import percent
 
 BUDGET = 0.3  # the measured budget nearest to it is drawn
 ALIKE = 0.4  # per cent of full attention's entries: nearer timelines are drawn as one
@@ -39,7 +40,7 @@ class Panel:
     kv_peak: float | None
 
 
-def draw_timeline(curves: CurvesBySetting) -> Figure | None:
+def draw_timeline(curves: CurvesBySetting, styles: Styles) -> Figure | None:
     """Draw the first sample of the task with the longest answers, None if no timeline is recorded.
 
     Each panel shows full attention behind the methods whose caches hold the same.
@@ -52,7 +53,7 @@ def draw_timeline(curves: CurvesBySetting) -> Figure | None:
     methods = [c for c in curves[setting] if c.method != BASELINE]
     budgets = sorted({p.budget for c in methods for p in c.points if p.budget < 1})
     budget = min(budgets, key=lambda b: abs(b - BUDGET), default=BUDGET)
-    most = max(entries for _, entries in whole["timeline"])
+    most = max([1, *(entries for _, entries in whole["timeline"])])
     panels = _find_panels(methods, budget, whole["sample"], most)
     if not panels:
         return None
@@ -60,7 +61,7 @@ def draw_timeline(curves: CurvesBySetting) -> Figure | None:
     prompt = known(whole["prompt_tokens"], int)
     full = np.array(_line(whole["timeline"], most)).T
     for axes, panel in zip(axes_of_panels, panels, strict=True):
-        colour = style_of(panel.curves[0].method).colour
+        colour = styles[panel.curves[0].method].colour
         line = np.array(panel.line).T
         axes.fill_between(*full, color="#E4E4E4", linewidth=0)
         axes.plot(*full, color=GREY, linewidth=0.7)
@@ -73,9 +74,9 @@ def draw_timeline(curves: CurvesBySetting) -> Figure | None:
         axes.yaxis.set_major_locator(MultipleLocator(25))
         axes.yaxis.set_major_formatter("{x:g} %")
         names = _wrapped([curve.name for curve in panel.curves])
-        peak = f", peak {100 * panel.kv_peak:.0f} %" if panel.kv_peak is not None else ""
+        peak = f", peak {percent(panel.kv_peak)} %" if panel.kv_peak is not None else ""
         axes.set_title(
-            f"{names}\nfootprint {100 * panel.kv_footprint:.0f} %{peak}",
+            f"{names}\nfootprint {percent(panel.kv_footprint)} %{peak}",
             fontsize=FONT - 0.5,
             loc="left",
         )
