@@ -65,6 +65,7 @@ def run(
     options: Mapping[str, Any] | None = None,
     context: int | None = None,
     prefill_chunk: int | Sequence[int] | None = None,
+    compress: str = "prompt",
     seed: int = 0,
     out: str | Path | None = None,
     device: str = "auto",
@@ -91,6 +92,8 @@ def run(
         options: options of methods, such as `{"window": 32}` or `{"snapkv.window": 32}`.
         context: tokens of a prompt and its answer; None for the model's own.
         prefill_chunk: tokens of a prefill chunk, or several sizes to compare; None for the model's.
+        compress: `prompt`: methods see the whole prompt; `context`: they evict before the question
+            is read, and its entries stay.
         seed: seed of the samples.
         out: the run folder; None for one in `results/runs`, named after model, tasks and date.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
@@ -127,6 +130,7 @@ def run(
         attention=attention,
         option={name: str(value) for name, value in (options or {}).items()},
         chat_template=chat_template,
+        compress=compress,
         template_date=template_date,
         template_option=dict(template_options or {}),
         batch_rows=batch_rows,

@@ -24,6 +24,7 @@ BASELINE = "full"  # the method that every other one is measured against
 RUN_FILE = "run.json"
 SAMPLE_FILES = "samples-*.jsonl"
 RUN_FORMAT = 1
+COMPRESS = ("prompt", "context")  # what methods evict from: all, or what precedes the question
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,9 @@ class Record:
     read_chunk: int | None = None  # tokens of the prefill chunk in which the prompt was read
     method_code: str = ""  # a hash of the method's source, "" in records from before it was kept
     task_code: str = ""  # the same of the task's
+    compress: str = "prompt"  # "context": what a method evicts from ends before the question
+    kv_bytes_read: float | None = None  # for a decoded token, on average
+    replay_rows: int | None = None  # tokens of a replay that went through the model
     error: str | None = None
 
 

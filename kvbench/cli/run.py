@@ -109,6 +109,10 @@ def run(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     attention: Annotated[str, opt(MODEL, "Attention of prompts: auto, sdpa or flash.")] = "auto",
+    compress: Annotated[
+        Literal["prompt", "context"],
+        opt(HOW_MUCH, "What methods evict from: the prompt, or what precedes its question."),
+    ] = "prompt",
     chat_template: Annotated[
         Literal["auto", "on", "off"],
         opt(MODEL, "Whether prompts go into the model's chat template."),
@@ -161,6 +165,7 @@ def run(
         attention=attention,
         option=options.key_value(option),
         chat_template=chat_template,
+        compress=compress,
         template_date=template_date,
         template_option=options.key_value(template_option, "--template-option"),
         batch_rows=batch_rows,

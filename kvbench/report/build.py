@@ -45,6 +45,7 @@ FEW_SAMPLES = 10  # an interval from fewer samples is rough
 FILE_HASH = " sha256:"  # stands before the hash, where an option of a record is a file
 Number = TypeVar("Number", int, float)
 
+COSTS = ("kv_reads", "kv_bytes_peak", "kv_bytes_read", "new_tokens", "footprint_of_full")
 MEASURES = ("score", "kv_footprint", "kv_peak")  # what is resampled, per budget
 
 
@@ -59,6 +60,9 @@ class Point:
     kv_peak: float | None
     kv_reads: float | None
     kv_bytes_peak: float | None  # bytes
+    kv_bytes_read: float | None  # bytes, for a decoded token
+    new_tokens: float | None  # of an answer
+    footprint_of_full: float | None  # of full attention's with its own answers
     samples: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,6 +90,12 @@ class Setting:
     task: str
     context: int  # tokens
     seed: int
+    compress: str = "prompt"  # what methods evict from (see `kvbench.records.COMPRESS`)
+
+    @property
+    def question(self) -> str:
+        """What a label says of a question that methods do not know; "" if they know it."""
+        return "" if self.compress == "prompt" else ", question unknown"
 
 
 @dataclass(frozen=True)
@@ -181,13 +191,17 @@ class Report:
     - `differences`: one row per pair of methods of a setting, full attention excepted.
 
     `points` and `critical` start with the columns that identify a curve: `model`, `task`, `context`
-    (tokens), `seed`, `method`, `label` (unique in a setting: the method, and what distinguishes the
+    (tokens), `seed`, `compress` (prompt, or context if methods evicted before the question was
+    read), `method`, `label` (unique in a setting: the method, and what distinguishes the
     curve from others of the method), `family`, `options` (a dict), `prefill_chunk` (tokens; missing
     if the result does not depend on it), `method_code` (short hash of the method's source; "" if
     none was recorded).
 
     `points` goes on with `budget` (as asked for); `kv_footprint`, `score`, `kv_peak`, `kv_reads`
-    and `kv_bytes_peak` (means over the samples, missing if not measured); `samples` (how many);
+    and `kv_bytes_peak` (means over the samples, missing if not measured); `kv_bytes_read` (bytes
+    that a decoded token reads) and `new_tokens` (of an answer), means as well; `footprint_of_full`
+    (entry-rows of full attention's own answers, where `kv_footprint` is of full attention with an
+    answer of the same length); `samples` (how many);
     `score_low` and `score_high` (the score's interval).
 
     `critical` goes on with `baseline` (full attention's score on the curve's samples); `threshold`
@@ -197,9 +211,9 @@ class Report:
     `peak_status` (the same for the peak); `best` (the smallest critical footprint of the setting),
     `tied_with_best` (not distinguishable from it), `samples` (how many).
 
-    `differences` has `model`, `task`, `context`, `seed`; `left` and `right` (labels); `difference`
-    (critical footprint of `left` minus that of `right`, never negative), `ci_low` and `ci_high`
-    (its interval), `distinct` (whether the interval excludes 0).
+    `differences` has `model`, `task`, `context`, `seed`, `compress`; `left` and `right`
+    (labels); `difference` (critical footprint of `left` minus that of `right`, never negative),
+    `ci_low` and `ci_high` (its interval), `distinct` (whether the interval excludes 0).
     """
 
     curves: tuple[Curve, ...]
@@ -294,6 +308,14 @@ def _hash_of_files(folders: Sequence[Path], more: str) -> str:
     return total.hexdigest()
 
 
+def _against_baseline(cells: DataFrame) -> DataFrame:
+    """Add `footprint_of_full`, by the answer that full attention gave to the same sample."""
+    baseline = cells.loc[cells["method"] == BASELINE].drop_duplicates("sample")
+    rows = baseline.set_index("sample")["full_rows"].astype(float)
+    share = cells["resident_rows"].astype(float) / cells["sample"].map(rows)
+    return cells.assign(footprint_of_full=share)
+
+
 def report_records(
     records: DataFrame | Iterable[Record],
     threshold: float = 0.9,
@@ -310,9 +332,10 @@ def report_records(
     notes = [*_notes_on_runs(runs), *notes]
     curves: list[Curve] = []
     groups: dict[Setting, list[CellGroup]] = {}
-    for key, in_setting in cells.groupby(["task", "model", "context", "seed"]):
-        task, model, context, seed = cast(tuple[str, str, int, int], key)
-        groups[Setting(model, task, context, seed)] = group_cells(in_setting)
+    for key, in_setting in cells.groupby(["task", "model", "context", "seed", "compress"]):
+        task, model, context, seed, compress = cast(tuple[str, str, int, int, str], key)
+        compared = _against_baseline(in_setting)
+        groups[Setting(model, task, context, seed, compress)] = group_cells(compared)
     for setting, of_setting in groups.items():
         peers = [
             group
@@ -348,7 +371,7 @@ def by_critical(curves: Iterable[Curve]) -> list[Curve]:
 
 def _notes_on_runs(runs: Sequence[dict[str, Any]]) -> list[str]:
     """Return a note on how runs differ, beyond what the report keeps apart."""
-    kept_apart = {"model", "context", "seed"}
+    kept_apart = {"model", "context", "seed", "compress"}
     commons = [run["common"] for run in runs]
     for key in ("kvbench", "model_fingerprint"):
         measured: dict[str, Any] = {}
@@ -576,7 +599,7 @@ def _curve(
         return Critical(value, status, interval(draws, samples), draws)
 
     budgets = group.cells["budget"]
-    others = group.cells[["kv_reads", "kv_bytes_peak"]].astype(float).groupby(budgets).mean()
+    others = group.cells[list(COSTS)].astype(float).groupby(budgets).mean()
     order = footprint.mean.argsort(kind="stable")
     points = tuple(
         Point(
@@ -587,6 +610,9 @@ def _curve(
             kv_peak=float(peak.mean[i]) if peak.samples[i] else None,
             kv_reads=known(others["kv_reads"].iloc[i], float),
             kv_bytes_peak=known(others["kv_bytes_peak"].iloc[i], float),
+            kv_bytes_read=known(others["kv_bytes_read"].iloc[i], float),
+            new_tokens=known(others["new_tokens"].iloc[i], float),
+            footprint_of_full=known(others["footprint_of_full"].iloc[i], float),
             samples=int(score.samples[i]),
         )
         for i in order.tolist()

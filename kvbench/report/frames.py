@@ -23,7 +23,7 @@ from kvbench.arguments import check_paths
 from kvbench.errors import InputError
 from kvbench.records import BASELINE, Record, find_run_folders, read_values
 
-SETTING = ["model", "task", "context", "seed"]  # what the curves of one picture share
+SETTING = ["model", "task", "context", "seed", "compress"]  # what the curves of one picture share
 CURVE = [*SETTING, "method", "options_text", "prefill_chunk", "method_code"]  # what a curve shares
 CODE_DIGITS = 4  # of a hash of a method's source, where a label names it
 

@@ -30,7 +30,7 @@ from kvbench.report.statistics import ROUNDING, Status
 WIDTH_OF_A_FILE = 120  # columns, if stdout is no terminal
 
 CSV_COLUMNS = [
-    *("model", "task", "context", "seed", "method", "label", "family", "options"),
+    *("model", "task", "context", "seed", "compress", "method", "label", "family", "options"),
     *("prefill_chunk", "method_code"),
     *("baseline", "threshold", "critical_footprint", "ci_low", "ci_high", "status"),
     *("critical_peak", "peak_ci_low", "peak_ci_high", "peak_status"),
@@ -77,7 +77,8 @@ def title(report: Report, setting: Setting) -> str:
     """Return one line for a table or picture: task, model, context, seed, baseline."""
     curve = report.of(setting)[0]
     return (
-        f"{setting.task}: {setting.model}, {setting.context:,} tokens, seed {setting.seed}, "
+        f"{setting.task}: {setting.model}, {setting.context:,} tokens, seed {setting.seed}"
+        f"{setting.question}, "
         f"full attention scores {curve.baseline:.3f}"
     )
 
@@ -97,9 +98,9 @@ def legend(report: Report) -> str:
 def overview(report: Report, cell: Callable[[Curve], object]) -> DataFrame:
     """Return what `cell` says of each curve: a row for each label, a column for each setting."""
     settings = report.settings()
-    several = len({(s.model, s.context, s.seed) for s in settings}) > 1
+    several = len({(s.model, s.context, s.seed, s.compress) for s in settings}) > 1
     columns = {
-        f"{s.task} ({s.model}, {s.context}, {s.seed})" if several else s.task: {
+        f"{s.task} ({s.model}, {s.context}, {s.seed}{s.question})" if several else s.task: {
             curve.label: cell(curve) for curve in report.of(s)
         }
         for s in settings

@@ -21,6 +21,7 @@ from kvbench.errors import InputError, did_you_mean
 from kvbench.models.card import ModelCard, model_folder, read_card
 from kvbench.records import (
     BASELINE,
+    COMPRESS,
     Record,
     RunWriter,
     check_common,
@@ -67,6 +68,7 @@ class Choices:
     chat_template: str = "auto"  # auto, on or off
     template_date: str = TEMPLATE_DATE  # what a chat template takes for today, ISO 8601
     template_option: dict[str, Any] = field(default_factory=dict)  # more for the chat template
+    compress: str = "prompt"  # "context": methods evict before the question is read
     batch_rows: int | None = None  # cells measured together, at most
     memory_limit: int | None = None  # bytes beside the model
 
@@ -89,6 +91,10 @@ class Choices:
         if self.memory_limit is not None:
             what = "a whole number of bytes"
             check_whole("memory_limit", self.memory_limit, most=LARGEST, what=what)
+        if self.compress not in COMPRESS:
+            raise InputError(
+                f"unknown compress '{self.compress}': {did_you_mean(self.compress, COMPRESS)}"
+            )
         if self.chat_template not in CHAT_TEMPLATES:
             raise InputError(
                 f"unknown chat_template '{self.chat_template}': "
@@ -295,6 +301,7 @@ def choose_settings(choices: Choices, model: "LoadedModel") -> Settings:
         chat_template=has_template and choices.chat_template != "off",
         template_date=template_date(choices.template_date),
         template_options=template_options(choices.template_option),
+        compress=choices.compress,
     )
 
 

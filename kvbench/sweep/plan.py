@@ -42,6 +42,7 @@ class Cell:
     task_code: str = ""  # a hash of the task's source
     options: dict[str, Any] = field(default_factory=dict)  # of the method, as records hold them
     error: str = ""  # why the cell cannot be measured
+    context: int | None = None  # tokens that methods evict from; None: the whole prompt
 
     @property
     def tokens(self) -> int:
@@ -61,6 +62,7 @@ class Settings:
     chat_template: bool
     template_date: str = TEMPLATE_DATE  # the day that a chat template takes for today, ISO 8601
     template_options: tuple[tuple[str, Any], ...] = ()  # what else the chat template is given
+    compress: str = "prompt"  # what methods evict from (see `kvbench.records.COMPRESS`)
 
     @property
     def chat(self) -> "Chat | None":
@@ -85,6 +87,7 @@ def common_settings(model: "LoadedModel", settings: Settings) -> dict[str, Any]:
         "seed": settings.seed,
         "chat_template": settings.chat_template,
         "template_date": settings.template_date if settings.chat_template else None,
+        "compress": settings.compress,
         "template_options": dict(settings.template_options) if settings.chat_template else {},
         "rope": None if model.long_rope is None else model.long_rope.name_for(settings.context),
         "kvbench": f"{kvbench.__version__}+{measuring_code()}",
@@ -113,7 +116,7 @@ def make_plan(
     cells = []
     for index in range(settings.samples):
         for task in tasks:
-            sample, prompt, sample_error = prepared[task.name][index]
+            sample, prompt, context, sample_error = prepared[task.name][index]
             what = {
                 "common": common,
                 "task": [task.name, task_codes[task.name]],
@@ -144,6 +147,7 @@ def make_plan(
                         task_code=task_codes[task.name],
                         options=given,
                         error=sample_error or method_error,
+                        context=context,
                     )
                 )
     return cells
@@ -164,7 +168,8 @@ def recorded_options(spec: "MethodSpec") -> tuple[dict[str, Any], str]:
     return options, ""
 
 
-Prepared = tuple[Sample, list[int], str]  # a sample, its token ids, and why it cannot be measured
+# A sample, its token ids, how many of them methods evict from, and why it cannot be measured.
+Prepared = tuple[Sample, list[int], int | None, str]
 
 
 def _prepared_samples(model: "LoadedModel", task: Task, settings: Settings) -> list[Prepared]:
@@ -179,39 +184,45 @@ def _prepared_samples(model: "LoadedModel", task: Task, settings: Settings) -> l
     varies = False
     for index in range(settings.samples):
         try:
-            sample, prompt = _prepare_sample(model, task, index, settings)
+            sample, prompt, context = _prepare_sample(model, task, index, settings)
             if index == 0:
                 varies = asked_of(sample) != asked_of(make_sample(model, task, 0, settings))
             if varies:
                 raise ContractError("sample() makes another sample each time; expected equal ones")
-            prepared.append((sample, prompt, ""))
+            prepared.append((sample, prompt, context, ""))
         except (Exception, SystemExit) as error:
             if index == 0 and isinstance(error, InputError):
                 first = error
             subtask = str(task.subtasks[index % len(task.subtasks)]) if task.subtasks else ""
             reason = f"sample {index} of task '{task.name}': {one_line(error)}"
-            prepared.append((Sample(task.name, subtask, index, "", None, 0), [], reason))
-    if first is not None and all(reason for _, _, reason in prepared):
+            prepared.append((Sample(task.name, subtask, index, "", None, 0), [], None, reason))
+    if first is not None and all(reason for *_, reason in prepared):
         raise first
     return prepared
 
 
 def _prepare_sample(
     model: "LoadedModel", task: Task, index: int, settings: Settings
-) -> tuple[Sample, list[int]]:
-    """Sample `index` and its token ids; raises whatever the task raises, or says what is wrong."""
+) -> tuple[Sample, list[int], int | None]:
+    """Sample `index`, its token ids, and those that methods evict from (None: all).
+
+    Raises whatever the task raises, or says what is wrong.
+    """
     sample = check_sample(make_sample(model, task, index, settings), task, index)
     prompt = encode_prompt(model.tokenizer, sample, chat=settings.chat)
     if not prompt:
         raise ContractError("its prompt is empty; expected at least one token")
     model.check_ids(prompt)
     _check_length(model, task, sample, prompt)
-    return sample, prompt
+    context = None
+    if settings.compress == "context":
+        context = context_tokens(model.tokenizer, sample, prompt, chat=settings.chat)
+    return sample, prompt, context
 
 
 def asked_of(sample: Sample) -> tuple[Any, ...]:
     """What must be equal if a sample is made again."""
-    return sample.prompt, sample.reference, sample.max_new_tokens
+    return sample.prompt, sample.reference, sample.max_new_tokens, sample.question_at
 
 
 def check_sample(sample: Any, task: Task, index: int) -> Sample:
@@ -230,6 +241,11 @@ def check_sample(sample: Any, task: Task, index: int) -> Sample:
     limit = sample.max_new_tokens
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise ContractError(f"its max_new_tokens is {limit!r}; expected an int, at least 1")
+    at = sample.question_at
+    if at is not None and (not isinstance(at, int) or not 0 < at < len(sample.prompt)):
+        raise ContractError(
+            f"its question_at is {at!r}; expected None or an int from 1 to {len(sample.prompt) - 1}"
+        )
     try:
         json.dumps(sample.reference, allow_nan=False)
     except Exception as error:
@@ -297,9 +313,7 @@ def context_tokens(
     comes before it.
     """
     if sample.question_at is None:
-        raise ContractError(
-            "it does not say where its question starts; expected question_at"
-        )
+        raise ContractError("it does not say where its question starts; expected question_at")
     text, before = sample.prompt, sample.prompt[: sample.question_at]
     if chat is not None:
         before = before.strip()

@@ -152,6 +152,7 @@ class Sweep:
             reference=cell.sample.reference,
             method_code=cell.method_code,
             task_code=cell.task_code,
+            compress="prompt" if cell.context is None else "context",
             **measured,  # type: ignore[arg-type]
         )
 
@@ -178,8 +179,7 @@ def warm_up(model: LoadedModel) -> None:
 def rows_of(batch: Sequence[Cell]) -> list[Row]:
     """The engine's rows of some cells."""
     return [
-        Row(cell.prompt, cell.sample.max_new_tokens, cell.spec, cell.budget, cell.seed)
-        for cell in batch
+        Row(c.prompt, c.sample.max_new_tokens, c.spec, c.budget, c.seed, c.context) for c in batch
     ]
 
 

@@ -81,9 +81,9 @@ def draw_pictures(report: Report) -> list[Picture]:
                 setting,
             )
         )
-    groups = list(dict.fromkeys((s.model, s.context, s.seed) for s in settings))
+    groups = list(dict.fromkeys((s.model, s.context, s.seed, s.compress) for s in settings))
     for group in groups:
-        tasks = [s for s in settings if (s.model, s.context, s.seed) == group]
+        tasks = [s for s in settings if (s.model, s.context, s.seed, s.compress) == group]
         tail = "" if len(groups) == 1 else _tail(tasks[0])
         pictures += [
             Picture(_file_name(stem + tail), caption, figure)
@@ -111,7 +111,8 @@ def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
 
 
 def _tail(setting: Setting) -> str:
-    return f"-{setting.model}-{setting.context}-s{setting.seed}"
+    compress = "" if setting.compress == "prompt" else f"-{setting.compress}"
+    return f"-{setting.model}-{setting.context}-s{setting.seed}{compress}"
 
 
 def _file_name(stem: str) -> str:

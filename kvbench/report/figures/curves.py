@@ -56,7 +56,8 @@ def draw_task(curves: Sequence[Curve], setting: Setting, styles: Styles) -> Figu
     panels[0].set_ylabel(Y_LABEL)
     samples = f"{curves[0].samples} samples" if curves[0].samples > 1 else "1 sample"
     figure.suptitle(
-        f"{setting.task} ({Path(setting.model).name}, {setting.context:,} tokens, {samples})",
+        f"{setting.task} ({Path(setting.model).name}, {setting.context:,} tokens"
+        f"{setting.question}, {samples})",
         fontsize=11,
         x=0.01,
         ha="left",
