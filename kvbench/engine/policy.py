@@ -91,12 +91,14 @@ class EvictionPolicy:
             )
         bounded = self.spec.chunking is Chunking.BOUNDED
         beyond = self.spec.uneven or bounded or self.interval or self.context or gathers(scorer)
+        beyond = beyond or self.evicts_late
         if beyond and any(self.layers[index].limit is not None for index in self.acting):
             raise InputError(
                 f"method '{self.spec.name}' cannot be measured on a model whose layers all have a "
                 "limited attention (sliding windows or chunks)"
             )
-        if Need.ROTATION in scorer.needs and self.layers[self.acting[0]].rotation is None:
+        unknown = any(self.layers[index].rotation is None for index in self.acting)
+        if Need.ROTATION in scorer.needs and unknown:
             raise InputError(
                 f"method '{self.spec.name}' needs queries before RoPE, and kvbench does not know "
                 "the model's rotation"

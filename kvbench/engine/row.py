@@ -46,6 +46,7 @@ class Outcome:
     resident_rows: int  # entry-rows, summed over layers and KV heads
     full_rows: int  # the same under full attention
     patch_rows: int  # patched tokens that went through the model
+    replay_rows: int  # tokens of a replay that went through the model
     kv_bytes_peak: int  # as if the row ran alone, including temporary copies
     device_bytes_peak: int | None  # of the CUDA allocator, in the whole call; None on a CPU
     prefill_seconds: float  # the row's share of the time of each forward it took part in
@@ -246,6 +247,7 @@ def outcome(
         resident_rows=counted.resident_rows,
         full_rows=full,
         patch_rows=counted.patch_rows,
+        replay_rows=counted.replay_rows,
         kv_bytes_peak=counted.bytes_peak,
         device_bytes_peak=device_bytes_peak,
         prefill_seconds=state.prefill_seconds / alike,
