@@ -46,7 +46,6 @@ class Outcome:
     resident_rows: int  # entry-rows, summed over layers and KV heads
     full_rows: int  # the same under full attention
     patch_rows: int  # patched tokens that went through the model
-    replay_rows: int  # tokens of a replay that went through the model
     kv_bytes_peak: int  # as if the row ran alone, including temporary copies
     device_bytes_peak: int | None  # of the CUDA allocator, in the whole call; None on a CPU
     prefill_seconds: float  # the row's share of the time of each forward it took part in
@@ -56,6 +55,7 @@ class Outcome:
     timeline: list[list[int]]  # as in kvbench.records.Record
     shared_rows: int  # rows of its prefill group, itself included
     group_bytes_peak: int  # keys and values of all rows of the call
+    replay_rows: int = 0  # tokens of a replay that went through the model
     kept: list[list[list[int]]] | None = None  # as `RowState.kept`, if it was asked for
     failure: str | None = None  # why the row could not be measured
 

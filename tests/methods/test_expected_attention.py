@@ -6,12 +6,13 @@ from helpers.architectures import random_model
 from helpers.engine import tokens
 from helpers.models import loaded_model
 from helpers.oracles import expected_attention
+from torch import Tensor
 
 from kvbench.engine.reference import run_reference
 from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
 from kvbench.errors import InputError
-from kvbench.models.attention import Probe
+from kvbench.models.attention import AttentionCall, Probe
 from kvbench.models.load import forward, wrap_model
 from kvbench.spec import method_names, parse_method
 
@@ -21,7 +22,7 @@ PROMPT = 96
 class Recorder(Probe):
     """Full attention that remembers its calls."""
 
-    def attend(self, call):  # type: ignore[no-untyped-def]
+    def attend(self, call: AttentionCall) -> Tensor:
         super().attend(call)
         return torch.nn.functional.scaled_dot_product_attention(
             call.query,

@@ -100,7 +100,11 @@ def test_a_head_split_and_competing_heads_take_the_same_scores() -> None:
     scores = slow_scores("llama")
     for each in scores:
         each[:, :4] = torch.inf
-    options = {"scores": str(SCORES), "prulong.sinks": 2, "prulong.window": 7}
+    options: dict[str, Any] = {
+        "scores": str(SCORES),
+        "prulong.sinks": 2,
+        "prulong.window": 7,
+    }
     split = run(0.5, "prulong+kvzip", uniform="true", post_fill_budget=0.4, **options).kept
     layers = run(0.3, "ada-kvzip", head_share=0.0).kept
     assert split is not None

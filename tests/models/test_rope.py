@@ -24,12 +24,17 @@ def before_rope(module: Any, hidden: Tensor) -> Tensor:
     """The queries [H, T, D] that a layer's attention makes of hidden states [1, T, size]."""
     if hasattr(module, "query_key_value"):
         size = module.head_size
-        return module.query_key_value(hidden)[0].unflatten(-1, (-1, 3 * size))[..., :size]
+        whole: Tensor = module.query_key_value(hidden)[0]
+        return whole.unflatten(-1, (-1, 3 * size))[..., :size]
     size = module.head_dim
     made = module.qkv_proj(hidden) if hasattr(module, "qkv_proj") else module.q_proj(hidden)
-    queries = made[0, :, : module.config.num_attention_heads * size].unflatten(-1, (-1, size))
+    queries: Tensor = made[0, :, : module.config.num_attention_heads * size].unflatten(
+        -1, (-1, size)
+    )
     norm = getattr(module, "q_norm", None)
-    return queries if norm is None else norm(queries)
+    if norm is not None:
+        queries = norm(queries)
+    return queries
 
 
 @pytest.mark.parametrize("name", CHECKED)
