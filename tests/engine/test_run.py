@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engine import tokens
+from helpers.engine import measurable, tokens
 from helpers.models import ARCHITECTURES, loaded_model, plain_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -284,7 +284,7 @@ def test_flash_attn_gives_what_the_others_give(
     package = SimpleNamespace(flash_attn_varlen_func=slow_varlen)
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setattr(Sdpa, "_partial", lambda self, *_: self.on_gpu)
-    names = [*method_names(), "prulong+snapkv"]
+    names = measurable([*method_names(), "prulong+snapkv"], loaded_model(architecture))
     rows = [Row(tokens(90, 1), 10, spec(name, scores_file), 0.4, seed=3) for name in names]
     rows += [Row(tokens(60, 2), 5, spec("full", scores_file), 1.0)]
     expected = run_rows(loaded_model(architecture, attention="reference"), rows, prefill_chunk=25)
