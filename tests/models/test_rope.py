@@ -25,7 +25,7 @@ def before_rope(module: Any, hidden: Tensor) -> Tensor:
     if hasattr(module, "query_key_value"):
         size = module.head_size
         whole: Tensor = module.query_key_value(hidden)[0]
-        return whole.unflatten(-1, (-1, 3 * size))[..., :size]
+        return whole.view(len(whole), -1, 3 * size)[..., :size]
     size = module.head_dim
     made = module.qkv_proj(hidden) if hasattr(module, "qkv_proj") else module.q_proj(hidden)
     queries: Tensor = made[0, :, : module.config.num_attention_heads * size].unflatten(
