@@ -30,7 +30,6 @@ class Family(StrEnum):
 class Need(StrEnum):
     """What a view holds only for a method that declares it in `Method.needs`."""
 
-    HIDDEN = "hidden states"
     MODULE = "attention module"
     ROTATION = "rotation"
     REPLAY = "replay"
@@ -174,10 +173,10 @@ class LayerView:
     sinks: "Tensor | None" = None  # [K, G], logits of learnt sinks, which take part of the softmax
     read: int = 0  # tokens that have been read, of the prompt and of the answer
     gathered: "Tensor | None" = None  # what `Method.gather` returned, for methods that gather
-    hidden: "Tensor | None" = None  # [W, hidden size], states that enter attention (Need.HIDDEN)
     module: Any = None  # the layer's attention, a torch.nn.Module (Need.MODULE)
     rotation: Rotation | None = None  # (Need.ROTATION)
-    replayed: "Tensor | None" = None  # [K, E], see `Method.replay` (Need.REPLAY)
+    replayed: "Tensor | None" = None  # [K, E], the most attention that each entry gets while the
+    # prompt is read once more (Need.REPLAY)
 
     @property
     def depth(self) -> tuple[int, int]:

@@ -70,6 +70,7 @@ class Record:
     resident_rows: int | None = None  # the integers whose ratio kv_footprint is
     full_rows: int | None = None
     patch_rows: int | None = None
+    replay_rows: int | None = None
     kv_bytes_peak: int | None = None
     device_bytes_peak: int | None = None
     prefill_seconds: float | None = None

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvbench.errors import InputError, did_you_mean
-from kvbench.method import Competition, DecodingMethod, Family, Method, Need, option_name
+from kvbench.method import (
+    EVERY_QUERY,
+    Competition,
+    DecodingMethod,
+    Family,
+    Method,
+    Need,
+    option_name,
+)
 from kvbench.registry import methods
 
 T = TypeVar("T")
@@ -136,18 +144,24 @@ def method_names() -> list[str]:
     names = []
     for name in methods.names():
         names.append(name)
-        if methods.get(name).family in SCORED:
+        family, replays = methods.get(name).family, Need.REPLAY in methods.get(name).needs
+        if family is Family.POST_FILL:
+            names.append(f"{ADA}{name}")
+        if replays:
+            continue
+        if family in SCORED:
             names.append(f"{name}-{Chunking.BOUNDED}")
-        if methods.get(name).family is Family.POST_FILL:
-            names += [f"{name}-{Chunking.NAIVE}", f"{ADA}{name}"]
+        if family is Family.POST_FILL:
+            names.append(f"{name}-{Chunking.NAIVE}")
             if has_observation_window(name):
                 names.append(f"{name}-{Chunking.PATCHED}")
     return sorted(names)
 
 
 def has_observation_window(name: str) -> bool:
-    """Whether the post-fill method `name` uses queries."""
-    return methods.get(name).observation_window is not Method.observation_window
+    """Whether the post-fill method `name` uses the prompt's last queries, and not all of them."""
+    cls = methods.get(name)
+    return cls.observation_window is not Method.observation_window and cls.gather is Method.gather
 
 
 def parse_method(
@@ -189,10 +203,11 @@ def parse_method(
         bounded = variant == Chunking.BOUNDED and method.family is Family.DECODING
         if method.family is not Family.POST_FILL and not bounded:
             raise InputError(f"method '{name}': only post-fill methods are chunked, not '{base}'")
-        if variant == Chunking.PATCHED and not of_method(name, lambda: method.observation_window):
+        window = of_method(name, lambda: method.observation_window)
+        if variant == Chunking.PATCHED and not 0 < window < EVERY_QUERY:
             raise InputError(
-                f"method '{name}': '{base}' observes no queries, so patching would change nothing; "
-                f"use {base}-{Chunking.NAIVE}"
+                f"method '{name}': '{base}' observes no last queries, so patching would change "
+                f"nothing; use {base}-{Chunking.NAIVE}"
             )
         return checked(MethodSpec(name, method, Chunking(variant)))
     raise InputError(f"unknown method '{name}': {did_you_mean(name, method_names())}")

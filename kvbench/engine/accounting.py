@@ -169,12 +169,18 @@ class Accounting:
             self._allocate(heads * after * bytes_)
             self._allocate(-heads * before * bytes_)
 
-    def replayed(self, tokens: int, heads: int) -> None:
-        """`tokens` tokens of a replay held an entry each in `heads` KV heads, and left none."""
+    def replayed(self, tokens: int, layers: Sequence[tuple[int, EntryBytes]]) -> None:
+        """`tokens` tokens of a replay went through the model; each layer held and freed them.
+
+        `layers` are the KV heads of each layer and the bytes of its entries.
+        """
         self.replay_rows += tokens
-        self._hold(heads * tokens)
-        self.entries_peak = max(self.entries_peak, self.entries + self.seen)
-        self._hold(-heads * tokens)
+        for heads, size in layers:
+            self._hold(heads * tokens)
+            self.copied(heads * tokens * sum(size))
+            self._hold(-heads * tokens)
+        whole = self.entries + self.seen + sum(heads for heads, _ in layers) * tokens
+        self.entries_peak = max(self.entries_peak, whole)
 
     def copied(self, size: int) -> None:
         """A temporary copy of `size` bytes was made."""

@@ -118,7 +118,6 @@ class LayerChunk:
     rules: Rules
     module: Any = None  # the layer's attention
     rotation: Rotation | None = None
-    hidden: Tensor | None = None  # [Q, hidden size], states that entered the layer's attention
     replayed: Tensor | None = None  # [K, E]
 
     def stored(self) -> "LayerChunk":
@@ -242,8 +241,6 @@ class LayerScores:
         """What a method has declared that it needs."""
         layer = self.layer
         given: dict[str, Any] = {}
-        if Need.HIDDEN in scorer.needs and layer.hidden is not None:
-            given["hidden"] = layer.hidden[len(layer.hidden) - view.queries.shape[2] :]
         if Need.MODULE in scorer.needs:
             given["module"] = layer.module
         if Need.ROTATION in scorer.needs:

@@ -88,7 +88,9 @@ class EvictionPolicy:
                 )
             bounded = self.spec.chunking is Chunking.BOUNDED
             beyond = bool(self.spec.uneven or bounded or self.interval or gathers(scorer))
-            if Need.ROTATION in scorer.needs and self.layers[self.acting[0]].rotation is None:
+            beyond = beyond or self.evicts_late
+            unknown = any(self.layers[index].rotation is None for index in self.acting)
+            if Need.ROTATION in scorer.needs and unknown:
                 raise InputError(
                     f"method '{self.spec.name}' needs queries before RoPE, and kvbench does not "
                     "know the model's rotation"

@@ -57,6 +57,7 @@ class Outcome:
     timeline: list[list[int]]  # as in kvbench.records.Record
     shared_rows: int  # rows of its prefill group, itself included
     group_bytes_peak: int  # keys and values of all rows of the call
+    replay_rows: int = 0  # tokens of a replay that went through the model
     kept: list[list[list[int]]] | None = None  # as `RowState.kept`, if it was asked for
     failure: str | None = None  # why the row could not be measured
     kv_bytes_read: float | None = None  # for a decoded token, on average; None if there was none

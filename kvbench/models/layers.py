@@ -5,6 +5,7 @@ limits of layers, and which layers share keys. `wrap_model` calls this before an
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from kvbench.errors import InputError
 from kvbench.method import KVShape
 from kvbench.models.attention import ATTENTION, PROBE, AttentionCall, LayerShape, Probe
+from kvbench.models.rope import rotary_calls, rotation_of
 
 KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 KIND_LISTS = ("layer_types", "layers_block_type", "block_types")  # names in configurations
@@ -44,9 +46,11 @@ def probe_layers(model: Any, layers: int, name: str) -> tuple[LayerShape, ...]:
     model.set_attn_implementation(PROBE)
     probe = Probe()
     device = next(model.parameters()).device
-    ids, positions = (torch.arange(n, n + 3, device=device)[None] for n in (1, 0))
+    # The same tokens at several places, so that keys differ by RoPE alone.
+    positions = torch.arange(3, device=device) + torch.tensor([[0], [7], [300]], device=device)
+    ids = torch.arange(1, 4, device=device).expand(len(positions), -1)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), rotary_calls(model) as rotaries:
             model(
                 input_ids=ids,
                 position_ids=positions,
@@ -64,7 +68,11 @@ def probe_layers(model: Any, layers: int, name: str) -> tuple[LayerShape, ...]:
             f"attention ({type(error).__name__}: {reason})"
         ) from None
     model.set_attn_implementation(ATTENTION)
-    return found_layers(probe.calls, layers, name)
+    found = found_layers(probe.calls, layers, name)
+    return tuple(
+        replace(layer, rotation=rotation_of(call, positions, rotaries))
+        for layer, call in zip(found, probe.calls, strict=True)
+    )
 
 
 def found_layers(calls: Sequence[AttentionCall], layers: int, name: str) -> tuple[LayerShape, ...]:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -253,35 +253,35 @@ def closed_form(model: LoadedModel, row: Row, chunk: int | None, outcome: Outcom
 def watched(spec: MethodSpec, fault: Callable[[str, str], None]) -> MethodSpec:
     """The same method, with what it is shown compared before and after it looks."""
     if spec.post_fill is not None:
-        return replace(spec, post_fill=cast(Method, Watched(spec.post_fill, fault)))
-    return replace(spec, method=cast(Method, Watched(spec.method, fault)))
+        return replace(spec, post_fill=watching(spec.post_fill, fault))
+    return replace(spec, method=watching(spec.method, fault))
 
 
-class Watched:
-    """A method, and a fault for each tensor of a view that it changes."""
+def watching(method: Method, fault: Callable[[str, str], None]) -> Method:
+    """A method of the same class, and a fault for each tensor of a view that it changes."""
 
-    def __init__(self, method: Method, fault: Callable[[str, str], None]) -> None:
-        self.method, self.fault = method, fault
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.method, name)
-
-    def scores(self, view: LayerView) -> Tensor | None:
-        """The method's scores."""
-        return self._watch("scores", view, lambda: self.method.scores(view))
-
-    def capacity(self, view: LayerView, budget: float) -> int:
-        """The method's capacity."""
-        return self._watch("capacity", view, lambda: self.method.capacity(view, budget))
-
-    def _watch(self, what: str, view: LayerView, ask: Callable[[], Any]) -> Any:
+    def watch(what: str, view: LayerView, ask: Callable[[], Any]) -> Any:
         shown = dict(tensors_of(view))
         before = {name: tensor.clone() for name, tensor in shown.items()}
         answer = ask()
         for name, tensor in shown.items():
             if not torch.equal(tensor, before[name]):
-                self.fault("read-only", f"{what} changes view.{name}; {WRITES}")
+                fault("read-only", f"{what} changes view.{name}; {WRITES}")
         return answer
+
+    def scores(_: Method, view: LayerView) -> Tensor | None:
+        answer: Tensor | None = watch("scores", view, lambda: method.scores(view))
+        return answer
+
+    def capacity(_: Method, view: LayerView, budget: float) -> int:
+        answer: int = watch("capacity", view, lambda: method.capacity(view, budget))
+        return answer
+
+    kind = type(method)
+    watcher = type(kind.__name__, (kind,), {"scores": scores, "capacity": capacity})
+    made: Method = object.__new__(watcher)
+    vars(made).update(vars(method))
+    return made
 
 
 def tensors_of(view: LayerView) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 
 from kvbench.engine.row import Row, policy_of
 from kvbench.errors import InputError
-from kvbench.method import Entries, LayerView
+from kvbench.method import Entries, LayerView, Need
 from kvbench.models.load import LoadedModel
 from kvbench.spec import MethodSpec, parse_method
 
@@ -41,6 +41,12 @@ def measurable(names: Iterable[str], model: LoadedModel) -> list[str]:
         else:
             found.append(name)
     return found
+
+
+def without_replay(names: Iterable[str]) -> list[str]:
+    """The methods that the engine's reference measures: it reads a prompt only once."""
+    scorers = {name: spec(name).scorer for name in names}
+    return [name for name, each in scorers.items() if not each or Need.REPLAY not in each.needs]
 
 
 def view_of(prompt: int, window: int, layer: int, layers: int) -> LayerView:

@@ -110,8 +110,7 @@ def test_old_and_new_code_of_a_method_are_two_curves() -> None:
     assert not any("measured more than once" in note for note in report.notes)
     lines = to_csv(report).splitlines()
     assert lines[0].startswith(
-        "model,task,context,seed,compress,method,label,family,options,prefill_chunk,"
-        "method_code,"
+        "model,task,context,seed,compress,method,label,family,options,prefill_chunk,method_code,"
     )
     assert ",keydiff,keydiff (older code 3f2a)," in lines[-1]
     assert f",{OLD}," in lines[-1]
