@@ -137,7 +137,9 @@ def method_names() -> list[str]:
         if methods.get(name).family in SCORED:
             names.append(f"{name}-{Chunking.BOUNDED}")
         if methods.get(name).family is Family.POST_FILL:
-            names += [f"{name}-{Chunking.NAIVE}", f"{ADA}{name}"]
+            names.append(f"{name}-{Chunking.NAIVE}")
+            if methods.get(name).select is Method.select:
+                names.append(f"{ADA}{name}")
             if has_observation_window(name):
                 names.append(f"{name}-{Chunking.PATCHED}")
     return sorted(names)
@@ -164,6 +166,11 @@ def parse_method(
         inner = parse_method(name.removeprefix(ADA), options, card_options)
         if inner.scorer is None or inner.post_fill is not None:
             raise InputError(f"method '{name}': '{inner.name}' does not score entries")
+        if type(inner.scorer).select is not Method.select:
+            raise InputError(
+                f"method '{name}': '{inner.name}' selects entries in each KV head, so KV heads "
+                f"cannot compete; use {inner.name}"
+            )
         share = convert(float, options.get(HEAD_SHARE, 0.2), f"{name}: option {HEAD_SHARE}")
         if not 0 <= share <= 1:
             raise InputError(f"{name}: {HEAD_SHARE} must be from 0 to 1, not {share}")
