@@ -4,9 +4,10 @@
 
 Models: random ones of four architectures, drawn anew for each `--seed`, and the embedded model on a
 task that it was trained for. Both sides have the same weights in float32, the same prompt, read
-whole, and the methods' defaults, which are kvpress's. kvpress decides how many entries stay, since
-it rounds differently; kvbench keeps as many. A line gives the share of the kept entries, over all
-layers and KV heads, that both sides have, and whether the tokens generated afterwards are the same.
+whole, and the methods' defaults, which are kvpress's; methods that evict while decoding do so after
+the prompt alone here, as presses do. kvpress decides how many entries stay, since it rounds
+differently; kvbench keeps as many. A line gives the share of the kept entries, over all layers and
+KV heads, that both sides have, and whether the tokens generated afterwards are the same.
 
 kvpress needs an environment of its own: see `against_kvpress.py`. The exit code is 1 if some method
 has less than `--least` in common.
@@ -106,7 +107,7 @@ def known(names: list[str]) -> list[MethodSpec]:
     specs = []
     for name in names:
         try:
-            specs.append(parse_method(name, {}))
+            specs.append(parse_method(name, {"interval": 0}))
         except InputError as error:
             print(f"not compared: {error}", file=sys.stderr)
     return specs
