@@ -1,7 +1,7 @@
 """The engine against the slow reference: tokens, positions kept, and everything counted."""
 
 import pytest
-from helpers.engine import measurable, spec, tokens
+from helpers.engine import keys_tie, measurable, spec, tokens
 from helpers.models import ARCHITECTURES, loaded_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,6 +77,7 @@ def test_any_rows(
     interval: int,
     names: list[str],
 ) -> None:
+    names = [name for name in names if not keys_tie(name, budget * (prompt + new))]
     rows = [Row(tokens(prompt), new, spec(name, window, interval), budget, 2) for name in names]
     assert_agrees(loaded_model(), rows, chunk)
 
