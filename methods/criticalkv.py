@@ -40,7 +40,7 @@ class CriticalKV(WholeRow):
         group, size = view.queries.shape[1], view.values.shape[2]
         weight = getattr(getattr(view.module, "o_proj", None), "weight", None)
         heads = 0 if weight is None else weight.shape[1] / (group * size)
-        if heads <= max(view.kv_heads) or heads % 1:
+        if weight is None or heads <= max(view.kv_heads) or heads % 1:
             raise InputError(
                 f"criticalkv: the attention of layer {view.layer} has no o_proj.weight for "
                 f"{group} x {size} values of each KV head; choose snapkv for this model"

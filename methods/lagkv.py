@@ -35,10 +35,8 @@ class LagKV(DecodingMethod):
             scores[:, self.sinks :] = torch.arange(after, device=scores.device) / max(1, after)
             return scores
         last = self.sinks + (partitions - 1) * self.lag  # where the last whole partition starts
-        spread = sum(
-            self._spread(states[:, self.sinks : last + self.lag])
-            for states in (view.keys, view.values)
-        )
+        inside = slice(self.sinks, last + self.lag)
+        spread = self._spread(view.keys[:, inside]) + self._spread(view.values[:, inside])
         ranks = spread.argsort(-1).argsort(-1)
         scores[:, self.sinks : last] = ranks.flatten(1) / self.lag
         return scores

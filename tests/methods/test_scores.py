@@ -137,7 +137,7 @@ def test_chunkkv() -> None:
     given = torch.tensor([[1.0, 2.0, 8.0, 0.0, 3.0], [1.0, 0.0, 0.0, 1.0, 3.0]])
     # Means of the pairs are 2, 4.5 and, of one entry, 6.
     for capacity, expected in ((1, [4]), (2, [2, 4]), (3, [2, 3, 4]), (4, [0, 2, 3, 4])):
-        chosen = methods.get("chunkkv")(length=2).select(view, given, capacity)
+        chosen = parse_method("chunkkv", {"length": 2}).method.select(view, given, capacity)
         assert chosen is not None
         assert [sorted(head) for head in chosen.tolist()] == [expected] * 2
 
