@@ -10,7 +10,8 @@ seconds and the text of each. Cells run as in kvpress's README: its pipeline wit
 for each cell.
 
 `positions_against_kvpress.py` asks what a method keeps, {"ids", "new", "method", "budget"}, and
-gets the positions that each layer and KV head keeps of the prompt, and the tokens generated then.
+gets the positions that each layer and KV head keeps of the prompt, and the tokens generated then:
+null if kvpress cannot decode.
 """
 
 import json
@@ -117,13 +118,17 @@ def positions(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
     with torch.inference_mode():
         with PRESSES[asked["method"]](1 - asked["budget"])(model), gathers:
             logits = model(ids, past_key_values=cache).logits
-        tokens = [int(logits[0, -1].argmax())]
-        while len(tokens) < asked["new"]:
-            at = torch.tensor([[ids.shape[1] + len(tokens) - 1]])
-            logits = model(
-                torch.tensor([tokens[-1:]]), past_key_values=cache, position_ids=at
-            ).logits
-            tokens.append(int(logits[0, -1].argmax()))
+        tokens: list[int] | None = [int(logits[0, -1].argmax())]
+        try:
+            while tokens and len(tokens) < asked["new"]:
+                at = torch.tensor([[ids.shape[1] + len(tokens) - 1]])
+                logits = model(
+                    torch.tensor([tokens[-1:]]), past_key_values=cache, position_ids=at
+                ).logits
+                tokens.append(int(logits[0, -1].argmax()))
+        except ValueError as error:  # kvpress may find no keys that stand for masked ones
+            print(error, file=sys.stderr)
+            tokens = None
     # Keys and values of a layer are gathered with the same indices [1, K, kept, D].
     kept = [[sorted(head[:, 0].tolist()) for head in each[0]] for each in gathers.indices[::2]]
     return {"kept": kept or unmasked(model, ids.shape[1]), "tokens": tokens}

@@ -92,6 +92,8 @@ def main() -> int:
                 share, kept, tokens = compare(model, spec, ids, arguments.new, theirs)
                 missed += share < arguments.least
                 same = "yes" if tokens == theirs["tokens"] else "no"
+                if theirs["tokens"] is None:
+                    same = "kvpress stopped"
                 print(
                     f"{name:12} {spec.name:18} {len(ids):8} {budget:6} {kept:6.0f} {share:8.2%}  "
                     f"{same}",
