@@ -61,11 +61,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model = load_model(MODEL, device="cpu", dtype="float32")
     model.model.generation_config.eos_token_id = -1
-    peer = Peer(arguments.kvpress_python or environment(), arguments.threads)
+    gguf = WHEELS[MODEL].installed(MODEL)
+    peer = Peer(arguments.kvpress_python or environment(), arguments.threads, gguf)
 
     warm = prompt_of(model, sample_of(model, 512, 0))
     ours(model, warm, 4)
-    peer.run(warm, 4)
+    peer.ask({"ids": warm, "new": 4, "cells": CELLS})
     print(f"{len(CELLS)} cells a sample, {arguments.threads} threads")
     print("context  new   kvbench s   kvpress s   ratio   right: kvbench  kvpress   equal texts")
     totals = [0.0, 0.0]
@@ -75,7 +76,7 @@ def main() -> None:
             prompt = prompt_of(model, sample)
             new = arguments.new or sample.max_new_tokens
             seconds, texts = ours(model, prompt, new)
-            theirs = peer.run(prompt, new)
+            theirs = peer.ask({"ids": prompt, "new": new, "cells": CELLS})
             peer_seconds = sum(theirs["seconds"])
             totals[0] += seconds
             totals[1] += peer_seconds
@@ -116,22 +117,20 @@ def ours(model: LoadedModel, prompt: list[int], new: int) -> tuple[float, list[s
 
 
 class Peer:
-    """kvpress in a separate process."""
+    """kvpress in a separate process, with the model of a GGUF file or a folder."""
 
-    def __init__(self, python: Path, threads: int) -> None:
-        gguf = WHEELS[MODEL].installed(MODEL)
+    def __init__(self, python: Path, threads: int, model: Path) -> None:
         self.process = subprocess.Popen(
-            [python, ROOT / "benchmarks" / "kvpress_worker.py", gguf, str(threads)],
+            [python, ROOT / "benchmarks" / "kvpress_worker.py", model, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, prompt: list[int], new: int) -> dict[str, Any]:
-        """Seconds and texts of all cells in kvpress."""
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the process answers; `kvpress_worker.py` says what it can be asked."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        request = {"ids": prompt, "new": new, "cells": CELLS}
         print(json.dumps(request), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         if not line:

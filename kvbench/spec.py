@@ -144,10 +144,11 @@ def method_names() -> list[str]:
     names = []
     for name in methods.names():
         names.append(name)
-        family, replays = methods.get(name).family, Need.REPLAY in methods.get(name).needs
-        if family is Family.POST_FILL:
+        cls = methods.get(name)
+        family = cls.family
+        if family is Family.POST_FILL and cls.select is Method.select:
             names.append(f"{ADA}{name}")
-        if replays:
+        if Need.REPLAY in cls.needs:
             continue
         if family in SCORED:
             names.append(f"{name}-{Chunking.BOUNDED}")
@@ -180,6 +181,11 @@ def parse_method(
         inner = parse_method(name.removeprefix(ADA), options, card_options)
         if inner.scorer is None or inner.post_fill is not None:
             raise InputError(f"method '{name}': '{inner.name}' does not score entries")
+        if type(inner.scorer).select is not Method.select:
+            raise InputError(
+                f"method '{name}': '{inner.name}' selects entries in each KV head, so KV heads "
+                f"cannot compete; use {inner.name}"
+            )
         share = convert(float, options.get(HEAD_SHARE, 0.2), f"{name}: option {HEAD_SHARE}")
         if not 0 <= share <= 1:
             raise InputError(f"{name}: {HEAD_SHARE} must be from 0 to 1, not {share}")

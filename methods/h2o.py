@@ -38,7 +38,7 @@ class H2O(DecodingMethod):
 
     def select(self, view: LayerView, scores: Tensor, capacity: int) -> Tensor:
         """The most recent entries, and of the others those of most attention."""
-        recent = round(self.recent * capacity)
+        recent = int(self.recent * capacity)
         older = scores.shape[1] - recent
         best = scores[:, :older].topk(capacity - recent).indices
         latest = torch.arange(older, scores.shape[1], device=scores.device)

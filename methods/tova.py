@@ -15,9 +15,20 @@ class Tova(DecodingMethod):
 
     @property
     def observation_window(self) -> int:
-        """The last query; its own entry always stays."""
+        """The last query."""
         return 1
 
+    @property
+    def protected(self) -> int:
+        """None: the last entry stays by its score."""
+        return 0
+
     def scores(self, view: LayerView) -> Tensor:
-        """[K, E], the mean attention over all query heads of the layer."""
-        return view.attention.mean(0, keepdim=True).expand(len(view.kv_heads), -1)
+        """[K, E], the mean attention over all query heads of the layer; the last entry has more."""
+        attention = view.attention.mean(0, keepdim=True)
+        attention[:, -1] = attention.max() + 1
+        return attention.expand(len(view.kv_heads), -1)
+
+    def select(self, view: LayerView, scores: Tensor, capacity: int) -> Tensor:
+        """The highest ones; many may be 0 in float32, and `topk` decides, as in kvpress."""
+        return scores.topk(capacity).indices

@@ -44,9 +44,11 @@ def evict_layer(
             group.length += since
     read = policy.prompt + state.fed
     chunk = Chunk(read - since, since, 0, last=False, final=False, decoded=True)
-    queries = latest_queries(kv, place, state, layer)
     rules, module = kv.called[layer]
     entries = groups[0].entries()
+    queries = entries.keys.new_empty((shape.query_heads, 0, entries.keys.shape[-1]))
+    if policy.queries_needed:
+        queries = latest_queries(kv, place, state, layer)
     none = Entries(
         *(t.new_empty((shape.kv_heads, 0, *t.shape[2:]), dtype=t.dtype) for t in entries)
     )

@@ -200,8 +200,9 @@ class DecodeKV:
         """B = R, T = 1: attend, and store the tokens' entries."""
         query, key, value = call.query, call.key, call.value
         rows, kv_heads = key.shape[:2]
-        if self.recent.size and call.layer == self.layers[call.layer].source:
-            self.recent.add(call.layer, query)
+        if call.layer == self.layers[call.layer].source:
+            if self.recent.size:
+                self.recent.add(call.layer, query)
             self.called[call.layer] = call.rules, call.module
         if rows != len(self.caches) or key.shape[2] != 1:
             raise InputError(

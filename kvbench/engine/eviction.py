@@ -88,18 +88,17 @@ def choose_in_model(policy: EvictionPolicy, layers: "Sequence[LayerScores]") -> 
 
 
 def compete(scores: Tensor, total: int, least: int) -> list[Tensor]:
-    """The `total` entries of highest scores among all KV heads, `least` or more of each head.
+    """All entries but the lowest: `total` of all KV heads stay, `least` or more of each head.
 
-    scores [K, N]; returns ascending indices for each head (Ada-KV, arXiv 2407.11550).
+    scores [K, N]; returns ascending indices for each head (Ada-KV, arXiv 2407.11550). Of equal
+    scores those go that `torch.topk` takes, as in kvpress.
     """
     heads, count = scores.shape
-    flat = scores.float()
+    raised = scores.float()
     if least > 0:
-        order = flat.argsort(dim=-1, descending=True, stable=True)
-        flat = flat.scatter(1, order[:, :least], torch.inf)
-    best = flat.flatten().argsort(descending=True, stable=True)[: min(total, heads * count)]
-    stay = torch.zeros(heads * count, dtype=torch.bool, device=scores.device)
-    stay[best] = True
+        raised = raised.scatter(1, raised.topk(min(least, count)).indices, torch.inf)
+    stay = torch.ones(heads * count, dtype=torch.bool, device=scores.device)
+    stay[(-raised.flatten()).topk(max(0, heads * count - total)).indices] = False
     return [head.nonzero().flatten() for head in stay.unflatten(0, (heads, count))]
 
 

@@ -30,6 +30,14 @@ def spec(name: str, window: int = 6, interval: int = 3) -> MethodSpec:
     return parse_method(name, options)
 
 
+def keys_tie(name: str, held: float) -> bool:
+    """Whether a method that holds `held` entries may choose between scores equal but for rounding.
+
+    Two keys are equally far from their mean.
+    """
+    return "keydiff" in name and held < 2
+
+
 def measurable(names: Iterable[str], model: LoadedModel) -> list[str]:
     """The methods that can be measured on a model."""
     found = []
