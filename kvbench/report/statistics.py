@@ -19,7 +19,7 @@ share a question. There are two corrections for few samples:
 
 Most of an imagined weight is common to all methods and budgets; a small part is drawn for each
 alone. Without that part, two methods that agree on all samples would differ by exactly 0 in every
-resample. `docs/statistics.md` says how often the intervals cover the truth, and what else was tried.
+resample. `docs/statistics.md` says how often the intervals cover the truth, and what was tried.
 """
 
 from collections.abc import Iterator
@@ -36,9 +36,9 @@ Floats = NDArray[np.float64]
 RESAMPLES = 1000
 BOOTSTRAP_SEED = 0
 IMAGINED = 1.0  # trials added to a resample, half of them passed
-GRADED = 2 / 3  # a graded score's share of a trial is its share of the variance to this power
-ALONE = 1 / 3  # largest share of an imagined weight that a method and budget draws alone
-ENOUGH = 30  # samples for that share; of fewer it is smaller, by the cube
+GRADED = 3 / 4  # a graded score's share of a trial is its share of the variance to this power
+ALONE = 1 / 5  # share of an imagined weight that each method and budget draws alone
+FEW = 36  # of n samples, fewer than this, that part is only n / FEW as large
 OUTSIDE = 0.05  # share of the probability that an interval leaves outside
 BLOCK = 4_000_000  # resampled samples in memory at once, a few arrays of 8 bytes each
 ROUNDING = 1e-9  # tolerance for a mean that equals its target but for rounding
@@ -196,16 +196,16 @@ def by_cluster(values: Floats, clusters: NDArray[np.intp] | None) -> Floats:
 def imagined(trials: float, samples: int, shape: tuple[int, int]) -> Floats:
     """Return the weights [2, R, C] of failed and of passed imagined samples, for `shape` (R, C).
 
-    Each weight is half of `trials` on average, in units of a sample. It is a sum of a gamma number
-    that a resample's columns share and one that each column draws alone, so its distribution is a
-    gamma distribution whatever their shares. Of few `samples` the part drawn alone is small,
-    because it would carry a method over the threshold and back where it should only shift it.
+    Each weight is half of `trials` on average, in units of a sample: a gamma number that a
+    resample's columns share, plus one that each column draws alone. With few `samples` the latter
+    is made smaller, because it would carry a method across the threshold where it should only shift
+    it a little. (Otherwise the sum has a gamma distribution too.)
     """
     rng = np.random.default_rng([BOOTSTRAP_SEED, 1])
-    alone = min(ALONE, (samples / ENOUGH) ** 3)
     half = IMAGINED * trials / 2
-    common = rng.gamma(half * (1 - alone), size=(2, shape[0], 1))
-    return np.asarray(common + rng.gamma(half * alone, size=(2, *shape)))
+    scale = min(1, samples / FEW)
+    common = rng.gamma(half * (1 - ALONE * scale), size=(2, shape[0], 1))
+    return np.asarray(common + scale * rng.gamma(half * ALONE, size=(2, *shape)))
 
 
 def trials_in_a_sample(known: Floats, size: Floats) -> float:
