@@ -33,6 +33,7 @@ from kvbench.report.statistics import (
     Floats,
     Interval,
     Status,
+    by_cluster,
     critical,
     critical_rows,
     fit,
@@ -80,6 +81,7 @@ class Critical:
     status: Status
     interval: Interval | None
     draws: Floats = field(repr=False, compare=False)
+    independent: int  # clusters of samples, or samples where there are none
 
 
 @dataclass(frozen=True)
@@ -353,8 +355,9 @@ def difference(left: Curve, right: Curve) -> Difference | None:
         return None
     if left.setting != right.setting:
         raise ValueError("differences are paired over samples, so within one setting")
-    found = interval(left.footprint.draws - right.footprint.draws, min(left.samples, right.samples))
-    return Difference(left, right, left.footprint.value - right.footprint.value, found)
+    one, other = left.footprint, right.footprint
+    found = interval(one.draws - other.draws, min(one.independent, other.independent))
+    return Difference(left, right, one.value - other.value, found)
 
 
 def differences(curves: Iterable[Curve]) -> list[Difference]:
@@ -494,16 +497,19 @@ def _curves_of(
             kept.append((replace(group, cells=usable), label, name))
     tables = [_by_sample(group.cells, full) for group, _, _ in kept]
     together = concat(tables, axis=1)
+    clusters = _clusters(cells, full)
     means, counts = resampled_means(
         np.ascontiguousarray(together.to_numpy()),
         np.asarray(together.columns.get_level_values(0) == "score"),
+        clusters,
     )
     ends = np.cumsum([table.shape[1] for table in tables])[:-1]
     curves = []
     for (group, label, name), table, mean, count in zip(
         kept, tables, np.split(means, ends, axis=1), np.split(counts, ends, axis=1), strict=True
     ):
-        curves.append(_curve(setting, group, label, name, _measures(table, mean, count), threshold))
+        measures = _measures(table, mean, count, clusters)
+        curves.append(_curve(setting, group, label, name, measures, threshold))
     return _mark_best(curves)
 
 
@@ -544,23 +550,40 @@ def _by_sample(cells: DataFrame, full: "Series[float]") -> DataFrame:
     return wide.reindex(full.index)
 
 
+def _clusters(cells: DataFrame, full: "Series[float]") -> NDArray[np.intp] | None:
+    """Return the cluster of each sample of the baseline [S]; None if no record names a cluster.
+
+    A record without a cluster is a cluster of its own.
+    """
+    if "cluster" not in cells or cells["cluster"].isna().all():
+        return None
+    named = cells.groupby("sample")["cluster"].first().reindex(full.index)
+    codes = named.factorize()[0]
+    return np.where(codes < 0, codes.max() + 1 + np.arange(len(codes)), codes)
+
+
 class _Measure(NamedTuple):
     """One measure of a curve at its P budgets, over all samples and in R resamples."""
 
     mean: Floats  # [P]
     samples: NDArray[np.int64]  # [P]
+    independent: NDArray[np.int64]  # [P], clusters of samples, or samples where there are none
     means: Floats  # [R, P]
     counts: Floats  # [R, P], samples in each resample
 
 
-def _measures(table: DataFrame, means: Floats, counts: Floats) -> dict[str, _Measure]:
+def _measures(
+    table: DataFrame, means: Floats, counts: Floats, clusters: NDArray[np.intp] | None
+) -> dict[str, _Measure]:
     """Return the measures of a table of `_by_sample`, and of its resamples, by name."""
     values = np.ascontiguousarray(table.to_numpy())
-    samples = (~np.isnan(values)).sum(axis=0)
+    there = ~np.isnan(values)
+    samples = there.sum(axis=0)
+    independent = (by_cluster(there.astype(float), clusters) > 0).sum(axis=0)
     mean = np.nansum(values, axis=0) / np.maximum(samples, 1)
     names = table.columns.get_level_values(0)
     return {
-        name: _Measure(mean[at], samples[at], means[:, at], counts[:, at])
+        name: _Measure(mean[at], samples[at], independent[at], means[:, at], counts[:, at])
         for name in (*MEASURES, BASELINE)
         for at in [np.asarray(names == name)]
     }
@@ -577,12 +600,15 @@ def _curve(
     """Return the curve of a group of cells from its measures."""
     score, footprint, peak, full = (measures[name] for name in (*MEASURES, BASELINE))
     baseline, samples = float(full.mean[0]), int(full.samples[0])
+    independent = int(full.independent[0])
 
     def find(cost: _Measure) -> Critical | None:
         if baseline <= 0 or not cost.samples.all():
             return None
         if group.method == BASELINE:
-            return Critical(1.0, Status.REACHED, Interval(1.0, 1.0), np.ones(len(cost.means)))
+            return Critical(
+                1.0, Status.REACHED, Interval(1.0, 1.0), np.ones(len(cost.means)), independent
+            )
         at = cost.mean.argsort(kind="stable")
         weights = score.samples[at].astype(float)
         value, status = critical(
@@ -596,7 +622,7 @@ def _curve(
             full.counts[:, 0],
             threshold,
         )
-        return Critical(value, status, interval(draws, samples), draws)
+        return Critical(value, status, interval(draws, independent), draws, independent)
 
     budgets = group.cells["budget"]
     others = group.cells[list(COSTS)].astype(float).groupby(budgets).mean()
@@ -606,7 +632,7 @@ def _curve(
             budget=float(others.index[i]),
             kv_footprint=float(footprint.mean[i]),
             score=float(score.mean[i]),
-            score_interval=interval(score.means[:, i], int(score.samples[i])),
+            score_interval=interval(score.means[:, i], int(score.independent[i])),
             kv_peak=float(peak.mean[i]) if peak.samples[i] else None,
             kv_reads=known(others["kv_reads"].iloc[i], float),
             kv_bytes_peak=known(others["kv_bytes_peak"].iloc[i], float),

@@ -4,14 +4,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.records import record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from scipy.special import expit, ndtr
 
+from kvbench.report.build import report_records
+from kvbench.report.frames import frame_of
 from kvbench.report.statistics import (
     Status,
+    by_cluster,
     critical,
     critical_rows,
     fit,
@@ -221,3 +225,95 @@ def test_intervals_of_differences_cover_too() -> None:
         ends = interval(right - left, 48)
         covered += ends is not None and places[1] - places[0] in ends
     assert 930 <= covered <= 970
+
+
+def test_a_cluster_per_sample_is_no_cluster() -> None:
+    values = np.random.default_rng(5).random((9, 4)).round(1)
+    values[2, 1] = np.nan
+    scores = np.array([True, True, True, False])
+    for alone, clustered in zip(
+        resampled_means(values, scores), resampled_means(values, scores, np.arange(9)), strict=True
+    ):
+        np.testing.assert_allclose(alone, clustered, atol=1e-12)
+
+
+def test_copies_of_a_sample_in_a_cluster_tell_no_more_than_the_sample() -> None:
+    scores = (np.random.default_rng(6).random((8, 3)) < 0.7).astype(float)
+    mask = np.ones(3, dtype=bool)
+    means, counts = resampled_means(scores, mask)
+    copied, more = resampled_means(scores.repeat(6, axis=0), mask, np.arange(8).repeat(6))
+    np.testing.assert_allclose(copied, means, atol=1e-12)
+    np.testing.assert_allclose(more, 6 * counts)
+
+
+def test_samples_of_a_cluster_are_not_taken_for_independent() -> None:
+    """The mean of 12 questions at six depths each, which mostly share their fate."""
+    clusters = np.arange(12).repeat(6)
+    covered = np.zeros(2)
+    rng = np.random.default_rng(8)
+    for _ in range(200):
+        luck = np.sqrt(0.8) * rng.normal(size=12).repeat(6) + np.sqrt(0.2) * rng.normal(size=72)
+        scores = (ndtr(luck) < 0.7).astype(float)[:, None]
+        for i, known in enumerate((clusters, None)):
+            means, _ = resampled_means(scores, np.array([True]), known)
+            ends = interval(means[:, 0], len(by_cluster(scores, known)))
+            covered[i] += ends is not None and 0.7 in ends
+    assert covered[0] >= 184  # 92 %
+    assert covered[1] <= 140  # 70 %
+
+
+def test_a_report_draws_the_clusters_that_records_name() -> None:
+    """Six copies of each sample: with clusters the intervals stay, without they shrink."""
+
+    def report_of(copies: int, named: bool) -> Any:
+        rows = []
+        for question in range(8):
+            for copy in range(copies):
+                sample = question * copies + copy
+                rows.append(record("full", 1.0, sample, 1.0))
+                rows += [record("snapkv", b, sample, float(question < 10 * b)) for b in (0.2, 0.7)]
+        frame = frame_of(rows)
+        if named:
+            frame["cluster"] = [f"question {sample // copies}" for sample in frame["sample"]]
+        curve = report_records(frame).critical.iloc[1]
+        return [curve["critical_footprint"], curve["ci_low"], curve["ci_high"]]
+
+    alone = report_of(1, named=False)
+    assert report_of(6, named=True) == pytest.approx(alone)
+    value, low, high = report_of(6, named=False)
+    assert value == pytest.approx(alone[0])
+    assert high - low < 0.7 * (alone[2] - alone[1])
+
+
+def test_methods_that_never_differed_may_yet_differ() -> None:
+    """Columns share most of their imagined samples; each by itself is as it was alone."""
+    passes = np.ones((32, 6))
+    means, _ = resampled_means(passes, np.ones(6, dtype=bool))
+    assert 0.01 < np.quantile(means[:, 0] - means[:, 1], 0.975) < 0.05
+    for column in range(6):
+        assert np.quantile(means[:, column], 0.025) == pytest.approx(0.925, abs=0.015)
+
+
+@pytest.mark.parametrize("samples", [8, 16])
+def test_differences_of_nearly_equal_methods_cover_at_a_perfect_baseline(samples: int) -> None:
+    """Binary scores that mostly agree; with common imagined samples 80 to 90 % were covered."""
+    cost = 0.05 + 0.9 * BUDGETS[:-1]
+    means = [expit((BUDGETS[:-1] - middle) / 0.09) for middle in (0.40, 0.42)]
+    truths = [critical(cost, mean, np.ones(6), 1.0, 1, 0.9)[0] for mean in means]
+    rng = np.random.default_rng(4)
+    columns = np.concatenate([[*means[0], 1], [*means[1], 1]])
+    mask = np.tile(BUDGETS < 1, 2)
+    covered = 0
+    for _ in range(200):
+        luck = np.sqrt(0.6) * rng.normal(size=(samples, 1))
+        luck = luck + np.sqrt(0.4) * rng.normal(size=(samples, 14))
+        scores = (ndtr(luck) < columns).astype(float)
+        drawn, counts = resampled_means(scores, mask)
+        costs = np.broadcast_to(cost, (len(drawn), 6))
+        left, right = (
+            critical_rows(costs, m[:, :-1], n[:, :-1], m[:, -1], n[:, -1], 0.9)
+            for m, n in zip(np.split(drawn, 2, axis=1), np.split(counts, 2, axis=1), strict=True)
+        )
+        ends = interval(right - left, samples)
+        covered += ends is not None and truths[1] - truths[0] in ends
+    assert covered >= 186  # 93 %
