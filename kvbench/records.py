@@ -86,7 +86,7 @@ class Record:
     task_code: str = ""  # the same of the task's
     compress: str = "prompt"  # "context": what a method evicts from ends before the question
     kv_bytes_read: float | None = None  # for a decoded token, on average
-    replay_rows: int | None = None  # tokens of a replay that went through the model
+    cluster: str | None = None  # samples of one cluster are not independent
     error: str | None = None
 
 

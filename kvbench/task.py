@@ -34,6 +34,7 @@ class Sample:
     reference: Any  # what `Task.score` compares with; JSON-serialisable, read by its task alone
     max_new_tokens: int  # tokens to decode at most
     metadata: dict[str, Any] = field(default_factory=dict)
+    cluster: str | None = None  # samples with the same cluster are not independent
     question_at: int | None = None  # characters of the prompt before its question; None: not known
 
 

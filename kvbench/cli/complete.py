@@ -56,9 +56,16 @@ def method_names() -> Iterator[str]:
     for name, cls in _registered("method", classes):
         yield name
         source = "\n".join(ast.unparse(each) for each in _lineage(cls, classes))
-        if "Family.POST_FILL" in source:
+        post_fill = "Family.POST_FILL" in source
+        if post_fill and "def select(" not in source:
+            yield f"ada-{name}"
+        if "Need.REPLAY" in source:
+            continue
+        if post_fill or "DecodingMethod" in source:
+            yield f"{name}-bounded"
+        if post_fill:
             yield f"{name}-naive"
-            if "observation_window" in source:
+            if "observation_window" in source and "def gather(" not in source:
                 yield f"{name}-patched"
 
 

@@ -61,7 +61,6 @@ class Outcome:
     kept: list[list[list[int]]] | None = None  # as `RowState.kept`, if it was asked for
     failure: str | None = None  # why the row could not be measured
     kv_bytes_read: float | None = None  # for a decoded token, on average; None if there was none
-    replay_rows: int = 0  # tokens of a replay that went through the model
 
 
 @dataclass

@@ -497,7 +497,7 @@ def _curves_of(
             kept.append((replace(group, cells=usable), label, name))
     tables = [_by_sample(group.cells, full) for group, _, _ in kept]
     together = concat(tables, axis=1)
-    clusters = _clusters(cells, full)
+    clusters = _clusters(groups[0].cells, full)
     means, counts = resampled_means(
         np.ascontiguousarray(together.to_numpy()),
         np.asarray(together.columns.get_level_values(0) == "score"),

@@ -124,7 +124,9 @@ def make_plan(
                 "prompt": digest(prompt),
                 "max_new_tokens": sample.max_new_tokens,
                 # What `Task.score` is given beside the prediction.
-                "scored_by": content_digest([sample.subtask, sample.reference, sample.metadata]),
+                "scored_by": content_digest(
+                    [sample.subtask, sample.reference, sample.metadata, sample.cluster]
+                ),
             }
             for spec, budget, chunk in _variants(specs, settings):
                 given, method_error = options[spec.name]
@@ -241,6 +243,8 @@ def check_sample(sample: Any, task: Task, index: int) -> Sample:
     limit = sample.max_new_tokens
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise ContractError(f"its max_new_tokens is {limit!r}; expected an int, at least 1")
+    if sample.cluster is not None and not isinstance(sample.cluster, str):
+        raise ContractError(f"its cluster is {sample.cluster!r}; expected None or a text")
     at = sample.question_at
     if at is not None and (not isinstance(at, int) or not 0 < at < len(sample.prompt)):
         raise ContractError(

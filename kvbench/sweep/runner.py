@@ -152,6 +152,7 @@ class Sweep:
             reference=cell.sample.reference,
             method_code=cell.method_code,
             task_code=cell.task_code,
+            cluster=cell.sample.cluster,
             compress="prompt" if cell.context is None else "context",
             **measured,  # type: ignore[arg-type]
         )

@@ -33,7 +33,10 @@ def completed(
         ("kvbench re", "report reproduce"),
         ("kvbench train ", "prulong duoattention tiny"),
         ("kvbench run --met", "--method"),
-        ("kvbench run --method full,pyramidkv-", "full,pyramidkv-naive full,pyramidkv-patched"),
+        (
+            "kvbench run --method full,pyramidkv-",
+            "full,pyramidkv-bounded full,pyramidkv-naive full,pyramidkv-patched",
+        ),
         ("kvbench run --samples 3 --task recall,r", "recall,rag recall,rerank"),
         ("kvbench run --config none.yaml --model sm", "smollm2-135m"),
         ("kvbench run --chat-template o", "on off"),
@@ -75,5 +78,7 @@ def test_zsh_is_offered_methods_without_importing_torch(tmp_path: Path) -> None:
         KVBENCH, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stderr == ""
-    offered = """_arguments '*: :(("recency,knorm"\n"recency,knorm-naive"))'"""
+    offered = (
+        '_arguments \'*: :(("recency,knorm"\n"recency,knorm-bounded"\n"recency,knorm-naive"))\''
+    )
     assert done.stdout.strip() == offered
