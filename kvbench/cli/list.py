@@ -16,7 +16,7 @@ from kvbench.metrics import metrics
 from kvbench.models.card import EMBEDDED, read_card
 from kvbench.models.wheel import WHEELS
 from kvbench.registry import methods, tasks
-from kvbench.spec import Chunking, method_names
+from kvbench.spec import ADA, Chunking, method_names
 
 EXAMPLES = options.examples(
     "kvbench list", "kvbench list methods,models", "kvbench list tasks --format json"
@@ -66,7 +66,7 @@ def print_listing(listing: dict[str, list[dict[str, Any]]]) -> None:
             console.print(Text.assemble((name, "bold cyan"), "  ", (facts, "dim")))
             console.print(Padding(Text(about), indent))
             if row.get("variants"):
-                console.print(Padding(Text(f"chunked: {', '.join(row['variants'])}"), indent))
+                console.print(Padding(Text(f"forms: {', '.join(row['variants'])}"), indent))
             table = Table.grid(padding=(0, 2))
             for option, default in row.get("options", {}).items():
                 cards = [
@@ -88,8 +88,9 @@ def list_methods() -> list[dict[str, Any]]:
 
 def _method(name: str, cls: type[Method]) -> dict[str, Any]:
     cards = {model: read_card(folder).options.get(name, {}) for model, folder, _ in known_models()}
-    named = method_names() if cls.family is Family.POST_FILL else []
-    variants = [f"{name}-{form}" for form in Chunking if f"{name}-{form}" in named]
+    named = method_names()
+    forms = [f"{ADA}{name}", *(f"{name}-{form}" for form in Chunking)]
+    variants = [form for form in forms if form in named]
     hints = typing.get_type_hints(cls)
     own = {option_name(field): field for field in fields(cls) if field.init}
     return {

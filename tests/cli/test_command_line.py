@@ -45,7 +45,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
         ("run --model tinyy", "no model 'tinyy'"),
         ("run --model ./nowhere", "no model './nowhere'"),
         ("run --model empty", "no config.json"),
-        ("run --model broken", "cannot be loaded"),
+        ("run --model broken", "config.json is not a JSON object"),
         ("run --model organisation/name", "cannot be loaded"),
         ("run --context 100000", "at most 8192"),
         ("run --context 20", "too short"),
@@ -200,8 +200,9 @@ def test_lists_say_what_there_is(tmp_path: Path) -> None:
         "needle",
     }
     variants = {m["method"]: m["variants"] for m in listing["methods"]}
-    assert variants["snapkv"] == ["snapkv-naive", "snapkv-patched"]
-    assert variants["random"] == ["random-naive"]  # not random-heads, which is a method
+    forms = ["ada-snapkv", "snapkv-naive", "snapkv-patched", "snapkv-bounded"]
+    assert variants["snapkv"] == forms
+    assert "random-heads" not in variants["random"]  # not random-heads, which is a method
     assert variants["random-heads"] == variants["prulong"] == []
     snapkv = next(m for m in listing["methods"] if m["method"] == "snapkv")
     assert snapkv["options"]["window"] == "64"
@@ -219,7 +220,8 @@ def test_the_list_fits_80_columns(
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert "pyramidkv  post-fill" in lines
-    assert "    chunked: pyramidkv-naive, pyramidkv-patched" in [line.rstrip() for line in lines]
+    forms = "ada-pyramidkv, pyramidkv-naive, pyramidkv-patched, pyramidkv-bounded"
+    assert f"    forms: {forms}" in [line.rstrip() for line in lines]
     assert any(line.startswith("    window=64 ") for line in lines)
     assert any("(int; on tiny: 16)" in line for line in lines)
 
