@@ -11,7 +11,7 @@ import typer
 from kvbench.cli import complete, options
 from kvbench.cli.options import OUTPUT, comma_list, opt
 from kvbench.errors import InputError, did_you_mean
-from kvbench.method import Family, Method, option_name
+from kvbench.method import Method, option_name
 from kvbench.metrics import metrics
 from kvbench.models.card import EMBEDDED, read_card
 from kvbench.models.wheel import WHEELS
