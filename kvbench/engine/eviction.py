@@ -282,7 +282,7 @@ class LayerScores:
         """Indices [K, capacity] that the method selects by itself; None for the best scores."""
         scorer = policy.spec.scorer
         assert scorer is not None
-        if type(scorer).select is Method.select:
+        if type(scorer).select is Method.select and not scorer.ties_by_topk:
             return None
         asked = policy.asked("select", self.layer.index)
         view, candidates = self.view(policy), self.candidates(policy, protected)
