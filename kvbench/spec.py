@@ -224,6 +224,12 @@ def checked(spec: MethodSpec) -> MethodSpec:
     scorer = spec.scorer
     if scorer is None:
         return spec
+    share = of_method(spec.name, lambda: float(spec.head_share))
+    if not (isinstance(spec.competition, Competition) and 0 <= share <= 1):
+        raise InputError(
+            f"method '{spec.name}' has the competition {spec.competition!r} and the head_share "
+            f"{spec.head_share!r}; expected a kvbench.method.Competition and a number from 0 to 1"
+        )
     if spec.uneven and (spec.chunking is not Chunking.NONE or scorer_interval(scorer)):
         raise InputError(
             f"method '{spec.name}': KV heads of different lengths are evicted once, after the "

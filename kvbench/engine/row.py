@@ -156,7 +156,7 @@ class RowState:
     def remember(self, layer: int, queries: Tensor) -> None:
         """Keep the prompt's last queries [H, T, D] for the first eviction while decoding."""
         window = self.policy.spec.observation_window
-        if self.policy.interval and 0 < window < EVERY_QUERY:
+        if self.policy.queries_needed and 0 < window < EVERY_QUERY:
             before = self.queries.get(layer)
             joined = queries if before is None else torch.cat([before, queries], dim=1)
             self.queries[layer] = joined[:, -window:].clone()
