@@ -174,11 +174,17 @@ class RowState:
             if group.window is not None or before >= after:
                 continue
             group.reserve(after)
-            # Heads that were scored once have separate storage when the row runs alone.
-            moves = len(group.heads) if self.policy.separate else 1
-            size = EntryBytes.of(group.entries())
-            for _ in range(moves):
-                self.accounting.moved(len(group.heads) // moves, before, after, size)
+            self.count_growth(group, before)
+
+    def count_growth(self, group: HeadGroup, before: int) -> None:
+        """Count that a group got more storage than for `before` entries of each KV head.
+
+        Heads that are scored by themselves have separate storage when the row runs alone.
+        """
+        moves = len(group.heads) if self.policy.separate else 1
+        size = EntryBytes.of(group.entries())
+        for _ in range(moves):
+            self.accounting.moved(len(group.heads) // moves, before, group.capacity, size)
 
 
 def policy_of(model: LoadedModel, row: Row, prefill_chunk: int | None) -> EvictionPolicy:
