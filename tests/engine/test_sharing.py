@@ -72,6 +72,11 @@ def test_bytes_while_a_question_is_read_do_not_depend_on_other_rows(other: str) 
     assert together.kv_bytes_peak == alone.kv_bytes_peak
 
 
+def test_answers_of_which_one_outgrows_the_models_own_windows() -> None:
+    rows = [Row(tokens(17), new, spec("knorm"), 0.4) for new in (1, 40, 2)]
+    assert_equals_alone(loaded_model("mistral-sliding"), [*rows, replace(rows[0], budget=1)], 5)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     prompts=st.lists(st.integers(2, 80), min_size=1, max_size=3),
