@@ -336,6 +336,7 @@ class Method:
     family: ClassVar[Family]
     needs: ClassVar[frozenset[Need]] = frozenset()
     gathers_per_entry: ClassVar[bool] = True
+    ties_by_topk: ClassVar[bool] = False  # of equal scores those stay that `torch.topk` takes
 
     @property
     def observation_window(self) -> int:
@@ -381,9 +382,10 @@ class Method:
     def select(self, view: LayerView, scores: "Tensor", capacity: int) -> "Tensor | None":
         """Which of N candidates stay, indices [K, capacity]; None for those of highest scores.
 
-        `scores` [K, N] are those of the candidates, the first N of the view's new entries.
+        `scores` [K, N] are those of the candidates, the first N of the view's new entries. Of equal
+        ones the first stay, or those that `torch.topk` takes if `ties_by_topk`.
         """
-        return None
+        return scores.topk(capacity).indices if self.ties_by_topk else None
 
     def gather(self, view: LayerView) -> "Tensor | None":
         """What is kept of the tokens that have just attended, for later views; None for nothing.

@@ -146,6 +146,8 @@ def method_names() -> list[str]:
         names.append(name)
         cls = methods.get(name)
         family = cls.family
+        if cls.competition is not Method.competition:  # it has no other form
+            continue
         if family is Family.POST_FILL and cls.select is Method.select:
             names.append(f"{ADA}{name}")
         if Need.REPLAY in cls.needs:
@@ -224,6 +226,12 @@ def checked(spec: MethodSpec) -> MethodSpec:
     scorer = spec.scorer
     if scorer is None:
         return spec
+    share = of_method(spec.name, lambda: float(spec.head_share))
+    if not (isinstance(spec.competition, Competition) and 0 <= share <= 1):
+        raise InputError(
+            f"method '{spec.name}' has the competition {spec.competition!r} and the head_share "
+            f"{spec.head_share!r}; expected a kvbench.method.Competition and a number from 0 to 1"
+        )
     if spec.uneven and (spec.chunking is not Chunking.NONE or scorer_interval(scorer)):
         raise InputError(
             f"method '{spec.name}': KV heads of different lengths are evicted once, after the "

@@ -14,6 +14,7 @@ from kvbench.registry import register_method
 class Cur(DecodingMethod):
     """Keep keys and values of high leverage: large norms (Sengupta et al., arXiv 2509.15038)."""
 
+    ties_by_topk = True  # a repeated token may have equal scores
     sinks: int = field(default=4, metadata={"help": "First entries, which stay."})
     local: int = field(
         default=16, metadata={"help": "Neighbours among which norms are compared first."}
@@ -33,10 +34,6 @@ class Cur(DecodingMethod):
         scores = leverage / leverage.sum(-1, keepdim=True)
         scores[:, : self.sinks] = 1
         return scores
-
-    def select(self, view: LayerView, scores: Tensor, capacity: int) -> Tensor:
-        """The highest ones; a repeated token may have equal scores, and `topk` decides."""
-        return scores.topk(capacity).indices
 
     def _leverage(self, states: Tensor) -> Tensor:
         squares = states.float().square().sum(-1)

@@ -20,6 +20,7 @@ class ExpectedAttention(Method):
     family = Family.POST_FILL
     needs = frozenset({Need.ROTATION})
     gathers_per_entry = False
+    ties_by_topk = True  # 0 where the softmax underflows
     future: int = field(default=512, metadata={"help": "Positions to come, which are averaged."})
     sinks: int = field(default=4, metadata={"help": "First entries, which stay."})
     epsilon: float = field(default=0.0, metadata={"help": "Added to the expected attention."})
@@ -71,7 +72,3 @@ class ExpectedAttention(Method):
             rows.append(torch.stack(expected).mean(0) * values.float().norm(dim=-1))
         scores = torch.stack(rows)
         return scores.masked_fill(sinks, scores.max() + 1)
-
-    def select(self, view: LayerView, scores: Tensor, capacity: int) -> Tensor:
-        """The best scores; of equal ones (0 where the softmax underflows), those of `topk`."""
-        return scores.topk(capacity).indices

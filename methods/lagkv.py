@@ -14,6 +14,7 @@ from kvbench.registry import register_method
 class LagKV(DecodingMethod):
     """Keep what varies most, scaled by the next entries' range (Liang et al., arXiv 2504.04704)."""
 
+    ties_by_topk = True  # many are equal: kvpress takes these
     sinks: int = field(default=4, metadata={"help": "First entries, which stay."})
     lag: int = field(default=128, metadata={"help": "Entries of a partition; at least 2."})
 
@@ -47,7 +48,3 @@ class LagKV(DecodingMethod):
         low, high = parts[:, 1:].amin(2, keepdim=True), parts[:, 1:].amax(2, keepdim=True)
         scaled = (parts[:, :-1] - low) / (high - low).clamp_min(1e-8)
         return scaled.std(-1).softmax(-1)
-
-    def select(self, view: LayerView, scores: Tensor, capacity: int) -> Tensor:
-        """The highest ones. Many are equal, and kvpress takes those that `topk` takes."""
-        return scores.topk(capacity).indices

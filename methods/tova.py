@@ -13,6 +13,8 @@ from kvbench.registry import register_method
 class Tova(DecodingMethod):
     """Keep what the last query attends to, one choice a layer (Oren et al., arXiv 2401.06104)."""
 
+    ties_by_topk = True  # many may be 0 in float32
+
     @property
     def observation_window(self) -> int:
         """The last query."""
@@ -28,7 +30,3 @@ class Tova(DecodingMethod):
         attention = view.attention.mean(0, keepdim=True)
         attention[:, -1] = attention.max() + 1
         return attention.expand(len(view.kv_heads), -1)
-
-    def select(self, view: LayerView, scores: Tensor, capacity: int) -> Tensor:
-        """The highest ones; many may be 0 in float32, and `topk` decides, as in kvpress."""
-        return scores.topk(capacity).indices

@@ -8,10 +8,10 @@ import pytest
 
 from kvbench.errors import InputError
 from kvbench.heads import ScoreSet, nearest, read_scores
-from kvbench.method import Family, KVShape, Method
+from kvbench.method import Competition, Family, KVShape, Method
 from kvbench.models.card import EMBEDDED, ModelCard, model_folder, read_card
 from kvbench.registry import methods
-from kvbench.spec import Chunking, check_option_names, parse_method
+from kvbench.spec import Chunking, check_option_names, method_names, parse_method
 
 TINY = KVShape(layers=4, kv_heads=4, query_heads=8, head_dim=32)
 SCORES = Path(__file__).parent / "data" / "scores.tsv"
@@ -71,6 +71,12 @@ def test_what_is_wrong_is_said(name: str, options: dict[str, object], message: s
     with pytest.raises(InputError, match=message) as caught:
         parse_method(name, options)
     assert "\n" not in str(caught.value)
+
+
+def test_methods_whose_heads_compete_have_no_other_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    everywhere = property(lambda self: Competition.MODEL)
+    monkeypatch.setattr(methods.get("knorm"), "competition", everywhere)
+    assert [name for name in method_names() if "knorm" in name] == ["knorm"]
 
 
 def test_every_option_has_a_help_text() -> None:

@@ -56,6 +56,8 @@ def method_names() -> Iterator[str]:
     for name, cls in _registered("method", classes):
         yield name
         source = "\n".join(ast.unparse(each) for each in _lineage(cls, classes))
+        if "def competition(" in source:
+            continue
         post_fill = "Family.POST_FILL" in source
         if post_fill and "def select(" not in source:
             yield f"ada-{name}"

@@ -8,7 +8,7 @@ which names the method, the layer, what was given and what is expected; the cell
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -143,12 +143,14 @@ def check_pages(pages: Any, asked: Asked) -> Pages | None:
     """The pages that a token reads; ContractError for another type or numbers out of range."""
     if pages is None:
         return None
-    if not isinstance(pages, Pages) or pages.size < 1 or pages.least < 1 or pages.share < 0:
-        raise asked.error(
-            f"returns {_kind(pages)}; expected None or Pages with a size and a least number of at "
-            "least 1 and a share from 0"
-        )
-    return pages
+    if isinstance(pages, Pages):
+        whole = all(type(n) is int and n >= 1 for n in (pages.size, pages.least))
+        if whole and isinstance(pages.share, Real) and 0 <= pages.share <= 1:
+            return pages
+    raise asked.error(
+        f"returns {_kind(pages)}; expected None or Pages with a size and a least number, integers "
+        "from 1, and a share from 0 to 1"
+    )
 
 
 def check_capacity(capacity: Any, asked: Asked) -> int:

@@ -24,6 +24,7 @@ def evict_due(
     finite: list[tuple[Asked, int, Tensor]] = []
     for place in due:
         state, started = batch[place], time.perf_counter()
+        kv.update_lengths(place)
         with state.evicting():
             for layer in state.policy.acting:
                 finite += evict_layer(kv, place, state, layer, layers[layer])
@@ -39,9 +40,6 @@ def evict_layer(
     """Evict from one layer of a row; returns what `check_finite` takes."""
     policy, groups = state.policy, state.cache.layers[layer]
     since = policy.interval
-    if kv.by_kernel:  # kernels do not update the lengths
-        for group in groups:
-            group.length += since
     read = policy.prompt + state.fed
     chunk = Chunk(read - since, since, 0, last=False, final=False, decoded=True)
     rules, module = kv.called[layer]

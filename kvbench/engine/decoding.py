@@ -250,6 +250,16 @@ class DecodeKV:
                 torch.where(self.spans > 0, within, self.lengths, out=self.lengths)
             self._choose_slots()
 
+    def update_lengths(self, row: int) -> None:
+        """Note in a row's cache how many entries its KV heads hold, which kernels do not do."""
+        if not self.by_kernel:
+            return
+        lengths = iter(self.lengths[self.rows == row].tolist())
+        for layer in self.places:
+            of_heads = [next(lengths) for _ in range(self.layers[layer].kv_heads)]
+            for group in self.caches[row].layers[layer]:
+                group.length = of_heads[group.heads[0]]
+
     def set_length(self, layer: int, row: int, length: int) -> None:
         """Tell that all KV heads of a row's layer now hold `length` entries."""
         if self.by_kernel:

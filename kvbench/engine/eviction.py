@@ -73,8 +73,10 @@ def choose(policy: EvictionPolicy, scores: "LayerScores") -> Chosen:
 
 def choose_in_model(policy: EvictionPolicy, layers: "Sequence[LayerScores]") -> Sequence[Chosen]:
     """As `choose`, of all layers that methods act on, whose entries compete with one another."""
-    views = [scores.view(policy) for scores in layers]
-    total = sum(policy.capacity(view) * len(view.kv_heads) for view in views)
+    views, total = [scores.view(policy) for scores in layers], 0
+    for scores, view in zip(layers, views, strict=True):
+        with scores.watched(policy, "capacity"):
+            total += policy.capacity(view) * len(view.kv_heads)
     new, heads = views[0].new, sum(len(view.kv_heads) for view in views)
     if total >= heads * new:
         return [[None] * len(scores.groups) for scores in layers]
@@ -212,6 +214,7 @@ class LayerScores:
             with self.watched(policy, "gather"), asking(asked):
                 gathered = scorer.gather(view)
             gathered = check_gathered(gathered, view, scorer.gathers_per_entry, asked)
+            gathered = gathered.clone()  # an inference tensor, which methods cannot write to
             self._views[key] = replace(view, gathered=gathered)
             if scorer.gathers_per_entry:
                 gathered = gathered[:, : view.entries - view.patched]
@@ -282,7 +285,7 @@ class LayerScores:
         """Indices [K, capacity] that the method selects by itself; None for the best scores."""
         scorer = policy.spec.scorer
         assert scorer is not None
-        if type(scorer).select is Method.select:
+        if type(scorer).select is Method.select and not scorer.ties_by_topk:
             return None
         asked = policy.asked("select", self.layer.index)
         view, candidates = self.view(policy), self.candidates(policy, protected)
@@ -300,18 +303,19 @@ class LayerScores:
         self, policy: EvictionPolicy, scorer: Method, view: LayerView, asked: Asked
     ) -> Tensor:
         """A method's scores [K, E]; ContractError for a wrong answer or a write to the view."""
-        view.generator.manual_seed(self._draw_seed(policy))
         with self.watched(policy, "scores"), asking(asked):
             scores = scorer.scores(view)
         return check_scores(scores, view, asked)
 
     @contextmanager
     def watched(self, policy: EvictionPolicy, what: str) -> Iterator[None]:
-        """Ask a method for `what`; ContractError if it then writes to its view.
+        """Ask a method for `what`, of a view whose generator is seeded anew, so that no answer
+        depends on what was asked before; ContractError if it then writes to its view.
 
         Writes that PyTorch does not refuse are looked for in one layer of the prompt, once.
         """
         scorer = policy.spec.scorer
+        self.view(policy).generator.manual_seed(self._draw_seed(policy))
         own = getattr(type(scorer), what) is not getattr(Method, what)
         look = self.layer.index == policy.first_scored and not self.layer.chunk.decoded
         if not own or not look or (scorer, what) in self._looked:

@@ -95,6 +95,12 @@ class EvictionPolicy:
                     f"method '{self.spec.name}' needs queries before RoPE, and kvbench does not "
                     "know the model's rotation"
                 )
+        paged = [layer for layer, read in zip(self.layers, self.pages, strict=True) if read]
+        if any(len(layer.readers) > 1 for layer in paged):
+            raise InputError(
+                f"method '{self.spec.name}' cannot be measured on a model whose layers share keys: "
+                "pages are chosen for one layer; choose a method that evicts"
+            )
         limited = any(self.layers[index].limit is not None for index in self.acting)
         if limited and (beyond or self.context is not None):
             raise InputError(
@@ -257,9 +263,12 @@ class EvictionPolicy:
 
     @property
     def queries_needed(self) -> int:
-        """The latest queries that are kept of each query head while decoding."""
+        """The latest queries that are kept of each query head, if it evicts while decoding."""
+        if not 0 < self.interval < self.decoded:
+            return 0
         window = self.spec.observation_window
-        return 0 if not self.interval else self.interval if window >= EVERY_QUERY else window
+        wanted = self.interval if window >= EVERY_QUERY else window
+        return min(wanted, self.prompt + self.decoded)
 
     def gathers_after(self, chunk: Chunk) -> bool:
         """Whether the method keeps something of the tokens of a chunk."""

@@ -374,7 +374,7 @@ def move_kept(
         elif own_cache:
             group.add(own, policy.reserved(layer.index, None))
             if capacity and group.capacity != capacity:
-                state.accounting.moved(heads, capacity, group.capacity, size)
+                state.count_growth(group, capacity)
         else:  # counted as if the row had read the prompt alone
             mine = state.cache.group_like(layer.index, group)
             everything = torch.arange(before + chunk.length, device=own.keys.device)

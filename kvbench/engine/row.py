@@ -156,7 +156,7 @@ class RowState:
     def remember(self, layer: int, queries: Tensor) -> None:
         """Keep the prompt's last queries [H, T, D] for the first eviction while decoding."""
         window = self.policy.spec.observation_window
-        if self.policy.interval and 0 < window < EVERY_QUERY:
+        if self.policy.queries_needed and 0 < window < EVERY_QUERY:
             before = self.queries.get(layer)
             joined = queries if before is None else torch.cat([before, queries], dim=1)
             self.queries[layer] = joined[:, -window:].clone()
@@ -174,11 +174,17 @@ class RowState:
             if group.window is not None or before >= after:
                 continue
             group.reserve(after)
-            # Heads that were scored once have separate storage when the row runs alone.
-            moves = len(group.heads) if self.policy.separate else 1
-            size = EntryBytes.of(group.entries())
-            for _ in range(moves):
-                self.accounting.moved(len(group.heads) // moves, before, after, size)
+            self.count_growth(group, before)
+
+    def count_growth(self, group: HeadGroup, before: int) -> None:
+        """Count that a group got more storage than for `before` entries of each KV head.
+
+        Heads that are scored by themselves have separate storage when the row runs alone.
+        """
+        moves = len(group.heads) if self.policy.separate else 1
+        size = EntryBytes.of(group.entries())
+        for _ in range(moves):
+            self.accounting.moved(len(group.heads) // moves, before, group.capacity, size)
 
 
 def policy_of(model: LoadedModel, row: Row, prefill_chunk: int | None) -> EvictionPolicy:

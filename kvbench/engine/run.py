@@ -46,12 +46,14 @@ def run_rows(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     ledger = Ledger()
-    # By prompt, then by equal rows: indices of rows.
+    # By prompt, then by equal rows: indices of rows. An answer's length decides what a layer with a
+    # limit holds, so rows with other lengths do not share a prefill there.
+    limited = any(layer.limit is not None for layer in model.layers)
     groups: dict[object, dict[object, list[int]]] = {}
     for index, row in enumerate(rows):
         full = policy_of(model, row, prefill_chunk).keeps_all
         same = (row.max_new_tokens,) if full else index
-        prompt = tuple(row.prompt), row.context
+        prompt = tuple(row.prompt), row.context, limited and row.max_new_tokens
         groups.setdefault(prompt, {}).setdefault(same, []).append(index)
     states: list[RowState] = []
     # Kernels and graphs go to the current GPU, which may not be the model's.

@@ -47,6 +47,13 @@ def test_every_method_on_every_architecture(architecture: str, chunk: int | None
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
+@pytest.mark.parametrize("name", ["tova", "h2o", "random-decoding", "keydiff-bounded"])
+def test_evictions_while_the_models_own_windows_fill(name: str, attention: str) -> None:
+    rows = [Row(tokens(5), new, spec(name, interval=2), 0.4) for new in (3, 20, 40)]
+    assert_agrees(loaded_model("gemma3", attention=attention), rows, 4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
 @pytest.mark.parametrize("budget", [0.05, 0.2, 0.7, 1.0])
 def test_every_method_at_every_budget(attention: str, budget: float) -> None:
     rows = [Row(tokens(70, 2), 6, spec(name), budget, seed=1) for name in METHODS]

@@ -60,6 +60,23 @@ def test_all_methods_and_budgets_of_a_prompt_equal_those_alone(
     assert_equals_alone(model, without_baseline, chunk)
 
 
+@pytest.mark.parametrize("other", ["random", "full", "snapkv"])
+def test_bytes_while_a_question_is_read_do_not_depend_on_other_rows(other: str) -> None:
+    """A row that leaves a shared stream has its KV heads in one storage, and alone in several."""
+    budget = 1.0 if other == "full" else 0.5
+    rows = [
+        Row(tokens(30), 2, spec(name), b, 0, 8) for name, b in ((other, budget), ("knorm", 0.01))
+    ]
+    together = run_rows(loaded_model("gemma3"), rows, prefill_chunk=1)[1]
+    alone = run_rows(loaded_model("gemma3"), rows[1:], prefill_chunk=1)[0]
+    assert together.kv_bytes_peak == alone.kv_bytes_peak
+
+
+def test_answers_of_which_one_outgrows_the_models_own_windows() -> None:
+    rows = [Row(tokens(17), new, spec("knorm"), 0.4) for new in (1, 40, 2)]
+    assert_equals_alone(loaded_model("mistral-sliding"), [*rows, replace(rows[0], budget=1)], 5)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     prompts=st.lists(st.integers(2, 80), min_size=1, max_size=3),

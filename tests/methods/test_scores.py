@@ -10,7 +10,7 @@ from torch import Tensor
 from kvbench.errors import InputError
 from kvbench.method import Entries, LayerView
 from kvbench.registry import methods
-from kvbench.spec import parse_method
+from kvbench.spec import method_names, parse_method
 
 
 def view_of(
@@ -168,10 +168,17 @@ def test_criticalkv_needs_an_output_projection(module: Any) -> None:
         methods.get("criticalkv")().select(view, torch.rand(1, 4), 2)
 
 
-@pytest.mark.parametrize("name", ["chunkkv", "criticalkv", "lagkv", "h2o"])
+@pytest.mark.parametrize("name", ["chunkkv", "criticalkv", "h2o"])
 def test_what_selects_by_kv_head_does_not_compete(name: str) -> None:
     with pytest.raises(InputError, match=f"'{name}' selects entries in each KV head.*; use {name}"):
         parse_method(f"ada-{name}", {"interval": 0})
+
+
+def test_what_only_breaks_ties_by_topk_competes() -> None:
+    assert parse_method("ada-expected-attention", {}).uneven
+    assert "ada-expected-attention" in method_names()
+    for name in ("keydiff", "lagkv", "cur", "tova"):
+        assert parse_method(f"ada-{name}", {"interval": 0}).uneven
 
 
 @pytest.mark.parametrize(
