@@ -85,7 +85,7 @@ def run(
 
     Args:
         model: a name that `kvbench list models` shows, a folder, or a hub id.
-        methods: names of methods; None for all that have what they need.
+        methods: names of methods, `["all"]` for every one; None for those that the paper compares.
         tasks: names of tasks; None for the default ones.
         budgets: shares of the KV cache, above 0 and at most 1.
         samples: samples of each task.

@@ -14,12 +14,12 @@ from kvbench.models.card import EMBEDDED
 from kvbench.models.wheel import WHEELS
 from kvbench.records import find_runs
 from kvbench.registry import PLUGIN_GROUP
-from kvbench.sweep.command import RUNS
+from kvbench.sweep.command import ALL, RUNS
 
 
 def methods(incomplete: str) -> list[str]:
-    """Completions of a comma-separated list of methods, chunked forms included."""
-    return _in_list(sorted(method_names()), incomplete)
+    """Completions of the methods of a run: a comma-separated list, chunked forms included."""
+    return _in_list([ALL, *sorted(method_names())], incomplete)
 
 
 def tasks(incomplete: str) -> list[str]:
@@ -29,7 +29,7 @@ def tasks(incomplete: str) -> list[str]:
 
 def checkable(incomplete: str) -> list[str]:
     """Completions of a comma-separated list of methods and tasks."""
-    return [*methods(incomplete), *tasks(incomplete)]
+    return [*_in_list(sorted(method_names()), incomplete), *tasks(incomplete)]
 
 
 def kinds(incomplete: str) -> list[str]:

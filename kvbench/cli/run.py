@@ -70,8 +70,8 @@ def run(
         str | None,
         opt(
             WHAT,
-            "Methods to measure.",
-            "all that can run",
+            "Methods to measure, or 'all'.",
+            "those of the paper",
             metavar=LIST,
             autocompletion=complete.methods,
         ),
@@ -145,7 +145,9 @@ def run(
 ) -> int:
     """Measure methods on tasks at several budgets.
 
-    Full attention is always measured too: it is the baseline. The same
+    Full attention is always measured too: it is the baseline. Without
+    --method, what the paper compares is measured, controls and quest;
+    '--method all' measures everything that 'list methods' shows. The same
     command continues an interrupted run. If you ask for more samples,
     budgets or prefill chunks, only the missing cells are measured.
     """

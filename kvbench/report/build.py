@@ -30,6 +30,7 @@ from kvbench.records import (
 )
 from kvbench.report.frames import SETTING, code_name, frame_of, load_records, select
 from kvbench.report.statistics import (
+    ROUNDING,
     Floats,
     Interval,
     Status,
@@ -48,6 +49,7 @@ Number = TypeVar("Number", int, float)
 
 COSTS = ("kv_reads", "kv_bytes_peak", "kv_bytes_read", "new_tokens", "footprint_of_full")
 MEASURES = ("score", "kv_footprint", "kv_peak")  # what is resampled, per budget
+READS = "kv_reads"  # resampled too, for a curve that reads less than it holds
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,9 @@ class Setting:
 class Curve:
     """A method on a task, from its smallest footprint to its largest, and its critical values.
 
-    Both critical values are None if the baseline is 0 (there is nothing to lose); the peak's is
-    also None if no peak was measured.
+    The critical values are None if the baseline is 0 (there is nothing to lose); the peak's is
+    also None if no peak was measured. Those of reads are the footprint's if every entry that is
+    held is read.
     """
 
     setting: Setting
@@ -122,8 +125,10 @@ class Curve:
     samples: int
     points: tuple[Point, ...]
     fitted: tuple[tuple[float, float], ...]  # (footprint, score), the last at full attention
+    fitted_reads: tuple[tuple[float, float], ...]  # (reads, score); empty if all held is read
     footprint: Critical | None
     peak: Critical | None
+    reads: Critical | None
     cells: DataFrame = field(repr=False, compare=False)  # the records that the points are made of
     best: bool = False  # of its setting, by critical footprint
     tied: bool = False  # not distinguishable from the best
@@ -148,6 +153,7 @@ class Curve:
             "threshold": self.threshold,
             **_critical_columns(self.footprint, "critical_footprint", ""),
             **_critical_columns(self.peak, "critical_peak", "peak_"),
+            **_critical_columns(self.reads, "critical_reads", "reads_"),
             "best": self.best,
             "tied_with_best": self.tied,
             "samples": self.samples,
@@ -210,7 +216,9 @@ class Report:
     (share of it to keep); `critical_footprint` (the smallest footprint that keeps it; missing if
     the baseline is 0), `ci_low` and `ci_high` (its interval), `status` (reached; at_most: every
     budget keeps it; extrapolated: none does); `critical_peak`, `peak_ci_low`, `peak_ci_high`,
-    `peak_status` (the same for the peak); `best` (the smallest critical footprint of the setting),
+    `peak_status` (the same for the peak); `critical_reads`, `reads_ci_low`, `reads_ci_high`,
+    `reads_status` (the same for reads; the footprint's if all that is held is read); `best`
+    (the smallest critical footprint of the setting),
     `tied_with_best` (not distinguishable from it), `samples` (how many).
 
     `differences` has `model`, `task`, `context`, `seed`, `compress`; `left` and `right`
@@ -544,8 +552,11 @@ def _by_sample(cells: DataFrame, full: "Series[float]") -> DataFrame:
     """Return a curve's measures [S, 3 P + 1], columns (measure, budget); the baseline's is last.
 
     The baseline covers the samples that any point of the curve has. NaN marks a missing sample.
+    Reads have P columns more if the curve reads less than it holds.
     """
-    wide = cells.pivot(index="sample", columns="budget", values=list(MEASURES))
+    less = cells[READS].astype(float) < cells["kv_footprint"] - ROUNDING
+    measures = [*MEASURES, READS] if less.any() else list(MEASURES)
+    wide = cells.pivot(index="sample", columns="budget", values=measures)
     wide[BASELINE, 1.0] = full.reindex(wide.index)
     return wide.reindex(full.index)
 
@@ -584,7 +595,7 @@ def _measures(
     names = table.columns.get_level_values(0)
     return {
         name: _Measure(mean[at], samples[at], independent[at], means[:, at], counts[:, at])
-        for name in (*MEASURES, BASELINE)
+        for name in names.unique()
         for at in [np.asarray(names == name)]
     }
 
@@ -599,6 +610,7 @@ def _curve(
 ) -> Curve:
     """Return the curve of a group of cells from its measures."""
     score, footprint, peak, full = (measures[name] for name in (*MEASURES, BASELINE))
+    reads = measures.get(READS)
     baseline, samples = float(full.mean[0]), int(full.samples[0])
     independent = int(full.independent[0])
 
@@ -624,6 +636,12 @@ def _curve(
         )
         return Critical(value, status, interval(draws, independent), draws, independent)
 
+    def fitted(cost: _Measure) -> tuple[tuple[float, float], ...]:
+        at = cost.mean.argsort(kind="stable")
+        scores = fit(score.mean[at], score.samples[at].astype(float), baseline, samples)
+        costs = [*np.minimum(cost.mean[at], 1.0).tolist(), 1.0]
+        return tuple(zip(costs, scores.tolist(), strict=True))
+
     budgets = group.cells["budget"]
     others = group.cells[list(COSTS)].astype(float).groupby(budgets).mean()
     order = footprint.mean.argsort(kind="stable")
@@ -643,17 +661,18 @@ def _curve(
         )
         for i in order.tolist()
     )
-    scores = fit(score.mean[order], score.samples[order].astype(float), baseline, samples)
-    footprints = [*np.minimum(footprint.mean[order], 1.0).tolist(), 1.0]
+    critical_footprint = find(footprint)
     return Curve(
         **{**vars(group), "setting": setting, "label": label, "name": name},
         baseline=baseline,
         threshold=threshold,
         samples=samples,
         points=points,
-        fitted=tuple(zip(footprints, scores.tolist(), strict=True)),
-        footprint=find(footprint),
+        fitted=fitted(footprint),
+        fitted_reads=() if reads is None else fitted(reads),
+        footprint=critical_footprint,
         peak=find(peak),
+        reads=critical_footprint if reads is None else find(reads),
     )
 
 

@@ -19,6 +19,7 @@ from pandas import concat
 from kvbench.records import BASELINE
 from kvbench.report.build import Curve, Report, Setting, by_critical, difference
 from kvbench.report.tables import (
+    costs,
     critical_text,
     interval_text,
     legend,
@@ -118,8 +119,10 @@ def _budgets(curves: Sequence[Curve]) -> list[float]:
 def _rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
     """Return a setting's table: each curve, and by how much it is behind the best."""
     best = next((c for c in curves if c.best), None)
+    curves = by_critical(curves)
+    columns = costs(curves)
     rows = []
-    for curve in by_critical(curves):
+    for number, curve in enumerate(curves):
         against = None if best is None or curve.method == BASELINE else difference(curve, best)
         ends = against.interval if against else None
         rows.append(
@@ -131,6 +134,7 @@ def _rows(curves: Sequence[Curve]) -> list[dict[str, Any]]:
                 "behind_interval": ""
                 if ends is None or curve.best
                 else f"{percent(ends.low)} to {percent(ends.high)}",
+                "costs": [(column.header, *column.cells[number]) for column in columns],
                 "points": {point.budget: point for point in curve.points},
             }
         )

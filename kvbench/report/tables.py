@@ -7,6 +7,8 @@ Text from outside is escaped by one function per medium: rich's `escape` for the
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
 from pandas import DataFrame
 from rich.box import SIMPLE_HEAD
@@ -28,12 +30,14 @@ from kvbench.report.frames import as_text, frame_of, select
 from kvbench.report.statistics import ROUNDING, Status
 
 WIDTH_OF_A_FILE = 120  # columns, if stdout is no terminal
+NOTICEABLE = 0.1  # costs that differ by more than this share of the smallest are shown
 
 CSV_COLUMNS = [
     *("model", "task", "context", "seed", "compress", "method", "label", "family", "options"),
     *("prefill_chunk", "method_code"),
     *("baseline", "threshold", "critical_footprint", "ci_low", "ci_high", "status"),
     *("critical_peak", "peak_ci_low", "peak_ci_high", "peak_status"),
+    *("critical_reads", "reads_ci_low", "reads_ci_high", "reads_status"),
     *("best", "tied_with_best", "samples"),
 ]
 
@@ -84,8 +88,8 @@ def title(report: Report, setting: Setting) -> str:
 
 
 def legend(report: Report) -> str:
-    """Return what the signs of a table mean."""
-    return (
+    """Return what the signs of a table mean, and what costs are shares of."""
+    text = (
         "Critical footprint (peak): the smallest KV footprint (peak) at which a method keeps "
         f"{100 * report.threshold:g} % of full attention's score, with its 95 % interval. "
         "<= means that every measured budget keeps it: the true value may be smaller. ~ means that "
@@ -93,6 +97,61 @@ def legend(report: Report) -> str:
         "full attention. * marks the best method, = a method that cannot be distinguished from it "
         "(paired bootstrap over samples)."
     )
+    if any(curve.fitted_reads for curve in report.curves):
+        text += (
+            " Reads are counted like the footprint, but only entries that a token reads count; "
+            "critical reads are the smallest reads that keep the score."
+        )
+    if any("while decoding" in curve.family for curve in report.curves):
+        text += (
+            " A footprint is a share of what full attention holds with an answer of the same "
+            "length, as in the paper. Where methods change the length of answers, "
+            "footprint_of_full in the points is a share of what full attention holds with its own."
+        )
+    return text
+
+
+@dataclass(frozen=True)
+class CostColumn:
+    """A cost beside the footprint: of each curve in order a text, and a number to sort by."""
+
+    header: str
+    cells: list[tuple[str, float | None]]
+
+
+def costs(curves: Sequence[Curve]) -> list[CostColumn]:
+    """Return the costs beside the footprint that differ noticeably between curves of a setting.
+
+    Critical reads are there if a curve reads less than it holds. The others are means over the
+    samples, from the smallest of a curve's budgets to the largest. The footprint of full
+    attention's own answer is there where it differs from the footprint.
+    """
+    columns = []
+    if any(curve.fitted_reads for curve in curves):
+        found = [(critical_text(c.reads), c.reads.value if c.reads else None) for c in curves]
+        columns.append(CostColumn("critical reads %", found))
+    tokens = [[p.new_tokens for p in c.points if p.new_tokens is not None] for c in curves]
+    read = [[p.kv_bytes_read / 1024 for p in c.points if p.kv_bytes_read] for c in curves]
+    for header, values in (("answer tokens", tokens), ("KiB read a token", read)):
+        means = [fmean(of_curve) for of_curve in values if of_curve]
+        if means and max(means) > (1 + NOTICEABLE) * min(means):
+            columns.append(CostColumn(header, [_span(of_curve) for of_curve in values]))
+    known = [[p for p in c.points if p.footprint_of_full is not None] for c in curves]
+    shares = [[(p.footprint_of_full or 0.0, p.kv_footprint) for p in points] for points in known]
+    if any(abs(own - held) > NOTICEABLE * held for of_curve in shares for own, held in of_curve):
+        spans = [_span([100 * own for own, _ in of_curve]) for of_curve in shares]
+        columns.append(CostColumn("% of full's own answer", spans))
+    return columns
+
+
+def _span(values: Sequence[float]) -> tuple[str, float | None]:
+    """Return the smallest and the largest of some values as a text, and their mean."""
+    if not values:
+        return "-", None
+    ends = dict.fromkeys(
+        f"{v:,.0f}" if v >= 100 else f"{v:.1f}" for v in (min(values), max(values))
+    )
+    return "-".join(ends), fmean(values)
 
 
 def overview(report: Report, cell: Callable[[Curve], object]) -> DataFrame:
@@ -115,7 +174,7 @@ def console_of_stdout() -> Console:
 
 
 def print_tables(report: Report, console: Console) -> None:
-    """Print one table per setting: critical values, then score and footprint."""
+    """Print one table per setting, with a table of other costs below it where these differ."""
     for setting in report.settings():
         table = Table(box=SIMPLE_HEAD, title=title(report, setting), title_justify="left")
         table.add_column("")
@@ -125,7 +184,8 @@ def print_tables(report: Report, console: Console) -> None:
         table.add_column("peak %", justify="right", no_wrap=True)
         table.add_column("samples", justify="right")
         table.add_column("score at footprint %", overflow="fold")
-        for curve in by_critical(report.of(setting)):
+        curves = by_critical(report.of(setting))
+        for curve in curves:
             points = "  ".join(score_text(p.score, p.kv_footprint) for p in curve.points)
             table.add_row(
                 mark(curve),
@@ -138,7 +198,22 @@ def print_tables(report: Report, console: Console) -> None:
                 style="bold" if curve.best else None,
             )
         console.print(table)
+        columns = costs(curves)
+        if columns:
+            console.print(_cost_table(setting, curves, columns))
     console.print(legend(report), highlight=False)
+
+
+def _cost_table(setting: Setting, curves: Sequence[Curve], columns: Sequence[CostColumn]) -> Table:
+    title = f"{setting.task}: costs beside the footprint"
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for column in columns:
+        table.add_column(column.header, justify="right")
+    rows = zip(*(column.cells for column in columns), strict=True)
+    for curve, cells in zip(curves, rows, strict=True):
+        table.add_row(escape(curve.label), *(text for text, _ in cells))
+    return table
 
 
 def to_json(report: Report) -> str:

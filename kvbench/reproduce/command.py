@@ -1,8 +1,9 @@
 """`kvbench reproduce`: the paper's table and claims, next to the paper's own values.
 
 It runs a sweep, makes a report of it, and compares the report with the paper's Table 2. At small
-scale the embedded model measures all methods on the generated tasks. The full scale is described by
-`full-scale.yaml`; what a machine lacks for it is listed before anything is loaded.
+scale the embedded model measures what `kvbench run` measures by default, on the generated tasks.
+The full scale is described by `full-scale.yaml`; what a machine lacks for it is listed before
+anything is loaded.
 """
 
 from collections.abc import Sequence
@@ -34,8 +35,7 @@ from kvbench.report.tables import (
 )
 from kvbench.reproduce.claims import Claim, Verdict, judge
 from kvbench.reproduce.paper import THRESHOLD, paper_report, paper_table
-from kvbench.spec import method_names, parse_method
-from kvbench.sweep.command import Choices, default_tasks, run_sweep
+from kvbench.sweep.command import COMPARED, Choices, default_tasks, run_sweep
 from kvbench.sweep.progress import Listener
 
 FULL_SCALE = Path(__file__).parent / "full-scale.yaml"
@@ -94,17 +94,13 @@ def reproduce_small(
 
 
 def small_choices(run: Path, *, samples: int, seed: int) -> Choices:
-    """Return the choices of the sweep: the methods and tasks that ship with kvbench, no others."""
-    shipped = "kvbench.methods."
-    methods = (
-        n for n in method_names() if type(parse_method(n, {}).method).__module__.startswith(shipped)
-    )
+    """Return the choices of the sweep: what a run measures by default, and tasks that ship."""
     tasks = (
         n for n in default_tasks() if task_registry.get(n).__module__.startswith("kvbench.tasks.")
     )
     context = read_card(EMBEDDED["tiny"]).context
     return Choices(
-        method=tuple(methods),
+        method=COMPARED,
         task=tuple(tasks),
         budgets=BUDGETS,
         samples=samples,

@@ -45,6 +45,13 @@ if TYPE_CHECKING:
 RUNS = Path("results/runs")
 CHAT_TEMPLATES = ("auto", "on", "off")
 CONTEXT = 8192  # tokens, for a model whose card says nothing
+ALL = "all"  # names every method
+COMPARED = (  # without --method: what arXiv 2506.17121 compares, controls, and dynamic sparsity
+    *("duoattention", "prulong", "random-heads", "recency", "quest"),
+    *("snapkv", "snapkv-naive", "snapkv-patched"),
+    *("pyramidkv", "pyramidkv-naive", "pyramidkv-patched"),
+    *("knorm", "knorm-naive", "random", "random-naive"),
+)
 TRIAL_SHARE = 0.01  # of a sweep's tokens, at most, are spent on predicting its time
 
 
@@ -53,7 +60,7 @@ class Choices:
     """What a sweep measures; None where the model, the machine or the plug-ins decide."""
 
     model: str = "tiny"
-    method: tuple[str, ...] | None = None  # None: all that have what they need
+    method: tuple[str, ...] | None = None  # None: COMPARED, where they have what they need
     task: tuple[str, ...] | None = None  # None: those that are measured by default
     budgets: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
     samples: int = 32  # of each task
@@ -258,18 +265,20 @@ def default_tasks() -> list[str]:
 
 
 def choose_methods(choices: Choices, card: ModelCard) -> tuple[list[MethodSpec], list[str]]:
-    """The baseline and the methods asked for; without any, all that have what they need.
+    """The baseline and the methods asked for, without any `COMPARED`; ALL stands for every method.
 
-    The second list names the methods that were left out.
+    The second list names the methods that were left out: those that lack something and were not
+    asked for by name.
     """
-    names = choices.method or tuple(method_names())
+    asked = choices.method or COMPARED
+    names = dict.fromkeys(n for name in asked for n in (method_names() if name == ALL else [name]))
     specs = [parse_method(BASELINE, {}, card.options)]
     left_out = []
     for name in names:
         spec = parse_method(name, choices.option, card.options)
         missing = of_method(name, spec.method.missing)
         if missing:
-            if choices.method:
+            if name in (choices.method or ()):
                 raise InputError(
                     f"{name} needs {missing}; model '{choices.model}' does not come with it"
                 )

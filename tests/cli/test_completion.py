@@ -37,6 +37,7 @@ def completed(
             "kvbench run --method full,pyramidkv-",
             "full,pyramidkv-bounded full,pyramidkv-naive full,pyramidkv-patched",
         ),
+        ("kvbench run --method recency,al", "recency,all"),
         ("kvbench run --samples 3 --task recall,r", "recall,rag recall,rerank"),
         ("kvbench run --config none.yaml --model sm", "smollm2-135m"),
         ("kvbench run --chat-template o", "on off"),

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 from helpers.records import record, store
+from pandas import read_csv
 
-from kvbench.report.build import make_report
+from kvbench.report.build import Report, make_report, report_records
 from kvbench.report.statistics import Status
 from kvbench.reproduce.claims import Verdict, judge
-from kvbench.reproduce.command import compare, table_csv, table_markdown
+from kvbench.reproduce.command import claims_markdown, compare, table_csv, table_markdown
 from kvbench.reproduce.paper import paper_records, paper_report, paper_table
 from kvbench.sweep.command import Choices, SweepResult
 from kvbench.sweep.progress import Listener
+
+RESULTS = Path(__file__).parents[2] / "results" / "reproduce"
 
 
 def test_the_papers_figure_gives_the_papers_critical_footprints() -> None:
@@ -138,29 +141,43 @@ def test_claims_are_undecided_where_the_intervals_do_not_tell(tmp_path: Path) ->
     assert judge(make_report([store(tmp_path / "t", rows)], 0.9))[2].verdict is Verdict.FALSE
 
 
-def test_dynamic_sparsity_is_counted(tmp_path: Path) -> None:
+def sparse(held: float, reads: dict[float, float]) -> Report:
+    """The report of full attention and a method of dynamic sparsity, with its reads by budget."""
+    measured: dict[str, Any] = {"family": "dynamic sparsity", "kv_footprint": held, "kv_peak": 1.0}
     rows = curves()
-    for budget in (0.1, 0.5):
-        rows += [
-            record(
-                "quest",
-                budget,
-                i,
-                0.9,
-                family="dynamic sparsity",
-                kv_footprint=1.0,
-                kv_peak=1.0,
-                kv_reads=budget,
-            )
-            for i in range(30)
-        ]
-    report = make_report([store(tmp_path / "r", rows)], 0.9)
+    for budget, read in reads.items():
+        rows += [record("quest", budget, i, 0.9, kv_reads=read, **measured) for i in range(30)]
+    return report_records(rows, 0.9)
+
+
+def test_dynamic_sparsity_is_counted() -> None:
+    report = sparse(1.0, {0.1: 0.1, 0.5: 0.5})
     claim = judge(report)[-1]
     assert claim.verdict is Verdict.TRUE
+    assert "footprint 100.0 % at every budget" in claim.findings[0].what
     assert "reads of it 10.0 % at least" in claim.findings[0].what
+    assert "not in this run" not in claims_markdown([claim], report)
     quest = report.curves[-1]
     assert quest.footprint is not None
     assert quest.footprint.value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("held", "reads", "verdict"),
+    [
+        (1.0 - 1e-12, 0.3, Verdict.TRUE),
+        (0.99, 0.3, Verdict.FALSE),
+        (1.0, 1.0, Verdict.UNDECIDED),
+    ],
+)
+def test_dynamic_sparsity_is_judged(held: float, reads: float, verdict: Verdict) -> None:
+    claim = judge(sparse(held, {0.3: reads}))[-1]
+    assert (claim.text, claim.verdict) == ("Dynamic sparsity saves no footprint", verdict)
+
+
+def test_dynamic_sparsity_may_not_be_measured() -> None:
+    (finding,) = judge(report_records(curves(snapkv={None: [0.1, 0.5, 0.9]}), 0.9))[-1].findings
+    assert (finding.what, finding.verdict) == ("not in this run", Verdict.NOT_MEASURED)
 
 
 def test_the_table_sets_ours_beside_the_papers(tmp_path: Path) -> None:
@@ -222,8 +239,10 @@ def test_reproduce_writes_tables_claims_and_page(
     assert seen[0].prefill_chunk == (256, 128)
     assert seen[0].budgets == (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
     assert (seen[0].samples, seen[0].seed) == (5, 3)
-    # What ships with kvbench, whatever plug-ins are installed.
+    # What the paper compares, controls and dynamic sparsity, whatever plug-ins are installed.
     assert {"snapkv", "snapkv-patched", "prulong", "random-heads"} <= set(seen[0].method or ())
+    measured = read_csv(RESULTS / "table.csv")["method"].dropna()
+    assert set(seen[0].method or ()) == {*measured, "quest"}
     assert set(seen[0].task or ()) == {"recall", "rag", "rerank", "html_to_tsv"}
     for name in ("table.csv", "table.md", "claims.md", "report.html", "recall.pdf"):
         assert (tmp_path / "out" / name).stat().st_size > 0

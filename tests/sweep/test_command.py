@@ -10,9 +10,19 @@ import pytest
 
 from kvbench.engine.row import Outcome, Row
 from kvbench.engine.run import run_rows
+from kvbench.errors import InputError
+from kvbench.models.card import EMBEDDED, ModelCard, read_card
 from kvbench.records import read_records
+from kvbench.spec import method_names
 from kvbench.sweep import command
-from kvbench.sweep.command import Choices, SweepPlan, plan_sweep, run_sweep
+from kvbench.sweep.command import (
+    COMPARED,
+    Choices,
+    SweepPlan,
+    choose_methods,
+    plan_sweep,
+    run_sweep,
+)
 from kvbench.sweep.folder import experiment, find_folder
 from kvbench.sweep.progress import Listener
 
@@ -71,6 +81,24 @@ def test_a_sweep_prints_nothing_and_tells_what_it_did(
     # a trial costs more than a hundredth of so few cells
     assert other.seconds(share=0.01) is None
     assert len(other.batches) == 1
+
+
+def test_without_methods_those_of_the_paper_are_measured_and_all_is_everything() -> None:
+    scores = read_card(EMBEDDED["tiny"])
+    specs, left_out = choose_methods(Choices(), scores)
+    assert [spec.name for spec in specs] == ["full", *COMPARED]
+    assert left_out == []
+    every, _ = choose_methods(Choices(method=("all",)), scores)
+    assert sorted(spec.name for spec in every) == method_names()
+    more, _ = choose_methods(Choices(method=("prulong+snapkv", "all", "snapkv")), scores)
+    assert sorted(spec.name for spec in more) == sorted(["prulong+snapkv", *method_names()])
+    # what lacks something is left out, unless it was asked for by name
+    for choices in (Choices(), Choices(method=("all",))):
+        specs, left_out = choose_methods(choices, ModelCard())
+        assert not {"prulong", "duoattention"} & {spec.name for spec in specs}
+        assert [line.split()[0] for line in left_out] == ["duoattention", "prulong"]
+    with pytest.raises(InputError, match="prulong needs"):
+        choose_methods(Choices(method=("all", "prulong")), ModelCard())
 
 
 def test_failures_and_an_interrupt_are_in_the_result(

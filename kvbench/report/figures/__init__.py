@@ -19,7 +19,7 @@ from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 
 from kvbench.records import write_atomically
-from kvbench.report.build import Report, Setting
+from kvbench.report.build import Curve, Report, Setting
 from kvbench.report.figures.bytes import draw_bytes
 from kvbench.report.figures.chunks import draw_chunks
 from kvbench.report.figures.curves import draw_grid, draw_task
@@ -70,14 +70,15 @@ def draw_pictures(report: Report) -> list[Picture]:
     styles = choose_styles(curve.method for curve in report.curves)
     pictures = []
     for setting in settings:
+        curves = report.of(setting)
         alone = sum(other.task == setting.task for other in settings) == 1
         pictures.append(
             Picture(
                 _file_name(setting.task + ("" if alone else _tail(setting))),
                 f"{setting.task}: score against KV footprint. Lines are the fitted curves, marks "
                 "are the measured means, bands their 95 % intervals. A stroke on the dashed line "
-                "is a critical footprint.",
-                draw_task(report.of(setting), setting, styles),
+                f"is a critical footprint.{_on_reads(curves)}",
+                draw_task(curves, setting, styles),
                 setting,
             )
         )
@@ -110,6 +111,13 @@ def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
+def _on_reads(curves: Iterable[Curve]) -> str:
+    """Return a sentence for a caption if a curve is also drawn against its reads."""
+    if not any(curve.fitted_reads for curve in curves):
+        return ""
+    return " A dashed line called reads shows the score of its method against reads."
+
+
 def _tail(setting: Setting) -> str:
     compress = "" if setting.compress == "prompt" else f"-{setting.compress}"
     return f"-{setting.model}-{setting.context}-s{setting.seed}{compress}"
@@ -127,7 +135,9 @@ def _over_tasks(curves: CurvesBySetting, styles: Styles) -> Iterator[tuple[str, 
     tails = {size: f"-chunk-{size}" if len(sizes) > 1 else "" for size in shown}
     for size, of_size in shown.items():
         words = f" with prefill chunks of {size:,} tokens" if size else ""
-        caption = f"All tasks{words}, for a paper's full width."
+        shown_curves = [c for of_task in of_size.values() for c in of_task]
+        question = next(iter(curves)).question
+        caption = f"All tasks{words}{question}, for a paper's full width.{_on_reads(shown_curves)}"
         yield f"all-tasks{tails[size]}", caption, draw_grid(of_size, styles)
     if len(sizes) > 1:
         yield (

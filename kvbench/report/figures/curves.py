@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from kvbench.report.figures.style import (
 MOST_CURVES_WITH_BANDS = 16  # more bands cannot be told apart
 _LINES = ("-", "--", "-.", ":")  # of further variants of a method
 _DASHES = (0, (5, 3))  # of the threshold
-X_LABEL, Y_LABEL = "KV footprint (share of full attention's)", "score"
+_READS = (0, (2, 1.5))  # dashes of the curve against reads
+Y_LABEL = "score"
 
 
 def draw_task(curves: Sequence[Curve], setting: Setting, styles: Styles) -> Figure:
@@ -49,8 +50,9 @@ def draw_task(curves: Sequence[Curve], setting: Setting, styles: Styles) -> Figu
         shown = [c for c in with_chunk(curves, size) if c.method != BASELINE]
         entries = _draw_curves(axes, shown, curves[0], styles, scale=1.0) | entries
         for curve in shown:
-            families.setdefault(curve.family, {})[curve.name] = None
-        axes.set_xlabel(X_LABEL)
+            names = families.setdefault(curve.family, {})
+            names |= dict.fromkeys(_names(curve))
+        axes.set_xlabel(_x_label(shown))
         if len(sizes) > 1:
             axes.set_title(f"prefill chunk {size:,}", fontsize=10, loc="left")
     panels[0].set_ylabel(Y_LABEL)
@@ -71,12 +73,12 @@ def draw_task(curves: Sequence[Curve], setting: Setting, styles: Styles) -> Figu
 def draw_grid(curves: CurvesBySetting, styles: Styles) -> Figure:
     """Draw all tasks of one prefill chunk, for a paper's full width."""
     shown = {s: [c for c in of_task if c.method != BASELINE] for s, of_task in curves.items()}
-    names = {curve.name for of_task in shown.values() for curve in of_task}
+    names = {name for of_task in shown.values() for curve in of_task for name in _names(curve)}
     figure, panels = make_panels(curves, 2.0, 2 + math.ceil(len(names) / 4))
     entries: dict[str, Line2D] = {}
     for axes, (setting, of_task) in zip(panels, curves.items(), strict=True):
         entries |= _draw_curves(axes, shown[setting], of_task[0], styles, scale=0.62)
-    label_axes(panels, X_LABEL, Y_LABEL)
+    label_axes(panels, _x_label(c for of_task in shown.values() for c in of_task), Y_LABEL)
     threshold = next(iter(curves.values()))[0].threshold
     legend_below(figure, [*_baseline_handles(threshold), *entries.values()])
     return figure
@@ -114,6 +116,13 @@ def _draw_curves(
         handles[curve.name] = Line2D(
             [], [], **marks, linestyle=line, linewidth=width, label=curve.name
         )
+        if curve.fitted_reads:
+            dashed: dict[str, Any] = {"linestyle": _READS, "linewidth": width}
+            axes.plot(*_in_percent(curve.fitted_reads), color=style.colour, **dashed)
+            read = [(p.kv_reads, p.score) for p in curve.points if p.kv_reads is not None]
+            axes.plot(*_in_percent(read), **marks, linestyle="none", clip_on=False, zorder=4)
+            _, name = _names(curve)
+            handles[name] = Line2D([], [], **marks, **dashed, label=name)
     axes.axhline(baseline, color=BLACK, linewidth=1 * scale, zorder=1)
     axes.axhline(target, color=BLACK, linewidth=0.9 * scale, linestyle=_DASHES, zorder=1)
     axes.axhspan(target, max(1.0, baseline), color=GREEN, alpha=0.07, linewidth=0)
@@ -121,6 +130,16 @@ def _draw_curves(
     axes.set_ylim(0, 1.0 if top > 0.4 else max(0.05, 1.15 * top))
     footprint_axis(axes)
     return handles
+
+
+def _x_label(curves: Iterable[Curve]) -> str:
+    cost = "KV footprint or reads" if any(c.fitted_reads for c in curves) else "KV footprint"
+    return f"{cost} (share of full attention's)"
+
+
+def _names(curve: Curve) -> list[str]:
+    """Return the names of a curve's lines: against its footprint, and its reads if these differ."""
+    return [curve.name, f"{curve.name}, reads"] if curve.fitted_reads else [curve.name]
 
 
 def _in_percent(points: Sequence[tuple[float, ...]]) -> NDArray[np.float64]:
