@@ -146,11 +146,9 @@ def method_names() -> list[str]:
         names.append(name)
         cls = methods.get(name)
         family = cls.family
-        if cls.competition is not Method.competition:  # it has no other form
-            continue
         if family is Family.POST_FILL and cls.select is Method.select:
             names.append(f"{ADA}{name}")
-        if Need.REPLAY in cls.needs:
+        if Need.REPLAY in cls.needs or cls.competition is not Method.competition:
             continue
         if family in SCORED:
             names.append(f"{name}-{Chunking.BOUNDED}")

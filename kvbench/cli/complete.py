@@ -56,12 +56,10 @@ def method_names() -> Iterator[str]:
     for name, cls in _registered("method", classes):
         yield name
         source = "\n".join(ast.unparse(each) for each in _lineage(cls, classes))
-        if "def competition(" in source:
-            continue
         post_fill = "Family.POST_FILL" in source
         if post_fill and "def select(" not in source:
             yield f"ada-{name}"
-        if "Need.REPLAY" in source:
+        if "Need.REPLAY" in source or "def competition(" in source:
             continue
         if post_fill or "DecodingMethod" in source:
             yield f"{name}-bounded"
