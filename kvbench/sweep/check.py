@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvbench.engine.accounting import chunked_rows, chunks, full_rows, post_fill_rows, window_rows
+from kvbench.engine.accounting import bounded_rows, chunked_rows, chunks, full_rows
 from kvbench.engine.contract import WRITES
 from kvbench.engine.row import Outcome, Row, policy_of
 from kvbench.engine.run import run_rows
@@ -24,7 +24,7 @@ from kvbench.errors import InputError
 from kvbench.method import LayerView, Method
 from kvbench.models.load import LoadedModel, wrap_model
 from kvbench.records import BASELINE
-from kvbench.spec import Chunking, MethodSpec, parse_method
+from kvbench.spec import MethodSpec, parse_method
 from kvbench.sweep.plan import check_sample, one_line
 from kvbench.task import EpisodicTask, Sample, Task
 
@@ -236,12 +236,14 @@ def closed_form(model: LoadedModel, row: Row, chunk: int | None, outcome: Outcom
     for layer, windows in enumerate(policy.windows):
         for head, window in enumerate(windows):
             if window is not None:
-                total += window_rows(sizes, window.sinks + window.size, decoded)
+                total += bounded_rows(sizes, window.sinks + window.size, decoded)
             elif not policy.evicts_by_score or spec.scorer is None:
                 total += full_rows(prompt, decoded)
-            elif spec.chunking is Chunking.NONE:
+            elif not policy.scores_each_chunk:
                 kept = len((outcome.kept or [])[layer][head])
-                total += post_fill_rows(prompt, decoded, kept)
+                held = policy.held if policy.interval else kept
+                read = sizes if policy.bounded else [prompt]
+                total += bounded_rows(read, held, decoded, policy.interval)
             elif type(spec.scorer).capacity is Method.capacity:
                 budget = spec.scorer_budget(row.budget)
                 total += chunked_rows(sizes, [round(budget * size) for size in sizes], decoded)
