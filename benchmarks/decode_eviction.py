@@ -42,7 +42,7 @@ def main() -> None:
         rows = [Row(prompt, arguments.new, spec, budgets[name]) for prompt in prompts]
         outcomes = run_rows(model, rows, prefill_chunk=None)
         seconds = sum(outcome.decode_seconds for outcome in outcomes)
-        return 1000 * seconds / (arguments.new - 1)
+        return float(1000 * seconds / (arguments.new - 1))
 
     times: dict[str, list[float]] = {name: [] for name in budgets}
     for _ in range(arguments.repeats):
