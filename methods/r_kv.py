@@ -53,9 +53,11 @@ class RKV(DecodingMethod):
     def _redundancy(self, keys: Tensor) -> Tensor:
         """[E], the mean cosine with all keys, each of which spares the latest key like it."""
         unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
-        order, total = torch.arange(len(keys), device=keys.device), keys.new_zeros(len(keys))
-        for rows in order.split(ROWS):
-            cosines = (unit[rows] @ unit.T).masked_fill(order == rows[:, None], 0)
-            latest = ((cosines > self.threshold) * order).argmax(-1, keepdim=True)
-            total += cosines.scatter(1, latest, 0).sum(0)
+        order, total = torch.arange(len(keys)).to(keys), keys.new_zeros(len(keys))
+        for first in range(0, len(keys), ROWS):
+            cosines = unit[first : first + ROWS] @ unit.T
+            cosines.diagonal(first).zero_()
+            alike = cosines.clone().gt_(self.threshold)
+            latest = alike.mul_(order).amax(-1, keepdim=True).long()
+            total += cosines.scatter_(1, latest, 0).sum(0)
         return (total / len(keys)).softmax(-1)

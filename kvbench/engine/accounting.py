@@ -402,7 +402,7 @@ def full_rows(prompt: int, decoded: int) -> int:
 
 def post_fill_rows(prompt: int, decoded: int, kept: int) -> int:
     """Entry-rows of a KV head that keeps `kept` entries once the whole prompt is read."""
-    return full_rows(prompt, 0) + entry_rows(kept, decoded)
+    return bounded_rows([prompt], kept, decoded, interval=0)
 
 
 def chunked_rows(sizes: Sequence[int], kept: Sequence[int], decoded: int) -> int:
@@ -414,10 +414,14 @@ def chunked_rows(sizes: Sequence[int], kept: Sequence[int], decoded: int) -> int
     return total + entry_rows(past, decoded)
 
 
-def window_rows(sizes: Sequence[int], window: int, decoded: int) -> int:
-    """Entry-rows of a streaming KV head of `window` entries, sinks included."""
-    total = read = 0
-    for size in [*sizes, *[1] * decoded]:
-        total += entry_rows(min(read, window), size)
-        read += size
+def bounded_rows(sizes: Sequence[int], held: int, decoded: int, interval: int = 1) -> int:
+    """Entry-rows of a KV head that holds `held` entries at most after each eviction.
+
+    It evicts after each of the prefill chunks `sizes`, and after each `interval` decoded tokens; 0
+    evicts nothing while decoding.
+    """
+    total = past = 0
+    for size in [*sizes, *(chunks(decoded, interval) if decoded else ())]:
+        total += entry_rows(past, size)
+        past = min(held, past + size)
     return total

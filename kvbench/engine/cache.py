@@ -206,11 +206,11 @@ class HeadGroup:
     def compact(self, chosen: Tensor) -> None:
         """Hold only the entries `chosen` [Kg, c], in the same storage; indices ascend."""
         count = chosen.shape[1]
+        first = torch.arange(len(chosen), device=chosen.device)[:, None] * self.capacity
+        rows = (first + chosen).flatten()
         for stored in self.entries():
-            index = chosen
-            if stored.dim() == 3:
-                index = chosen[..., None].expand(-1, -1, stored.shape[2])
-            stored[:, :count] = stored.gather(1, index)
+            kept = stored.flatten(0, 1).index_select(0, rows)
+            stored[:, :count] = kept.unflatten(0, chosen.shape)
         self.length = count
 
     def apart(self) -> list["HeadGroup"]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvbench.engine.accounting import chunked_rows, chunks, full_rows, post_fill_rows, window_rows
+from kvbench.engine.accounting import bounded_rows, chunked_rows, chunks, full_rows
 from kvbench.engine.contract import WRITES
 from kvbench.engine.row import Outcome, Row, policy_of
 from kvbench.engine.run import run_rows
@@ -24,7 +24,7 @@ from kvbench.errors import InputError
 from kvbench.method import LayerView, Method
 from kvbench.models.load import LoadedModel, wrap_model
 from kvbench.records import BASELINE
-from kvbench.spec import Chunking, MethodSpec, parse_method
+from kvbench.spec import MethodSpec, parse_method, scorer_interval
 from kvbench.sweep.plan import check_sample, one_line
 from kvbench.task import EpisodicTask, Sample, Task
 
@@ -189,8 +189,11 @@ class MethodTrial:
             self.compare("sharing", row, first, second)
 
     def rows(self, spec: MethodSpec, prompt: list[int] | None = None) -> list[Row]:
-        """A row for each budget."""
-        return [Row(prompt or self.prompts[0], ANSWER, spec, budget, 1) for budget in BUDGETS]
+        """A row for each budget, whose answer is long enough for an eviction while decoding."""
+        answer = ANSWER
+        if spec.scorer is not None:
+            answer += min(scorer_interval(spec.scorer), PROMPT)
+        return [Row(prompt or self.prompts[0], answer, spec, budget, 1) for budget in BUDGETS]
 
     def outcomes(self, rows: Sequence[Row]) -> list[Outcome]:
         """Run rows together."""
@@ -236,12 +239,14 @@ def closed_form(model: LoadedModel, row: Row, chunk: int | None, outcome: Outcom
     for layer, windows in enumerate(policy.windows):
         for head, window in enumerate(windows):
             if window is not None:
-                total += window_rows(sizes, window.sinks + window.size, decoded)
+                total += bounded_rows(sizes, window.sinks + window.size, decoded)
             elif not policy.evicts_by_score or spec.scorer is None:
                 total += full_rows(prompt, decoded)
-            elif spec.chunking is Chunking.NONE:
+            elif not policy.scores_each_chunk:
                 kept = len((outcome.kept or [])[layer][head])
-                total += post_fill_rows(prompt, decoded, kept)
+                held = policy.held if policy.interval else kept
+                read = sizes if policy.bounded else [prompt]
+                total += bounded_rows(read, held, decoded, policy.interval)
             elif type(spec.scorer).capacity is Method.capacity:
                 budget = spec.scorer_budget(row.budget)
                 total += chunked_rows(sizes, [round(budget * size) for size in sizes], decoded)
@@ -269,16 +274,13 @@ def watching(method: Method, fault: Callable[[str, str], None]) -> Method:
                 fault("read-only", f"{what} changes view.{name}; {WRITES}")
         return answer
 
-    def scores(_: Method, view: LayerView) -> Tensor | None:
-        answer: Tensor | None = watch("scores", view, lambda: method.scores(view))
-        return answer
-
-    def capacity(_: Method, view: LayerView, budget: float) -> int:
-        answer: int = watch("capacity", view, lambda: method.capacity(view, budget))
-        return answer
+    def watched_answer(what: str) -> Callable[..., Any]:
+        return lambda _, view, *more: watch(what, view, lambda: getattr(method, what)(view, *more))
 
     kind = type(method)
-    watcher = type(kind.__name__, (kind,), {"scores": scores, "capacity": capacity})
+    asked = ("scores", "capacity", "select", "gather")
+    own = [what for what in asked if getattr(kind, what) is not getattr(Method, what)]
+    watcher = type(kind.__name__, (kind,), {what: watched_answer(what) for what in own})
     made: Method = object.__new__(watcher)
     vars(made).update(vars(method))
     return made
@@ -287,6 +289,7 @@ def watching(method: Method, fault: Callable[[str, str], None]) -> Method:
 def tensors_of(view: LayerView) -> Iterator[tuple[str, Tensor]]:
     """All tensors that a view shows, by name."""
     names = ["queries", "query_positions", "keys", "values", "positions"]
+    names += [name for name in ("gathered", "replayed") if getattr(view, name) is not None]
     for name in names + (["attention"] if view.queries.shape[2] else []):
         yield name, getattr(view, name)
     pieces = [piece for block in view.blocks for piece in block]

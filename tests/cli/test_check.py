@@ -27,7 +27,11 @@ def verdicts(name: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[s
     return code, {line[1]: line[0] for line in lines}, out
 
 
-@pytest.mark.parametrize("name", ["snapkv", "knorm-naive", "recency", "prulong+knorm-naive"])
+SHIPPED = ["snapkv", "knorm-naive", "recency", "prulong+knorm-naive", "h2o", "quest", "kvzip"]
+SHIPPED += ["ada-snapkv", "snapkv-bounded"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_methods_that_ship_hold(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, found, _ = verdicts(name, capsys)
     assert code == 0

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbench.engine.accounting import (
+    bounded_rows,
     chunked_rows,
     chunks,
     entry_rows,
     full_rows,
     post_fill_rows,
-    window_rows,
 )
 from kvbench.engine.attention import Float64, Sdpa
 from kvbench.engine.decoding import DecodeKV
@@ -155,7 +155,7 @@ def test_counted_footprints_are_the_closed_forms(
     assert all(outcome.full_rows == heads * full for outcome in got.values())
     assert got["full"].resident_rows == heads * full
     recent = sinks + max(1, round(budget * prompt) - sinks)
-    assert got["recency"].resident_rows == heads * window_rows(sizes, recent, fed)
+    assert got["recency"].resident_rows == heads * bounded_rows(sizes, recent, fed)
     kept = min(prompt, round(budget * prompt))
     for name in ("snapkv", "knorm"):
         assert got[name].resident_rows == heads * post_fill_rows(prompt, fed, kept)
@@ -164,7 +164,7 @@ def test_counted_footprints_are_the_closed_forms(
         assert got[name].resident_rows == heads * chunked_rows(sizes, stay, fed)
     assert got["snapkv-patched"].patch_rows == min(window, prompt) * (len(sizes) - 1)
     retrieval = round(budget * heads)
-    assert got["prulong"].resident_rows == retrieval * full + (heads - retrieval) * window_rows(
+    assert got["prulong"].resident_rows == retrieval * full + (heads - retrieval) * bounded_rows(
         sizes, sinks + window, fed
     )
     for outcome in got.values():
