@@ -9,8 +9,9 @@ The prediction is the highest number of entries held at one instant (`kv_held_pe
 2 x head size x bytes of the dtype, and what a method keeps beside the entries: the bounds of pages,
 a gathered number for each entry, sums over the queries. Bytes above the prediction are storage
 reserved in all layers for later entries while one layer holds a whole chunk, and the copy of one KV
-head while an eviction moves its entries; they matter more with fewer layers. Head scores are
-random. All rows run in one batch, and each is measured as if it ran alone.
+head while an eviction moves its entries, or of one layer's keys while storage for the answer is
+added; they matter more with fewer layers. Head scores are random. All rows run in one batch, and
+each is measured as if it ran alone.
 """
 
 import argparse
