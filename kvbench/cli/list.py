@@ -72,9 +72,11 @@ def print_listing(listing: dict[str, list[dict[str, Any]]]) -> None:
                 cards = [
                     f"on {model}: {value}" for model, value in row["on_models"][option].items()
                 ]
-                note = "; ".join([row["option_types"][option], *cards])
+                type_name = row["option_types"][option]
+                missing = "FILE" if "Path" in type_name else "none"
+                note = "; ".join([type_name, *cards])
                 help = f"{row['option_help'][option]} ({note})".strip()
-                value = f"{option}={'FILE' if default is None else default}"
+                value = f"{option}={missing if default is None else default}"
                 table.add_row(Text(value, style="green"), Text(help))
             if table.row_count:
                 console.print(Padding(table, indent))
