@@ -18,9 +18,7 @@ class RKV(DecodingMethod):
     """Keep attended entries whose keys are unlike the others (Cai et al., arXiv 2505.24133)."""
 
     window: int = field(default=8, metadata={"help": "Queries of the observation window."})
-    lam: float = field(
-        default=0.1, metadata={"help": "Weight of attention, 1 - lam of redundancy."}
-    )
+    lam: float = field(default=0.1, metadata={"help": "Weight of attention."})
     threshold: float = field(default=0.5, metadata={"help": "Cosine of keys that are alike."})
     kernel: int = field(default=7, metadata={"help": "Entries of the max pooling; odd."})
 
@@ -28,8 +26,8 @@ class RKV(DecodingMethod):
         super().__post_init__()
         self.check(self.window >= 1, f"window must be at least 1, not {self.window}")
         self.check(0 <= self.lam <= 1, f"lam must be from 0 to 1, not {self.lam}")
-        self.check(self.kernel > 0, f"kernel must be at least 1, not {self.kernel}")
-        self.check(self.kernel % 2 == 1, f"kernel must be odd, not {self.kernel}")
+        odd = self.kernel > 0 and self.kernel % 2 == 1
+        self.check(odd, f"kernel must be odd and at least 1, not {self.kernel}")
 
     @property
     def observation_window(self) -> int:
@@ -39,8 +37,7 @@ class RKV(DecodingMethod):
     def scores(self, view: LayerView) -> Tensor:
         """[K, E], weighted attention minus weighted redundancy; 0 for the window's entries."""
         keys = view.latest(view.new).keys.float()
-        before = keys.shape[1] - view.queries.shape[2]
-        rows = []
+        before, rows = keys.shape[1] - view.queries.shape[2], []
         for states, queries in zip(keys, view.queries.float(), strict=True):
             logits = queries @ states[:before].T * view.scaling  # [G, W, before]
             if view.softcap is not None:
@@ -56,8 +53,7 @@ class RKV(DecodingMethod):
         order, total = torch.arange(len(keys)).to(keys), keys.new_zeros(len(keys))
         for first in range(0, len(keys), ROWS):
             cosines = unit[first : first + ROWS] @ unit.T
-            cosines.diagonal(first).zero_()
-            alike = cosines.clone().gt_(self.threshold)
-            latest = alike.mul_(order).amax(-1, keepdim=True).long()
+            cosines.diagonal(first).zero_()  # of a key with itself
+            latest = cosines.clone().gt_(self.threshold).mul_(order).amax(-1, keepdim=True).long()
             total += cosines.scatter_(1, latest, 0).sum(0)
         return (total / len(keys)).softmax(-1)

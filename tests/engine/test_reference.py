@@ -1,7 +1,7 @@
 """The engine against the slow reference: tokens, positions kept, and everything counted."""
 
 import pytest
-from helpers.engine import keys_tie, measurable, spec, tokens, without_replay
+from helpers.engine import measurable, scores_tie, spec, tokens, without_replay
 from helpers.models import ARCHITECTURES, loaded_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,7 +100,7 @@ def test_any_rows(
     names: list[str],
 ) -> None:
     context = prompt - question if 0 < question < prompt else None
-    names = [name for name in names if not keys_tie(name, budget * (prompt + new))]
+    names = [name for name in names if not scores_tie(name, budget * (prompt + new))]
     rows = [
         Row(tokens(prompt), new, spec(name, window, interval), budget, 2, context) for name in names
     ]

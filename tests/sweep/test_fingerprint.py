@@ -77,7 +77,7 @@ def test_an_edit_changes_the_hash_of_what_it_can_change(copy: Path) -> None:
     ]
     showing = ["cli/app.py", "report/build.py", "reproduce/claims.py", "sweep/progress.py"]
     plugins = {
-        "methods/snapkv.py": ["pyramidkv", "snapkv"],
+        "methods/snapkv.py": ["chunkkv", "criticalkv", "pyramidkv", "snapkv"],
         "methods/pyramidkv.py": ["pyramidkv"],
         "methods/knorm.py": ["knorm"],
         "tasks/_metrics.py": ["html_to_tsv", "needle", "rag", "recall", "rerank"],
