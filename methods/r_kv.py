@@ -17,6 +17,7 @@ ROWS = 512  # keys that are compared with all keys at once
 class RKV(DecodingMethod):
     """Keep attended entries whose keys are unlike the others (Cai et al., arXiv 2505.24133)."""
 
+    interval: int = field(default=128, metadata={"help": "Decoded tokens between evictions."})
     window: int = field(default=8, metadata={"help": "Queries of the observation window."})
     lam: float = field(default=0.1, metadata={"help": "Weight of attention."})
     threshold: float = field(default=0.5, metadata={"help": "Cosine of keys that are alike."})
@@ -24,10 +25,9 @@ class RKV(DecodingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(self.window >= 1, f"window must be at least 1, not {self.window}")
+        self.check(self.window > 0, f"window must be at least 1, not {self.window}")
         self.check(0 <= self.lam <= 1, f"lam must be from 0 to 1, not {self.lam}")
-        odd = self.kernel > 0 and self.kernel % 2 == 1
-        self.check(odd, f"kernel must be odd and at least 1, not {self.kernel}")
+        self.check(self.kernel in range(1, 999, 2), f"kernel must be odd, not {self.kernel}")
 
     @property
     def observation_window(self) -> int:
