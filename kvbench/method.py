@@ -431,7 +431,7 @@ class DecodingMethod(Method):
 
     family = Family.DECODING
     interval: int = field(
-        default=16, metadata={"help": "Decoded tokens between evictions; 0: only after the prompt."}
+        default=32, metadata={"help": "Decoded tokens between evictions; 0: only after the prompt."}
     )
     held: int | None = field(
         default=None,
