@@ -79,6 +79,11 @@ class MethodSpec:
         return self.scorer.observation_window if self.scorer else 0
 
     @property
+    def interval(self) -> int:
+        """Decoded tokens between evictions; 0 if nothing is evicted while decoding."""
+        return self.scorer.interval if isinstance(self.scorer, DecodingMethod) else 0
+
+    @property
     def protected(self) -> int:
         """How many of the last entries always stay."""
         return self.scorer.protected if self.scorer else 0
@@ -230,7 +235,7 @@ def checked(spec: MethodSpec) -> MethodSpec:
             f"method '{spec.name}' has the competition {spec.competition!r} and the head_share "
             f"{spec.head_share!r}; expected a kvbench.method.Competition and a number from 0 to 1"
         )
-    if spec.uneven and (spec.chunking is not Chunking.NONE or scorer_interval(scorer)):
+    if spec.uneven and (spec.chunking is not Chunking.NONE or spec.interval):
         raise InputError(
             f"method '{spec.name}': KV heads of different lengths are evicted once, after the "
             "prompt: not after each chunk, nor while decoding (interval=0 turns that off)"
@@ -238,11 +243,6 @@ def checked(spec: MethodSpec) -> MethodSpec:
     if Need.REPLAY in scorer.needs and spec.chunking is not Chunking.NONE:
         raise InputError(f"method '{spec.name}': a replay needs the whole prompt in the cache")
     return spec
-
-
-def scorer_interval(scorer: Method) -> int:
-    """Decoded tokens between evictions; 0 for a method that evicts nothing while decoding."""
-    return scorer.interval if isinstance(scorer, DecodingMethod) else 0
 
 
 def check_option_names(options: Mapping[str, Any], specs: list[MethodSpec]) -> None:

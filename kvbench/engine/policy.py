@@ -81,13 +81,13 @@ class EvictionPolicy:
             return
         scorer, beyond = self.spec.scorer, any(self.pages)
         if scorer is not None:
-            if scorer.observation_window >= EVERY_QUERY and not gathers(scorer):
+            if scorer.observation_window >= EVERY_QUERY and not self.gathers:
                 raise self.asked("observation_window").error(
                     "is EVERY_QUERY, but the method has no gather(); only methods that gather see "
                     "all queries"
                 )
             bounded = self.spec.chunking is Chunking.BOUNDED
-            beyond = bool(self.spec.uneven or bounded or self.interval or gathers(scorer))
+            beyond = bool(self.spec.uneven or bounded or self.interval or self.gathers)
             beyond = beyond or self.evicts_late
             unknown = any(self.layers[index].rotation is None for index in self.acting)
             if Need.ROTATION in scorer.needs and unknown:
@@ -116,9 +116,7 @@ class EvictionPolicy:
     @property
     def interval(self) -> int:
         """Decoded tokens between evictions; 0 if nothing is evicted while decoding."""
-        scorer = self.spec.scorer
-        decodes = isinstance(scorer, DecodingMethod) and self.budget < 1
-        return scorer.interval if decodes and isinstance(scorer, DecodingMethod) else 0
+        return self.spec.interval if self.budget < 1 else 0
 
     @cached_property
     def windows(self) -> Sequence[Sequence[Window | None]]:
@@ -259,7 +257,9 @@ class EvictionPolicy:
     @property
     def gathers(self) -> bool:
         """Whether the method keeps something of the tokens that attended."""
-        return self.evicts_by_score and self.spec.scorer is not None and gathers(self.spec.scorer)
+        scorer = self.spec.scorer
+        own = scorer is not None and type(scorer).gather is not Method.gather
+        return self.evicts_by_score and own
 
     @property
     def queries_needed(self) -> int:
@@ -361,8 +361,3 @@ class EvictionPolicy:
 
 def _may_be_scored(window: Window | None) -> bool:
     return window is None or isinstance(window, Visible)
-
-
-def gathers(method: Method) -> bool:
-    """Whether a method keeps something of the tokens that attended."""
-    return type(method).gather is not Method.gather

@@ -345,7 +345,7 @@ def move_kept(
     for group in groups:
         own, size = group.select(layer.own), layer.entry_bytes
         heads, before, capacity = len(group.heads), group.length, group.capacity
-        if (policy.scores_once or policy.bounded) and group in scored:
+        if policy.separate and group in scored:
             move_chosen(state, group, own, next(stay), layer)
         elif group.window is not None:
             room = policy.reserved(layer.index, group.window)

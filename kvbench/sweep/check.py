@@ -24,7 +24,7 @@ from kvbench.errors import InputError
 from kvbench.method import LayerView, Method
 from kvbench.models.load import LoadedModel, wrap_model
 from kvbench.records import BASELINE
-from kvbench.spec import MethodSpec, parse_method, scorer_interval
+from kvbench.spec import MethodSpec, parse_method
 from kvbench.sweep.plan import check_sample, one_line
 from kvbench.task import EpisodicTask, Sample, Task
 
@@ -192,7 +192,7 @@ class MethodTrial:
         """A row for each budget, whose answer is long enough for an eviction while decoding."""
         answer = ANSWER
         if spec.scorer is not None:
-            answer += min(scorer_interval(spec.scorer), PROMPT)
+            answer += min(spec.interval, PROMPT)
         return [Row(prompt or self.prompts[0], answer, spec, budget, 1) for budget in BUDGETS]
 
     def outcomes(self, rows: Sequence[Row]) -> list[Outcome]:
