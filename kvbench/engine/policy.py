@@ -103,9 +103,10 @@ class EvictionPolicy:
             )
         limited = any(self.layers[index].limit is not None for index in self.acting)
         if limited and (beyond or self.context is not None):
+            asked = "" if beyond else " with --compress context"
             raise InputError(
-                f"method '{self.spec.name}' cannot be measured on a model whose layers all have a "
-                "limited attention (sliding windows or chunks)"
+                f"method '{self.spec.name}' cannot be measured{asked} on a model whose layers all "
+                "have a limited attention (sliding windows or chunks)"
             )
 
     @property

@@ -198,6 +198,7 @@ def test_lists_say_what_there_is(tmp_path: Path) -> None:
         "rerank",
         "html_to_tsv",
         "needle",
+        "yaml_to_tsv",
     }
     variants = {m["method"]: m["variants"] for m in listing["methods"]}
     forms = ["ada-snapkv", "snapkv-naive", "snapkv-patched", "snapkv-bounded"]

@@ -13,7 +13,7 @@ from kvbench.models.card import EMBEDDED
 from kvbench.registry import tasks
 from kvbench.task import EpisodicTask, Sample, Task, Tokenizer
 
-NAMES = ("html_to_tsv", "rag", "recall", "rerank")
+NAMES = ("html_to_tsv", "rag", "recall", "rerank", "yaml_to_tsv")
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +124,10 @@ def test_the_embedded_tokenizer_loses_nothing(tokenizer: Any, text: str) -> None
 def test_words_codes_and_numbers_are_few_tokens(tokenizer: Tokenizer) -> None:
     assert len(tokenizer.encode("The access code for d82c-629f is c8a7-d471.\n")) == 19
     assert len(tokenizer.encode(" Bruno Warner was born in Lisbon.")) == 7
+
+
+def test_the_answers_of_yaml_to_tsv_are_long(tokenizer: Tokenizer) -> None:
+    made = task("yaml_to_tsv").sample(0, seed=1, context=1024, tokenizer=tokenizer)
+    assert 300 <= made.max_new_tokens <= 600
+    assert len(made.reference) == made.metadata["units"]
+    assert all(f"\n{name}: {value}\n" in made.prompt for name, value in made.reference)
