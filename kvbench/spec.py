@@ -151,7 +151,8 @@ def method_names() -> list[str]:
         names.append(name)
         cls = methods.get(name)
         family = cls.family
-        if family is Family.POST_FILL and cls.select is Method.select:
+        by_head = cls.competition is not Competition.LAYER and cls.select is Method.select
+        if family is Family.POST_FILL and by_head:
             names.append(f"{ADA}{name}")
         if Need.REPLAY in cls.needs or cls.competition is not Method.competition:
             continue
@@ -186,6 +187,8 @@ def parse_method(
         inner = parse_method(name.removeprefix(ADA), options, card_options)
         if inner.scorer is None or inner.post_fill is not None:
             raise InputError(f"method '{name}': '{inner.name}' does not score entries")
+        if inner.competition is Competition.LAYER:
+            raise InputError(f"method '{name}': the KV heads of '{inner.name}' compete already")
         if type(inner.scorer).select is not Method.select:
             raise InputError(
                 f"method '{name}': '{inner.name}' selects entries in each KV head, so KV heads "
@@ -201,7 +204,10 @@ def parse_method(
             raise InputError(f"method '{name}': '{split}' is not a head split")
         inner = parse_method(rest, options, card_options)
         if inner.scorer is None or inner.scorer.family is not Family.POST_FILL or inner.uneven:
-            raise InputError(f"method '{name}': '{rest}' is not a post-fill method")
+            raise InputError(
+                f"method '{name}': '{rest}' is not a post-fill method whose KV heads keep equal "
+                "numbers of entries"
+            )
         own = options.get(f"{split}.{POST_FILL_BUDGET}", options.get(POST_FILL_BUDGET, 0.5))
         budget = convert(float, own, f"{name}: option {POST_FILL_BUDGET}")
         if not 0 < budget <= 1:
@@ -236,9 +242,10 @@ def checked(spec: MethodSpec) -> MethodSpec:
             f"{spec.head_share!r}; expected a kvbench.method.Competition and a number from 0 to 1"
         )
     if spec.uneven and (spec.chunking is not Chunking.NONE or spec.interval):
+        turned_off = "" if spec.chunking is not Chunking.NONE else " (interval=0 turns that off)"
         raise InputError(
             f"method '{spec.name}': KV heads of different lengths are evicted once, after the "
-            "prompt: not after each chunk, nor while decoding (interval=0 turns that off)"
+            f"prompt: not after each chunk, nor while decoding{turned_off}"
         )
     if Need.REPLAY in scorer.needs and spec.chunking is not Chunking.NONE:
         raise InputError(f"method '{spec.name}': a replay needs the whole prompt in the cache")

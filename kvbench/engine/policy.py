@@ -313,6 +313,14 @@ class EvictionPolicy:
             return whole
         return next(chunk.start for chunk in self.chunks if chunk.last)
 
+    def reserved_for_question(self, before: int, chunk: Chunk) -> int:
+        """Entries of storage for each KV head that holds `before` entries as the question is read.
+
+        The rest of the question and the answer are included, so that nothing moves later.
+        """
+        kept = before + self.prompt - chunk.start
+        return kept + self.answer_entries(kept)
+
     def reserved_from(self, chunk: Chunk, view: LayerView) -> int:
         """Entries of storage for each KV head that evicts after this and every later chunk."""
         kept = 0

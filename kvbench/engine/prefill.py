@@ -328,6 +328,8 @@ def move_kept(
         stay = iter(chosen)
         if chosen[0] is None and isinstance(scored[0].window, Visible):
             scored = []  # all that is visible stays, as under full attention
+        elif policy.gathers and chunk.last and not policy.interval:
+            state.drop_beside(layer.index)  # nothing reads it again
         elif policy.gathers_after(chunk):
             gathered = scores.kept_of(policy, chosen)
             if policy.bounded:
@@ -372,7 +374,11 @@ def move_kept(
             counted = counted_of(group, before, chunk)
             state.accounting.evicted(heads, before, chunk.tokens, group.length, size, counted)
         elif own_cache:
-            group.add(own, policy.reserved(layer.index, None))
+            if chunk.question and layer.index in policy.acting:
+                room = policy.reserved_for_question(before, chunk)
+            else:
+                room = policy.reserved(layer.index, None)
+            group.add(own, room)
             if capacity and group.capacity != capacity:
                 state.count_growth(group, capacity)
         else:  # counted as if the row had read the prompt alone

@@ -246,7 +246,8 @@ class ReferenceKV:
         stay = torch.arange(entries).expand(len(heads), -1) < entries - patched
         if self.evicts:
             stay = self.best(view, scorer, read)
-        if view.gathered is not None:
+        done = self.evicts and self.row.spec.uneven  # such heads are evicted from once
+        if view.gathered is not None and not done:
             kept = view.gathered
             if scorer.gathers_per_entry:
                 kept = torch.stack([x[there] for x, there in zip(kept, stay, strict=True)])

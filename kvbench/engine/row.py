@@ -153,6 +153,11 @@ class RowState:
         self.gathered[layer] = gathered
         self.accounting.kept_beside(gathered.nbytes - before)
 
+    def drop_beside(self, layer: int) -> None:
+        """Free what the method has gathered of a layer."""
+        if layer in self.gathered:
+            self.accounting.kept_beside(-self.gathered.pop(layer).nbytes)
+
     def remember(self, layer: int, queries: Tensor) -> None:
         """Keep the prompt's last queries [H, T, D] for the first eviction while decoding."""
         window = self.policy.spec.observation_window

@@ -27,7 +27,8 @@ PROMPTS = (45, 38)  # tokens
 CHUNK = 16
 ANSWER = 5  # tokens
 # Largest difference of logits, as a share of the standard deviation of the model's own. Attention
-# that is computed wrongly differs by more than a tenth.
+# that is computed wrongly differs by more than a tenth. In half precision it is at least what the
+# model's own two ways to compute attention differ by.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.35, torch.float16: 0.05}
 # Numbers of tokens from which on a model computes otherwise, by their names in configurations and
 # modules, and what they are for the check.
@@ -90,24 +91,25 @@ def checked(model: LoadedModel) -> Check:
         lower = wrap_model(model.model, None, name=model.name, attention=model.attention)
         lower = replace(lower, long_rope=rope)
         if rope is None:
-            return worst_of(differences(lower), lower)
-        found = []
+            return worst_of(*differences(lower), lower)
+        found, rounding = [], 0.0
         try:
             for length in (1, rope.threshold + 1):
                 rope.choose(length, fix=True)
-                found += differences(lower)
+                more, apart = differences(lower)
+                found, rounding = found + more, max(rounding, apart)
         finally:
             rope.release()
-        return worst_of(found, lower)
+        return worst_of(found, rounding, lower)
 
 
-def worst_of(found: "Sequence[tuple[int, float]]", model: LoadedModel) -> Check:
+def worst_of(found: Sequence[tuple[int, float]], rounding: float, model: LoadedModel) -> Check:
     """The largest of the differences at positions; InputError if they are too large.
 
-    In half precision a quarter of the tokens may differ more: a mixture of experts may choose
-    another one where two are close.
+    `rounding` is what the model's own logits differ by. In half precision a quarter of the tokens
+    may differ more: a mixture of experts may choose another one where two are close.
     """
-    tolerance = TOLERANCE[model.dtype]
+    tolerance = max(TOLERANCE[model.dtype], rounding)
     allowed = 0 if model.dtype == torch.float32 else len(found) // 4
     over = [(position, far) for position, far in found if not far <= tolerance]
     if len(over) > allowed:
@@ -121,8 +123,11 @@ def worst_of(found: "Sequence[tuple[int, float]]", model: LoadedModel) -> Check:
     return Check(max((far for _, far in found), default=0.0), tolerance, len(found))
 
 
-def differences(model: LoadedModel) -> list[tuple[int, float]]:
-    """For each token whose logits were compared: its position, and how far they were apart."""
+def differences(model: LoadedModel) -> tuple[list[tuple[int, float]], float]:
+    """For each token whose logits were compared: its position, and how far they were apart.
+
+    Also how far the model's own logits are apart in half precision, see `rounding_of`.
+    """
     if model.max_context <= ANSWER:
         raise InputError(
             f"model '{model.name}' takes {model.max_context} tokens (max_position_embeddings); "
@@ -152,13 +157,31 @@ def differences(model: LoadedModel) -> list[tuple[int, float]]:
                 f"model '{model.name}' is not computed right: logits are not finite where the "
                 "model's own are"
             )
-        return []  # the model's own are not finite either; each cell will say so
-    result = []
-    for row, position, logits in found_rows(recorder.found, len(rows)):
-        expected = own[row][position]
-        apart = (logits - expected).abs().max() / expected.std().clamp(min=1e-6)
-        result.append((position, float(apart)))
-    return result
+        return [], 0.0  # the model's own are not finite either; each cell will say so
+    result = [
+        (position, float(apart(logits, own[row][position])))
+        for row, position, logits in found_rows(recorder.found, len(rows))
+    ]
+    if model.dtype == torch.float32:
+        return result, 0.0
+    text = [*prompts[0], *outcomes[0].tokens[:-1]]
+    return result, rounding_of(model, text, own[0])
+
+
+def apart(logits: Tensor, expected: Tensor) -> Tensor:
+    """[...], how far logits [..., V] are from others, as a share of their standard deviation."""
+    return (logits - expected).abs().amax(-1) / expected.std(-1).clamp(min=1e-6)
+
+
+def rounding_of(model: LoadedModel, text: Sequence[int], own: Tensor) -> float:
+    """The largest difference between the model's own logits [T, V] and those of its sdpa attention.
+
+    0 if the model has no other attention than "eager".
+    """
+    try:
+        return float(apart(own_logits(model, text, "sdpa"), own).max())
+    except (ValueError, ImportError):
+        return 0.0
 
 
 def found_rows(
@@ -176,9 +199,9 @@ def found_rows(
             yield place, int(positions[index]), logits[index]
 
 
-def own_logits(model: LoadedModel, text: Sequence[int]) -> Tensor:
+def own_logits(model: LoadedModel, text: Sequence[int], attention: str = "eager") -> Tensor:
     """The logits [T, V] of all tokens by the model's own attention, in one forward."""
-    model.model.set_attn_implementation("eager")
+    model.model.set_attn_implementation(attention)
     ids = torch.tensor([list(text)], device=model.device)
     try:
         with torch.inference_mode():

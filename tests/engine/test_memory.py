@@ -52,6 +52,18 @@ def test_peak_bytes_are_within_two_percent_of_the_footprints_at_4k_tokens(tmp_pa
         assert 1 <= got.kv_bytes_peak / (entries * entry) < 1.02, (row.spec.name, row.budget)
 
 
+@pytest.mark.parametrize("name", ["snapkv", "snapkv-naive", "snapkv-bounded", "keydiff", "kvzip"])
+def test_peak_bytes_follow_the_footprint_if_the_question_comes_last(
+    name: str, tmp_path: Path
+) -> None:
+    model = loaded_model(num_hidden_layers=16, head_dim=8)
+    row = Row(prompt(1536), 8, spec(name, tmp_path), 0.1, context=1500)
+    (got,) = run_rows(model, [row], prefill_chunk=128)
+    entries = got.kv_held_peak * (1536 + got.new_tokens - 1) * 16 * 2
+    predicted = entries * 2 * model.shape.head_dim * model.dtype.itemsize
+    assert 1 <= got.kv_bytes_peak / predicted < 1.05
+
+
 def allocated(function: Callable[[], list[Outcome]]) -> tuple[list[Outcome], int]:
     """What a call returns, and the peak of the bytes that it allocated."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

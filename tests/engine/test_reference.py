@@ -1,16 +1,20 @@
 """The engine against the slow reference: tokens, positions kept, and everything counted."""
 
+from dataclasses import dataclass
+
 import pytest
 from helpers.engine import measurable, scores_tie, spec, tokens, without_replay
 from helpers.models import ARCHITECTURES, loaded_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from kvbench.engine.reference import run_reference
 from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
+from kvbench.method import EVERY_QUERY, Competition, DecodingMethod, LayerView
 from kvbench.models.load import LoadedModel
-from kvbench.spec import method_names, parse_method
+from kvbench.spec import MethodSpec, method_names, parse_method
 
 COMBINED = ["prulong+snapkv", "prulong+snapkv-naive", "duoattention+pyramidkv"]
 COMBINED += ["duoattention+pyramidkv-patched"]
@@ -58,6 +62,31 @@ def test_evictions_while_the_models_own_windows_fill(name: str, attention: str) 
 def test_every_method_at_every_budget(attention: str, budget: float) -> None:
     rows = [Row(tokens(70, 2), 6, spec(name), budget, seed=1) for name in METHODS]
     assert_agrees(loaded_model(attention=attention), rows, 16)
+
+
+@dataclass(frozen=True)
+class Attended(DecodingMethod):
+    """Scores entries by all attention so far, and lets KV heads compete."""
+
+    name = "attended"
+    observation_window = EVERY_QUERY
+    competition = Competition.LAYER
+
+    def gather(self, view: LayerView) -> Tensor:
+        return view.attention if view.gathered is None else view.gathered + view.attention
+
+    def scores(self, view: LayerView) -> Tensor:
+        assert view.gathered is not None
+        return view.gathered
+
+
+@pytest.mark.parametrize("context", [None, 60])
+@pytest.mark.parametrize("chunk", [None, 25])
+def test_heads_that_compete_by_what_a_method_has_gathered(
+    chunk: int | None, context: int | None
+) -> None:
+    attended = MethodSpec("attended", Attended(interval=0))
+    assert_agrees(loaded_model(), [Row(tokens(90, 1), 6, attended, 0.3, context=context)], chunk)
 
 
 @pytest.mark.parametrize("name", ["snapkv-naive", "snapkv-patched"])
