@@ -340,7 +340,7 @@ def report_records(
     """
     frame = records if isinstance(records, DataFrame) else frame_of(records)
     cells, notes = select(frame, latest, current_codes(runs))
-    notes = [*_notes_on_runs(runs), *notes]
+    notes = [*_notes_on_runs(runs), *notes, *_notes_on_lengths(cells, runs)]
     curves: list[Curve] = []
     groups: dict[Setting, list[CellGroup]] = {}
     for key, in_setting in cells.groupby(["task", "model", "context", "seed", "compress"]):
@@ -379,6 +379,30 @@ def differences(curves: Iterable[Curve]) -> list[Difference]:
 def by_critical(curves: Iterable[Curve]) -> list[Curve]:
     """Return curves from the smallest critical footprint to the largest, unknown ones last."""
     return sorted(curves, key=lambda c: (c.footprint.value if c.footprint else np.inf, c.label))
+
+
+def _notes_on_lengths(cells: DataFrame, runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return notes on samples that were cut because they were too long, or were left out."""
+    notes = []
+    for task, of_task in cells.groupby("task"):
+        samples = of_task.groupby("sample")["cut_tokens"].max().dropna()
+        if (cut := samples[samples > 0]).any():
+            notes.append(
+                f"{task}: the contexts of {len(cut)} of {len(samples)} samples are cut, by "
+                f"{cut.max()} tokens at most"
+            )
+    skipped: dict[str, list[int]] = {}
+    for run in runs:
+        for each in run["invocations"]:
+            skipped |= {task: [] for task in each.get("experiment", {}).get("tasks", [])}
+            skipped |= each.get("skipped", {})
+    for name, left_out in skipped.items():
+        if left_out:
+            many = "1 sample was" if len(left_out) == 1 else f"{len(left_out)} samples were"
+            shown = ", ".join(map(str, left_out[:FEW_SAMPLES]))
+            more = ", ..." if len(left_out) > FEW_SAMPLES else ""
+            notes.append(f"{name}: {many} left out, too long: {shown}{more}")
+    return notes
 
 
 def _notes_on_runs(runs: Sequence[dict[str, Any]]) -> list[str]:
