@@ -2,8 +2,8 @@
 
 A comment before a block says what to do with it: `runnable` (all such blocks of a page are run in
 order, in one process and one temporary folder), `file: NAME` (a file of an example project) and
-`uses: NAME` (commands that need the project that NAME belongs to). Blocks of `jsonl` are files for the
-commands of all pages.
+`uses: NAME` (commands that need the project that NAME belongs to). Blocks of `jsonl` are files for
+the commands of all pages.
 """
 
 import ast

@@ -201,3 +201,23 @@ def test_positions_move_with_what_is_cut() -> None:
     sample = Sample("t", "s", 0, "0123456789", "x", 1, question_at=8, context_span=(2, 7))
     shorter = without(sample, 4, 7)
     assert (shorter.prompt, shorter.context_span, shorter.question_at) == ("0123789", (2, 4), 5)
+
+
+def test_an_edit_that_is_taken_back_counts_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "my.jsonl", 2, 3, 4)
+    good = path.read_text()
+    assert measured(choices(path))[0] == 6
+    before = make_report([tmp_path / "out"]).points
+    path.write_text(good.replace('"answer": "melon"', '"answer": "lemon"', 1))
+    assert measured(choices(path))[0] == 2
+    edited = make_report([tmp_path / "out"])
+    assert "my: 2 cells of samples that were edited since are left out" in edited.notes
+    assert edited.points["score"].sum() < before["score"].sum()
+    path.write_text(good)
+    assert measured(choices(path))[0] == 0
+    assert make_report([tmp_path / "out"]).points.equals(before)
+    path.write_text("".join(good.splitlines(keepends=True)[:2]))
+    assert measured(choices(path))[0] == 0
+    assert set(make_report([tmp_path / "out"]).points["samples"]) == {2}
+    assert measured(choices(path, samples=1))[0] == 0
+    assert set(make_report([tmp_path / "out"]).points["samples"]) == {2}
