@@ -515,11 +515,17 @@ def _curves_of(
     full = groups[0].cells.set_index("sample")["score"].sort_index()
     if not full.any():
         notes.append(f"{where}: full attention scores 0, so there is nothing to lose")
-    if len(full) < FEW_SAMPLES:
+    clusters = _codes(groups[0].cells, full, "cluster")
+    subtasks = _codes(groups[0].cells, full, "subtask")
+    count = len(full) if clusters is None else len(np.unique(clusters))
+    one, many = "sample", "samples"
+    if clusters is not None:
+        one, many = "cluster of samples", "clusters of samples"
+    if count < FEW_SAMPLES:
         notes.append(
-            f"{where}: intervals of {len(full)} samples are rough"
-            if len(full) > 1
-            else f"{where}: one sample only, so there are no intervals"
+            f"{where}: intervals of {count} {many} are rough"
+            if count > 1
+            else f"{where}: one {one} only, so there are no intervals"
         )
     kept = []
     labels = labels_of(groups, peers, with_chunk=True)
@@ -530,8 +536,6 @@ def _curves_of(
             kept.append((replace(group, cells=usable), label, name))
     tables = [_by_sample(group.cells, full) for group, _, _ in kept]
     together = concat(tables, axis=1)
-    clusters = _codes(groups[0].cells, full, "cluster")
-    subtasks = _codes(groups[0].cells, full, "subtask")
     means, counts = resampled_means(
         np.ascontiguousarray(together.to_numpy()),
         np.asarray(together.columns.get_level_values(0) == "score"),

@@ -1,6 +1,7 @@
 """Sweeps over task files: length control, chat templates, and what is measured again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from kvbench.errors import InputError
 from kvbench.models.load import load_model
 from kvbench.records import Record, read_records, read_settings
+from kvbench.registry import open_task
 from kvbench.report.build import make_report
-from kvbench.sweep.command import Choices, SweepPlan, plan_sweep, run_sweep
+from kvbench.sweep.command import Choices, SweepPlan, invocation, plan_sweep, run_sweep
 from kvbench.sweep.length import token_starts, without
 from kvbench.sweep.plan import StoredPrompt
 from kvbench.task import Sample
@@ -221,3 +223,14 @@ def test_an_edit_that_is_taken_back_counts_again(tmp_path: Path) -> None:
     assert set(make_report([tmp_path / "out"]).points["samples"]) == {2}
     assert measured(choices(path, samples=1))[0] == 0
     assert set(make_report([tmp_path / "out"]).points["samples"]) == {2}
+
+
+def test_tasks_may_be_given_as_objects_and_beside_names(tmp_path: Path) -> None:
+    task = open_task(str(write(tmp_path / "my.jsonl", 2)))
+    choice = replace(choices(tmp_path / "my.jsonl"), task=(task, "recall"), samples=2, context=256)
+    plan = plan_sweep(choice)
+    assert {(cell.sample.task, cell.sample.index) for cell in plan.cells} == {
+        *(("my", 0), ("recall", 0), ("recall", 1))
+    }
+    assert invocation(choice, plan)["settings"]["task"] == ["my", "recall"]
+    assert {cell.sample.task: cell.most for cell in plan.cells} == {"my": 256, "recall": None}

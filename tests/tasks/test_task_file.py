@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -389,3 +390,18 @@ def test_rows_of_the_hub_are_read_in_streaming(
     made_file(tmp_path / "test.jsonl", parts() + parts(answer=[]))
     with pytest.raises(InputError, match="row 2: answer is "):
         ready(f"hf:{tmp_path}")
+
+
+def test_a_large_file_is_neither_read_nor_held(tmp_path: Path) -> None:
+    """A file of 4 GB (mostly a hole on the disk): only its first lines are touched."""
+    path = tmp_path / "large.jsonl"
+    path.write_bytes(line() + line(prompt="x"))
+    os.truncate(path, 1 << 32)
+    tracemalloc.start()
+    task = ready(path, 2)
+    assert [sample.prompt for sample in samples(task)] == [GOOD["prompt"], "x"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 << 20
+    with pytest.raises(InputError, match="line 3: it is longer than 64 MiB"):
+        ready(path, 3)
