@@ -79,6 +79,8 @@ def sample_of(task: str, index: int, values: dict[str, Any]) -> Sample:
     prefix = text_of(values, "answer_prefix", "")
     if not prompt.endswith(prefix):
         raise ValueError(f"its prompt does not end with its answer_prefix {shown(prefix)}")
+    if span is not None and span[1] > len(prompt) - len(prefix):
+        raise ValueError(f"context_span is {shown(span)}, which reaches into its answer_prefix")
     metadata = get(values, "metadata", dict, "an object", {})
     own = get(values, "id", str | int, "a text", None)
     limit = get(values, "max_new_tokens", int, "a whole number", None)

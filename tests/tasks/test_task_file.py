@@ -122,6 +122,10 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
         line(context_span=[0, 20], question_at=10),
         "from 0 to 10, where the question starts",
     ),
+    "a context with the answer's start": (
+        line(context_span=[0, LENGTH], answer_prefix="Answer:"),
+        f"[0, {LENGTH}], which reaches into its answer_prefix",
+    ),
     "a question at 0": (line(question_at=0), "question_at is 0; expected 1 to"),
     "a question behind the end": (line(question_at=LENGTH), f"question_at is {LENGTH}"),
     "a question that is a text": (line(question_at="3"), "expected a whole number"),
