@@ -243,8 +243,18 @@ def current_codes(runs: Iterable[Mapping[str, Any] | None]) -> dict[str, str]:
     invocations = [each for run in runs if run is not None for each in run["invocations"]]
     codes: dict[str, str] = {}
     for each in sorted(invocations, key=lambda each: str(each.get("started", ""))):
-        codes |= each.get("codes", {})
+        codes = newer_codes(codes, each.get("codes", {}))
     return codes
+
+
+def newer_codes(codes: Mapping[str, str], newer: Mapping[str, str]) -> dict[str, str]:
+    """The codes of `current_codes` after an invocation; it may have asked for fewer samples."""
+    merged = {**codes, **newer}
+    for name in (name for name in newer if name.startswith("samples ") and name in codes):
+        listed = newer[name].split()
+        rest = [] if END in listed else codes[name].split()[len(listed) :]
+        merged[name] = " ".join([*listed, *rest])
+    return merged
 
 
 def is_run(folder: Path) -> bool:

@@ -28,6 +28,7 @@ from kvbench.records import (
     check_common,
     current_codes,
     is_run,
+    newer_codes,
     read_records,
     read_settings,
 )
@@ -193,7 +194,7 @@ def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult
     if not cells:
         listener.note(f"all {planned} cells are measured already in {out}")
         known = current_codes([read_settings(out)])
-        if known | plan.codes != known:
+        if newer_codes(known, plan.codes) != known:
             with RunWriter(out, plan.common, invocation(choices, plan)):
                 pass  # run.json learns which of several codes is the current one
         return SweepResult(out, planned, reused, left_out=plan.left_out)
