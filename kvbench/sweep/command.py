@@ -315,7 +315,8 @@ def notes_on_samples(cells: Sequence[Cell], tasks: Sequence[Task], settings: Set
         of_task = {c.sample.index: c for c in cells if c.sample.task == task.name}
         count = f"of {len(of_task)} samples"
         if task.size is not None and task.size < settings.samples:
-            notes.append(f"{task.name}: {task.size} samples, all that there are")
+            samples = "1 sample" if task.size == 1 else f"{task.size} samples"
+            notes.append(f"{task.name}: {samples}, all that there are")
         if skipped := [index for index, cell in of_task.items() if cell.skipped]:
             places = ", ".join(map(task.place, skipped[:MOST_NAMED]))
             more = f" and {len(skipped) - MOST_NAMED} more" * (len(skipped) > MOST_NAMED)
