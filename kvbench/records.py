@@ -24,6 +24,7 @@ BASELINE = "full"  # the method that every other one is measured against
 RUN_FILE = "run.json"
 SAMPLE_FILES = "samples-*.jsonl"
 RUN_FORMAT = 1
+END = "end"  # of the samples that a task reads
 COMPRESS = ("prompt", "context")  # what methods evict from: all, or what precedes the question
 
 
@@ -87,6 +88,9 @@ class Record:
     compress: str = "prompt"  # "context": what a method evicts from ends before the question
     kv_bytes_read: float | None = None  # for a decoded token, on average
     cluster: str | None = None  # samples of one cluster are not independent
+    chat: bool | None = None  # whether the prompt was put into the model's chat template
+    cut_tokens: int | None = None  # of a prompt that was too long; None: its task makes it fit
+    sample_code: str = ""  # a hash of a sample that was read, "" if its task makes it
     error: str | None = None
 
 
@@ -98,6 +102,7 @@ _JSON_TYPES: dict[Any, tuple[type, ...]] = {
     int | None: (int, NoneType),
     float: (float, int),
     float | None: (float, int, NoneType),
+    bool | None: (bool, NoneType),
     dict[str, Any]: (dict,),
     list[list[int]] | None: (list, NoneType),
 }
@@ -105,6 +110,7 @@ _NAMES: dict[type, str] = {
     str: "a text",
     int: "a whole number",
     float: "a number",
+    bool: "true or false",
     dict: "an object",
     list: "a list",
 }
@@ -230,14 +236,25 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 def current_codes(runs: Iterable[Mapping[str, Any] | None]) -> dict[str, str]:
     """The code of every method and task when it was last asked for, by `method NAME`, `task NAME`.
 
-    `runs` are the contents of `run.json` files. Records of other codes are older, whenever they
-    were measured: an edit may have been taken back.
+    By `samples NAME`, the codes of the samples that a task read, in order with spaces between, and
+    `END` if there are no more. `runs` are the contents of `run.json` files. Records of other codes
+    are older, whenever they were measured: an edit may have been taken back.
     """
     invocations = [each for run in runs if run is not None for each in run["invocations"]]
     codes: dict[str, str] = {}
     for each in sorted(invocations, key=lambda each: str(each.get("started", ""))):
-        codes |= each.get("codes", {})
+        codes = newer_codes(codes, each.get("codes", {}))
     return codes
+
+
+def newer_codes(codes: Mapping[str, str], newer: Mapping[str, str]) -> dict[str, str]:
+    """The codes of `current_codes` after an invocation; it may have asked for fewer samples."""
+    merged = {**codes, **newer}
+    for name in (name for name in newer if name.startswith("samples ") and name in codes):
+        listed = newer[name].split()
+        rest = [] if END in listed else codes[name].split()[len(listed) :]
+        merged[name] = " ".join([*listed, *rest])
+    return merged
 
 
 def is_run(folder: Path) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvbench.arguments import MOST_SAMPLES
 from kvbench.engine.accounting import bounded_rows, chunked_rows, chunks, full_rows
 from kvbench.engine.contract import WRITES
 from kvbench.engine.row import Outcome, Row, policy_of
@@ -25,7 +26,7 @@ from kvbench.method import LayerView, Method
 from kvbench.models.load import LoadedModel, wrap_model
 from kvbench.records import BASELINE
 from kvbench.spec import MethodSpec, parse_method
-from kvbench.sweep.plan import check_sample, one_line
+from kvbench.sweep.plan import check_sample, get_tasks, one_line
 from kvbench.task import EpisodicTask, Sample, Task
 
 # Layers, KV heads, query heads, head size. The last one is the embedded model's shape, so that its
@@ -314,12 +315,25 @@ TASK_CHECKS = {
 }
 
 
-def check_task(task: Task, tokenizer: Any) -> list[Finding]:
-    """Make samples of a task and score predictions."""
+def check_task(
+    name: str, tokenizer: Any, metric: str | None = None, max_new_tokens: int | None = None
+) -> list[Finding]:
+    """Make samples of the task that `open_task` opens by this name, and score predictions.
+
+    Of a task that reads, all that it can read is checked; InputError for what is damaged.
+    """
+    (task,), (again,) = get_tasks([name]), get_tasks([name])
     faults = Faults(TASK_CHECKS)
+    if task.reads:
+        for each in (task, again):
+            each.ready(MOST_SAMPLES, metric, max_new_tokens)
+        read = f"its {task.size} samples are read, not made"
+        faults.skipped |= dict.fromkeys(("length", "different", "subtasks"), read)
+        _check_samples(task, again, tokenizer, LONG_CONTEXT, faults)
+        return faults.findings()
     fitting = [context for context in CONTEXTS if _long_enough(task, tokenizer, context)]
     for context in fitting or [LONG_CONTEXT]:
-        _check_samples(task, tokenizer, context, faults)
+        _check_samples(task, again, tokenizer, context, faults)
     if not fitting and not _long_enough(task, tokenizer, LONG_CONTEXT):
         fault = f"no sample can be made; expected some with at most {LONG_CONTEXT} tokens"
         faults.add("samples", fault, "with the embedded model's tokenizer")
@@ -337,8 +351,8 @@ def _long_enough(task: Task, tokenizer: Any, context: int) -> bool:
     return True
 
 
-def _check_samples(task: Task, tokenizer: Any, context: int, faults: Faults) -> None:
-    """Check some samples of one length."""
+def _check_samples(task: Task, again: Task, tokenizer: Any, context: int, faults: Faults) -> None:
+    """Check some samples of one length; `again` is another object of the same task."""
     where = f"context of {context} tokens"
 
     def make(index: int, seed: int = 0, maker: Task = task) -> Sample:
@@ -346,12 +360,12 @@ def _check_samples(task: Task, tokenizer: Any, context: int, faults: Faults) -> 
 
     prompts: dict[str, int] = {}
     count = max(4, 2 * len(task.subtasks))
-    for index in range(count):
+    for index in range(count if task.size is None else min(count, task.size)):
         try:
             sample = check_sample(make(index), task, index)
             random.seed(index)  # a task must not draw from the global generator
             torch.manual_seed(index)
-            twin, other = make(index, maker=type(task)()), make(index, seed=1)
+            twin, other = make(index, maker=again), make(index, seed=1)
             tokens = len(tokenizer.encode(sample.prompt))
         except InputError as error:
             faults.add("length", f"sample {index}: {one_line(error)}", where)
@@ -361,23 +375,32 @@ def _check_samples(task: Task, tokenizer: Any, context: int, faults: Faults) -> 
             continue
         if not tokens:
             faults.add("samples", f"sample {index}: its prompt is empty", where)
-        if tokens + sample.max_new_tokens > context:
+        if tokens + sample.max_new_tokens > context and not task.reads:
             need = f"{tokens} tokens and {sample.max_new_tokens} of its answer"
             faults.add("length", f"sample {index} has {need}; expected {context} at most", where)
         if sample != twin:
             faults.add("repeatable", f"sample {index} differs when it is made again", where)
-        if sample.prompt == other.prompt:
-            faults.add("different", f"sample {index} is the same with seeds 0 and 1", where)
-        if sample.prompt in prompts:
-            same = f"samples {prompts[sample.prompt]} and {index} are the same"
-            faults.add("different", same, where)
-        prompts.setdefault(sample.prompt, index)
-        turn = task.subtasks[index % len(task.subtasks)] if task.subtasks else "(none)"
-        if sample.subtask != turn:
-            fault = f"sample {index} is of subtask '{sample.subtask}'; expected '{turn}'"
-            faults.add("subtasks", fault, where)
+        if not task.reads:
+            _check_made(task, sample, other, prompts, faults, where)
         _check_scores(task, sample, faults, where)
         _check_reference(task, sample, faults, where)
+
+
+def _check_made(
+    task: Task, sample: Sample, other: Sample, prompts: dict[str, int], faults: Faults, where: str
+) -> None:
+    """Compare a sample with that of another seed, and with the prompts of earlier indices."""
+    index = sample.index
+    if sample.prompt == other.prompt:
+        faults.add("different", f"sample {index} is the same with seeds 0 and 1", where)
+    if sample.prompt in prompts:
+        same = f"samples {prompts[sample.prompt]} and {index} are the same"
+        faults.add("different", same, where)
+    prompts.setdefault(sample.prompt, index)
+    turn = task.subtasks[index % len(task.subtasks)] if task.subtasks else "(none)"
+    if sample.subtask != turn:
+        fault = f"sample {index} is of subtask '{sample.subtask}'; expected '{turn}'"
+        faults.add("subtasks", fault, where)
 
 
 def _check_scores(task: Task, sample: Sample, faults: Faults, where: str) -> None:
