@@ -8,7 +8,7 @@ these carry the reason in `error`, and the runner records them as failed.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvbench.spec import MethodSpec
 
 ANSWER_PREFIX = "answer_prefix"
+TURNS = "turns"
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ def make_plan(
                     [sample.subtask, sample.reference, sample.metadata, sample.cluster]
                 ),
             }
+            if sample.stop:
+                what["stop"] = sample.stop
             for spec, budget, chunk in _variants(specs, settings):
                 given, method_error = options[spec.name]
                 how = {
@@ -224,7 +227,8 @@ def _prepare_sample(
 
 def asked_of(sample: Sample) -> tuple[Any, ...]:
     """What must be equal if a sample is made again."""
-    return sample.prompt, sample.reference, sample.max_new_tokens, sample.question_at
+    limits = sample.max_new_tokens, sample.stop
+    return sample.prompt, sample.reference, sample.question_at, *limits
 
 
 def check_sample(sample: Any, task: Task, index: int) -> Sample:
@@ -245,6 +249,10 @@ def check_sample(sample: Any, task: Task, index: int) -> Sample:
         raise ContractError(f"its max_new_tokens is {limit!r}; expected an int, at least 1")
     if sample.cluster is not None and not isinstance(sample.cluster, str):
         raise ContractError(f"its cluster is {sample.cluster!r}; expected None or a text")
+    if not isinstance(sample.stop, tuple) or not all(
+        isinstance(text, str) and text for text in sample.stop
+    ):
+        raise ContractError(f"its stop is {sample.stop!r}; expected a tuple of texts, none empty")
     at = sample.question_at
     if at is not None and (not isinstance(at, int) or not 0 < at < len(sample.prompt)):
         raise ContractError(
@@ -305,10 +313,13 @@ def encode_prompt(tokenizer: Any, sample: Sample, *, chat: Chat | None) -> list[
     """The token ids of a prompt; with `chat`, as a user's turn in the model's chat template.
 
     If the prompt ends with the beginning of the answer (`metadata["answer_prefix"]`), that part is
-    put after the template's assistant header, so that the model continues it.
+    put after the template's assistant header, so that the model continues it. A sample may also
+    say what its turns are (`metadata["turns"]`).
     """
     if chat is None:
         return list(tokenizer.encode(sample.prompt))
+    if TURNS in sample.metadata:
+        return _turns_in_chat(tokenizer, chat, sample.metadata[TURNS])
     prefix = str(sample.metadata.get(ANSWER_PREFIX, ""))
     return _in_chat(tokenizer, chat, sample.prompt.removesuffix(prefix).rstrip(), prefix.lstrip())
 
@@ -348,6 +359,22 @@ def _in_chat(tokenizer: Any, chat: Chat, content: str, answer: str) -> list[int]
             "--chat-template off"
         )
     return list(tokenizer.encode(text + answer, add_special_tokens=False))
+
+
+def _turns_in_chat(tokenizer: Any, chat: Chat, turns: Sequence[Mapping[str, str]]) -> list[int]:
+    """The token ids of turns, as lm-evaluation-harness makes them.
+
+    A template that takes no system turn gets none, and a template that writes no token for the
+    start of a text gets one if the tokenizer puts it there.
+    """
+    try:
+        text = chat.text(tokenizer, turns)
+    except InputError:
+        if turns[0]["role"] != "system" or len(turns) == 1:
+            raise
+        text = chat.text(tokenizer, turns[1:])
+    start = tokenizer.bos_token
+    return list(tokenizer.encode(text, add_special_tokens=not (start and text.startswith(start))))
 
 
 def _check_length(model: "LoadedModel", task: Task, sample: Sample, prompt: Sequence[int]) -> None:
