@@ -20,6 +20,7 @@ from kvbench.records import read_records
 from kvbench.registry import open_task, tasks
 from kvbench.sweep.chat import Chat
 from kvbench.sweep.plan import encode_prompt
+from kvbench.task import Task
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'kvbench[lm-eval]'")
 
@@ -172,6 +173,13 @@ def write(folder: Path, name: str, text: str, files: dict[str, str], common: str
     (folder / f"{name}.yaml").write_text("\n".join([f"task: {name}", *kept, data, own]), "utf-8")
 
 
+def opened(text: str, count: int = SAMPLES) -> Task:
+    """A task, ready for a sweep."""
+    task = open_task(text)
+    task.ready(count, None, None)
+    return task
+
+
 def its_own_model(model: str) -> Any:
     """A model as lm-eval runs it, with the attention of transformers."""
     from lm_eval.models.huggingface import HFLM
@@ -221,7 +229,7 @@ def test_prompts_answers_and_scores_are_those_of_lm_eval(
         tasks=[f"lm-eval:{folder}/{name}" for name in names],
         samples=SAMPLES,
         context=1000,
-        chat_template="on" if chat else "off",
+        chat_template="on" if chat else "auto",  # lm-eval uses none unless it is told to
         dtype="float32",
         out=tmp_path / "run",
     )
@@ -233,7 +241,7 @@ def test_prompts_answers_and_scores_are_those_of_lm_eval(
         metric, kind = METRICS.get(name, "exact_match"), FILTERS.get(name, "none")
         logged = [each for each in expected["samples"][name] if each["filter"] == kind]
         assert [each["doc_id"] for each in logged] == list(range(SAMPLES))
-        task = open_task(f"lm-eval:{folder}/{name}")
+        task = opened(f"lm-eval:{folder}/{name}")
         own_scores = []
         for each in logged:
             record = records[name, each["doc_id"]]
@@ -245,6 +253,7 @@ def test_prompts_answers_and_scores_are_those_of_lm_eval(
             tokens = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
             assert encode_prompt(tokenizer, sample, chat=Chat() if chat else None) == tokens
             assert record.prompt_tokens == len(tokens)
+            assert record.chat is chat
             assert record.prediction == each["resps"][0][0]
             assert record.score == each[metric]
             own_scores.append(record.score)
@@ -255,11 +264,11 @@ def test_prompts_answers_and_scores_are_those_of_lm_eval(
 
 def test_a_group_is_one_task_whose_tasks_take_turns(folder: Path) -> None:
     tokenizer = load_model("tiny").tokenizer
-    task = open_task(f"lm-eval:{folder}/both")
+    task = opened(f"lm-eval:{folder}/both")
     made = [task.sample(at, seed=0, context=900, tokenizer=tokenizer) for at in range(4)]
     assert task.subtasks == ("harbour", "several")
     assert [each.subtask for each in made] == ["harbour", "several"] * 2
-    alone = open_task(f"lm-eval:{folder}/several")
+    alone = opened(f"lm-eval:{folder}/several")
     expected = alone.sample(1, seed=0, context=900, tokenizer=tokenizer)
     assert (made[3].prompt, made[3].reference) == (expected.prompt, expected.reference)
     assert task.score(f"so {made[3].reference[1]}", made[3]) == 0.0
@@ -270,7 +279,7 @@ def test_a_group_is_one_task_whose_tasks_take_turns(folder: Path) -> None:
 
 def test_samples_do_not_depend_on_the_order_in_which_they_are_asked_for(folder: Path) -> None:
     tokenizer = load_model("tiny").tokenizer
-    one, other = (open_task(f"lm-eval:{folder}/shots") for _ in range(2))
+    one, other = (opened(f"lm-eval:{folder}/shots") for _ in range(2))
     given: dict[str, Any] = {"context": 900, "tokenizer": tokenizer}
     backwards = [one.sample(at, seed=0, **given) for at in (2, 0, 1)]
     assert [other.sample(at, seed=7, **given) for at in (0, 1, 2)] == sorted(
@@ -280,18 +289,18 @@ def test_samples_do_not_depend_on_the_order_in_which_they_are_asked_for(folder: 
 
 
 def test_a_changed_function_or_file_changes_the_fingerprint(folder: Path) -> None:
-    before = open_task(f"lm-eval:{folder}/needle").fingerprint()
+    before = opened(f"lm-eval:{folder}/needle").fingerprint()
     file = folder / "functions.py"
     text = file.read_text()
     file.write_text(text.replace("/ len(doc", "// len(doc"))
-    assert open_task(f"lm-eval:{folder}/needle").fingerprint() != before
+    assert opened(f"lm-eval:{folder}/needle").fingerprint() != before
     file.write_text(text)
-    assert open_task(f"lm-eval:{folder}/needle").fingerprint() == before
+    assert opened(f"lm-eval:{folder}/needle").fingerprint() == before
 
 
 def test_a_metric_and_a_filter_can_be_chosen(folder: Path) -> None:
     tokenizer = load_model("tiny").tokenizer
-    task = open_task(f"lm-eval:{folder}/filtered:exact_match:strict")
+    task = opened(f"lm-eval:{folder}/filtered:exact_match:strict")
     sample = task.sample(0, seed=0, context=900, tokenizer=tokenizer)
     assert task.score(f"x #### {sample.reference}", sample) == 1.0
     assert task.score(f"{sample.reference}", sample) == 0.0
@@ -317,7 +326,7 @@ REFUSED = {
     "drawn": (f"generation_kwargs: {MORE}", "sets do_sample in generation_kwargs"),
     "beams": (f"generation_kwargs: {BEAMS}", "sets num_beams in generation_kwargs"),
     "unsafe": ("unsafe_code: true", "is marked unsafe: it may run what a model writes"),
-    "split": ("test_split: nowhere", "cannot be loaded: KeyError"),
+    "split": ("test_split: nowhere", "lm-eval cannot load 'split': KeyError"),
     "seen": ('doc_to_image: ["facts"]', "shows images or plays sound"),
 }
 
@@ -334,7 +343,7 @@ def test_tasks_that_cannot_be_run_are_refused_on_one_line(
     write(tmp_path, name, f"\n{prompt}{target}{text}\n", files)
     tokenizer = load_model("tiny").tokenizer
     with pytest.raises(InputError) as raised:
-        open_task(f"lm-eval:{tmp_path}/{name}").sample(0, seed=0, context=900, tokenizer=tokenizer)
+        opened(f"lm-eval:{tmp_path}/{name}").sample(0, seed=0, context=900, tokenizer=tokenizer)
     assert reason in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -346,7 +355,7 @@ def test_a_task_that_is_marked_unsafe_can_be_allowed(
     text = '\ndoc_to_text: "{{facts}}"\ndoc_to_target: value\nunsafe_code: true\n'
     write(tmp_path, "unsafe", text, {"test": str(folder / "test.jsonl")})
     tokenizer = load_model("tiny").tokenizer
-    task = open_task(f"lm-eval:{tmp_path}/unsafe")
+    task = opened(f"lm-eval:{tmp_path}/unsafe")
     assert task.sample(0, seed=0, context=900, tokenizer=tokenizer).prompt
 
 
@@ -364,21 +373,26 @@ def test_a_task_that_is_marked_unsafe_can_be_allowed(
 def test_names_that_are_wrong_are_told(text: str, reason: str, folder: Path) -> None:
     tokenizer = load_model("tiny").tokenizer
     with pytest.raises(InputError) as raised:
-        open_task(f"lm-eval:{folder}/{text}").sample(0, seed=0, context=900, tokenizer=tokenizer)
+        opened(f"lm-eval:{folder}/{text}").sample(0, seed=0, context=900, tokenizer=tokenizer)
     assert reason in str(raised.value)
 
 
-def test_too_long_a_prompt_and_too_many_samples_are_refused(folder: Path) -> None:
-    tokenizer = load_model("tiny").tokenizer
-    task = open_task(f"lm-eval:{folder}/plain")
-    sample = task.sample(0, seed=0, context=900, tokenizer=tokenizer)
-    needed = len(tokenizer.encode(sample.prompt)) + 256
-    assert sample.max_new_tokens == 256
-    with pytest.raises(InputError, match=f"choose --context {needed} or more"):
-        task.sample(0, seed=0, context=needed - 1, tokenizer=tokenizer)
-    assert task.sample(0, seed=0, context=needed, tokenizer=tokenizer) == sample
-    with pytest.raises(InputError, match="has 4 documents; choose fewer --samples"):
-        task.sample(4, seed=0, context=900, tokenizer=tokenizer)
+def test_a_run_takes_the_documents_that_there_are(folder: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"methods": ["full"], "tasks": [f"lm-eval:{folder}/several"]}
+    kvbench.run("tiny", out=tmp_path / "run", samples=9, **given)
+    found = read_records(tmp_path / "run")
+    assert [each.sample for each in found] == [0, 1, 2, 3]
+    given["tasks"] = [f"lm-eval:{folder}/both"]
+    kvbench.run("tiny", out=tmp_path / "both", samples=9, **given)
+    assert len(read_records(tmp_path / "both")) == 8
+
+
+def test_too_long_a_prompt_is_refused(folder: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"methods": ["full"], "tasks": [f"lm-eval:{folder}/plain"]}
+    with pytest.raises(
+        InputError, match="document 0 of lm-eval task 'plain': it takes"
+    ):
+        kvbench.run("tiny", out=tmp_path / "run", context=300, **given)
 
 
 def test_the_command_line_takes_a_folder(folder: Path, tmp_path: Path) -> None:
