@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -79,7 +80,7 @@ class LmEvalTask(Task):
         """lm-eval's version, the YAML and Python files of the user's folder, and the documents."""
         found = hashlib.sha256(version("lm_eval").encode())
         for path in sorted(self.folder.rglob("*")) if self.folder else ():
-            if path.is_file() and path.suffix in (".py", ".yaml", ".yml", ""):
+            if path.is_file() and re.search(r"\.py$|ya?ml", path.name):
                 found.update(path.name.encode() + path.read_bytes())
         for part, number in self.order if self.length is None else ():
             found.update(json.dumps(part.docs[number], sort_keys=True, default=str).encode())
