@@ -34,12 +34,13 @@ from kvbench.report.statistics import (
     Floats,
     Interval,
     Status,
-    by_cluster,
     critical,
     critical_rows,
     fit,
+    independent,
     interval,
     resampled_means,
+    weighted_means,
 )
 
 FEWEST_SHARE = 0.5  # a budget with a smaller share of its curve's samples is no point of it
@@ -83,7 +84,7 @@ class Critical:
     status: Status
     interval: Interval | None
     draws: Floats = field(repr=False, compare=False)
-    independent: int  # clusters of samples, or samples where there are none
+    independent: tuple[int, ...]  # as `kvbench.report.statistics.independent` gives them
 
 
 @dataclass(frozen=True)
@@ -339,7 +340,7 @@ def report_records(
     """
     frame = records if isinstance(records, DataFrame) else frame_of(records)
     cells, notes = select(frame, latest, current_codes(runs))
-    notes = [*_notes_on_runs(runs), *notes]
+    notes = [*_notes_on_runs(runs), *notes, *_notes_on_lengths(cells, runs)]
     curves: list[Curve] = []
     groups: dict[Setting, list[CellGroup]] = {}
     for key, in_setting in cells.groupby(["task", "model", "context", "seed", "compress"]):
@@ -364,7 +365,7 @@ def difference(left: Curve, right: Curve) -> Difference | None:
     if left.setting != right.setting:
         raise ValueError("differences are paired over samples, so within one setting")
     one, other = left.footprint, right.footprint
-    found = interval(one.draws - other.draws, min(one.independent, other.independent))
+    found = interval(one.draws - other.draws, min(one.independent, other.independent, key=sum))
     return Difference(left, right, one.value - other.value, found)
 
 
@@ -378,6 +379,30 @@ def differences(curves: Iterable[Curve]) -> list[Difference]:
 def by_critical(curves: Iterable[Curve]) -> list[Curve]:
     """Return curves from the smallest critical footprint to the largest, unknown ones last."""
     return sorted(curves, key=lambda c: (c.footprint.value if c.footprint else np.inf, c.label))
+
+
+def _notes_on_lengths(cells: DataFrame, runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return notes on samples that were cut because they were too long, or were left out."""
+    notes = []
+    for task, of_task in cells.groupby("task"):
+        samples = of_task.groupby("sample")["cut_tokens"].max().dropna()
+        if (cut := samples[samples > 0]).any():
+            notes.append(
+                f"{task}: the contexts of {len(cut)} of {len(samples)} samples are cut, by "
+                f"{cut.max()} tokens at most"
+            )
+    skipped: dict[str, list[int]] = {}
+    for run in runs:
+        for each in run["invocations"]:
+            skipped |= {task: [] for task in each.get("experiment", {}).get("tasks", [])}
+            skipped |= each.get("skipped", {})
+    for name, left_out in skipped.items():
+        if left_out:
+            many = "1 sample was" if len(left_out) == 1 else f"{len(left_out)} samples were"
+            shown = ", ".join(map(str, left_out[:FEW_SAMPLES]))
+            more = ", ..." if len(left_out) > FEW_SAMPLES else ""
+            notes.append(f"{name}: {many} left out, too long: {shown}{more}")
+    return notes
 
 
 def _notes_on_runs(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -490,11 +515,17 @@ def _curves_of(
     full = groups[0].cells.set_index("sample")["score"].sort_index()
     if not full.any():
         notes.append(f"{where}: full attention scores 0, so there is nothing to lose")
-    if len(full) < FEW_SAMPLES:
+    clusters = _codes(groups[0].cells, full, "cluster")
+    subtasks = _codes(groups[0].cells, full, "subtask")
+    count = len(full) if clusters is None else len(np.unique(clusters))
+    one, many = "sample", "samples"
+    if clusters is not None:
+        one, many = "cluster of samples", "clusters of samples"
+    if count < FEW_SAMPLES:
         notes.append(
-            f"{where}: intervals of {len(full)} samples are rough"
-            if len(full) > 1
-            else f"{where}: one sample only, so there are no intervals"
+            f"{where}: intervals of {count} {many} are rough"
+            if count > 1
+            else f"{where}: one {one} only, so there are no intervals"
         )
     kept = []
     labels = labels_of(groups, peers, with_chunk=True)
@@ -505,18 +536,18 @@ def _curves_of(
             kept.append((replace(group, cells=usable), label, name))
     tables = [_by_sample(group.cells, full) for group, _, _ in kept]
     together = concat(tables, axis=1)
-    clusters = _clusters(groups[0].cells, full)
     means, counts = resampled_means(
         np.ascontiguousarray(together.to_numpy()),
         np.asarray(together.columns.get_level_values(0) == "score"),
         clusters,
+        subtasks,
     )
     ends = np.cumsum([table.shape[1] for table in tables])[:-1]
     curves = []
     for (group, label, name), table, mean, count in zip(
         kept, tables, np.split(means, ends, axis=1), np.split(counts, ends, axis=1), strict=True
     ):
-        measures = _measures(table, mean, count, clusters)
+        measures = _measures(table, mean, count, clusters, subtasks)
         curves.append(_curve(setting, group, label, name, measures, threshold))
     return _mark_best(curves)
 
@@ -561,14 +592,22 @@ def _by_sample(cells: DataFrame, full: "Series[float]") -> DataFrame:
     return wide.reindex(full.index)
 
 
-def _clusters(cells: DataFrame, full: "Series[float]") -> NDArray[np.intp] | None:
-    """Return the cluster of each sample of the baseline [S]; None if no record names a cluster.
+def means_over_subtasks(cells: DataFrame, columns: list[str]) -> DataFrame:
+    """Return the means of columns at each budget: over samples if subtasks have equally many."""
+    of_subtasks = cells.groupby(["budget", "subtask"])
+    if (of_subtasks.size().groupby("budget").nunique() == 1).all():
+        return cells.groupby("budget")[columns].mean()
+    return of_subtasks[columns].mean().groupby("budget").mean()
 
-    A record without a cluster is a cluster of its own.
+
+def _codes(cells: DataFrame, full: "Series[float]", what: str) -> NDArray[np.intp] | None:
+    """Return the number of each baseline sample's cluster or subtask [S]; None if none is named.
+
+    A record that names none is one of its own.
     """
-    if "cluster" not in cells or cells["cluster"].isna().all():
+    if what not in cells or cells[what].isna().all():
         return None
-    named = cells.groupby("sample")["cluster"].first().reindex(full.index)
+    named = cells.groupby("sample")[what].first().reindex(full.index)
     codes = named.factorize()[0]
     return np.where(codes < 0, codes.max() + 1 + np.arange(len(codes)), codes)
 
@@ -578,25 +617,29 @@ class _Measure(NamedTuple):
 
     mean: Floats  # [P]
     samples: NDArray[np.int64]  # [P]
-    independent: NDArray[np.int64]  # [P], clusters of samples, or samples where there are none
+    independent: list[tuple[int, ...]]  # [P], see `kvbench.report.statistics.independent`
     means: Floats  # [R, P]
     counts: Floats  # [R, P], samples in each resample
 
 
 def _measures(
-    table: DataFrame, means: Floats, counts: Floats, clusters: NDArray[np.intp] | None
+    table: DataFrame,
+    means: Floats,
+    counts: Floats,
+    clusters: NDArray[np.intp] | None,
+    subtasks: NDArray[np.intp] | None,
 ) -> dict[str, _Measure]:
     """Return the measures of a table of `_by_sample`, and of its resamples, by name."""
     values = np.ascontiguousarray(table.to_numpy())
     there = ~np.isnan(values)
     samples = there.sum(axis=0)
-    independent = (by_cluster(there.astype(float), clusters) > 0).sum(axis=0)
-    mean = np.nansum(values, axis=0) / np.maximum(samples, 1)
+    units = independent(there, clusters, subtasks)
+    mean = weighted_means(values, subtasks)
     names = table.columns.get_level_values(0)
     return {
-        name: _Measure(mean[at], samples[at], independent[at], means[:, at], counts[:, at])
+        name: _Measure(mean[at], samples[at], [units[i] for i in at], means[:, at], counts[:, at])
         for name in names.unique()
-        for at in [np.asarray(names == name)]
+        for at in [np.flatnonzero(names == name)]
     }
 
 
@@ -612,14 +655,14 @@ def _curve(
     score, footprint, peak, full = (measures[name] for name in (*MEASURES, BASELINE))
     reads = measures.get(READS)
     baseline, samples = float(full.mean[0]), int(full.samples[0])
-    independent = int(full.independent[0])
+    units = full.independent[0]
 
     def find(cost: _Measure) -> Critical | None:
         if baseline <= 0 or not cost.samples.all():
             return None
         if group.method == BASELINE:
             return Critical(
-                1.0, Status.REACHED, Interval(1.0, 1.0), np.ones(len(cost.means)), independent
+                1.0, Status.REACHED, Interval(1.0, 1.0), np.ones(len(cost.means)), units
             )
         at = cost.mean.argsort(kind="stable")
         weights = score.samples[at].astype(float)
@@ -634,7 +677,7 @@ def _curve(
             full.counts[:, 0],
             threshold,
         )
-        return Critical(value, status, interval(draws, independent), draws, independent)
+        return Critical(value, status, interval(draws, units), draws, units)
 
     def fitted(cost: _Measure) -> tuple[tuple[float, float], ...]:
         at = cost.mean.argsort(kind="stable")
@@ -642,15 +685,15 @@ def _curve(
         costs = [*np.minimum(cost.mean[at], 1.0).tolist(), 1.0]
         return tuple(zip(costs, scores.tolist(), strict=True))
 
-    budgets = group.cells["budget"]
-    others = group.cells[list(COSTS)].astype(float).groupby(budgets).mean()
+    costs = group.cells.astype(dict.fromkeys(COSTS, float))
+    others = means_over_subtasks(costs, list(COSTS))
     order = footprint.mean.argsort(kind="stable")
     points = tuple(
         Point(
             budget=float(others.index[i]),
             kv_footprint=float(footprint.mean[i]),
             score=float(score.mean[i]),
-            score_interval=interval(score.means[:, i], int(score.independent[i])),
+            score_interval=interval(score.means[:, i], score.independent[i]),
             kv_peak=float(peak.mean[i]) if peak.samples[i] else None,
             kv_reads=known(others["kv_reads"].iloc[i], float),
             kv_bytes_peak=known(others["kv_bytes_peak"].iloc[i], float),
