@@ -34,7 +34,7 @@ def checkable(incomplete: str) -> list[str]:
 
 def kinds(incomplete: str) -> list[str]:
     """Completions of what `kvbench list` lists."""
-    return _in_list(("methods", "tasks", "metrics", "models"), incomplete)
+    return _in_list(("methods", "tasks", "sources", "metrics", "models"), incomplete)
 
 
 def models(incomplete: str) -> list[str]:

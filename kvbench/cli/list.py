@@ -1,4 +1,4 @@
-"""`kvbench list`: the methods, tasks, metrics and models that are installed."""
+"""`kvbench list`: the methods, tasks, sources of tasks, metrics and models that there are."""
 
 import json
 import typing
@@ -15,7 +15,7 @@ from kvbench.method import Method, option_name
 from kvbench.metrics import metrics
 from kvbench.models.card import EMBEDDED, read_card
 from kvbench.models.wheel import WHEELS
-from kvbench.registry import methods, tasks
+from kvbench.registry import methods, task_sources, tasks
 from kvbench.spec import ADA, Chunking, method_names
 
 EXAMPLES = options.examples(
@@ -29,7 +29,7 @@ def list_command(
         typer.Argument(
             metavar="KINDS",
             show_default="all",
-            help="methods, tasks, metrics or models; several separated by commas.",
+            help="methods, tasks, sources, metrics or models; several separated by commas.",
             autocompletion=complete.kinds,
         ),
     ] = None,
@@ -37,11 +37,13 @@ def list_command(
         Literal["table", "json"], opt(OUTPUT, "What to print.", names=["--format"])
     ] = "table",
 ) -> int:
-    """List methods with their options, tasks, metrics and models."""
+    """List methods with their options, tasks and their sources, metrics and models."""
     chosen = tuple(LISTS) if kinds is None else comma_list(kinds, "kinds", str)
     for kind in chosen:
         if kind not in LISTS:
             raise InputError(f"nothing called '{kind}' to list: {did_you_mean(kind, LISTS)}")
+    if form == "table" and "tasks" in chosen and "sources" not in chosen:
+        chosen = (*chosen, "sources")
     listing = {kind: LISTS[kind]() for kind in chosen}
     if form == "json":
         print(json.dumps(listing, indent=2))
@@ -127,6 +129,14 @@ def list_tasks() -> list[dict[str, Any]]:
     ]
 
 
+def list_sources() -> list[dict[str, Any]]:
+    """Where tasks come from that have no name here."""
+    return [
+        {"source": name, "about": first_line(task_sources.get(name))}
+        for name in task_sources.names()
+    ]
+
+
 def list_metrics() -> list[dict[str, Any]]:
     """Registered metrics, with the tasks that name them."""
     named = [(tasks.get(name).metric, name) for name in tasks.names()]
@@ -166,12 +176,14 @@ def known_models() -> list[tuple[str, Path, str]]:
 LISTS = {
     "methods": list_methods,
     "tasks": list_tasks,
+    "sources": list_sources,
     "metrics": list_metrics,
     "models": list_models,
 }
 FACTS = {  # what stands beside a name
     "methods": "{family}",
     "tasks": "metric {metric}; measured by default: {default}",
+    "sources": "--task {source}:...",
     "metrics": "used by: {tasks}",
     "models": "context {context} tokens, prefill chunks of {prefill chunk}",
 }

@@ -82,6 +82,10 @@ def run(
         str | None,
         opt(WHAT, TASKS, "see 'list tasks'", metavar=LIST, autocompletion=complete.tasks),
     ] = None,
+    lm_eval_path: Annotated[
+        Path | None,
+        opt(WHAT, "Folder with YAML of tasks for lm-eval:NAME.", metavar=FOLDER),
+    ] = None,
     option: Annotated[
         list[str] | None,
         opt(WHAT, options.METHOD_OPTION, metavar="KEY=VALUE"),
@@ -163,7 +167,7 @@ def run(
     choices = Choices(
         model=model,
         method=None if method is None else comma_list(method, "methods", str),
-        task=None if task is None else comma_list(task, "tasks", str),
+        task=in_folder(None if task is None else comma_list(task, "tasks", str), lm_eval_path),
         budgets=comma_list(budgets, "budgets", options.budget),
         samples=samples,
         context=context,
@@ -188,6 +192,19 @@ def run(
         print_plan(choices)
         return 0
     return measure(choices)
+
+
+def in_folder(tasks: tuple[str, ...] | None, folder: Path | None) -> tuple[str, ...] | None:
+    """Names of tasks, those of lm-eval with the folder that `--lm-eval-path` gives."""
+    if folder is None:
+        return tasks
+    source = "lm-eval:"
+    if not any(task.startswith(source) for task in tasks or ()):
+        raise InputError("--lm-eval-path is for tasks of lm-eval; name one: --task lm-eval:NAME")
+    return tuple(
+        f"{source}{folder}/{task.removeprefix(source)}" if task.startswith(source) else task
+        for task in tasks or ()
+    )
 
 
 def measure(choices: Choices) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvbench.engine.accounting import full_attention_peak
 from kvbench.engine.row import Row
+from kvbench.engine.stop import stopped
 from kvbench.method import (
     EVERY_QUERY,
     Competition,
@@ -67,6 +68,8 @@ def run_reference(model: LoadedModel, row: Row, prefill_chunk: int | None) -> Re
     kept = [[sorted(head.positions[0].tolist()) for head in layer] for layer in kv.held]
     kv.new, tokens = 1, [token]
     while len(tokens) < row.max_new_tokens and tokens[-1] not in model.end_tokens:
+        if stopped(model.tokenizer, tokens, row.stop):
+            break
         kv.fed, kv.start = len(tokens), prompt + len(tokens) - 1
         tokens.append(feed([tokens[-1]], kv.start))
     full = full_attention_peak(model.layers, prompt + len(tokens) - 1)

@@ -18,6 +18,7 @@ from kvbench.engine.accounting import (
 from kvbench.engine.cache import HeadGroup, Ledger, RowCache, Visible
 from kvbench.engine.pages import PageBounds
 from kvbench.engine.policy import EvictionPolicy
+from kvbench.engine.stop import check_stop, stopped
 from kvbench.errors import InputError
 from kvbench.method import EVERY_QUERY, Method
 from kvbench.models.load import NOT_FINITE, LoadedModel
@@ -34,6 +35,7 @@ class Row:
     budget: float  # above 0, at most 1
     seed: int = 0  # for methods that draw
     context: int | None = None  # tokens that are evicted from before the rest is read; None: all
+    stop: tuple[str, ...] = ()  # texts that end the answer
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,9 @@ class RowState:
         """Whether the row has generated its answer, or cannot go on."""
         if self.tokens[-1] == NOT_FINITE:
             return True
-        return self.tokens[-1] in model.end_tokens or len(self.tokens) >= self.row.max_new_tokens
+        if self.tokens[-1] in model.end_tokens or len(self.tokens) >= self.row.max_new_tokens:
+            return True
+        return stopped(model.tokenizer, self.tokens, self.row.stop)
 
     def reserve_answer(self) -> None:
         """Allocate storage for the answer where there is none; windows have all they need."""
@@ -239,6 +243,7 @@ def check(model: LoadedModel, row: Row) -> None:
     if not 0 < row.budget <= 1:
         raise InputError(f"a budget must be above 0 and at most 1, not {row.budget}")
     model.check_ids(row.prompt)
+    check_stop(model.tokenizer, row.stop)
     if row.context is not None and not 0 < row.context < len(row.prompt):
         raise InputError(
             f"the context must be from 1 to {len(row.prompt) - 1} tokens of the prompt, not "

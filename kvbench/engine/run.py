@@ -52,7 +52,7 @@ def run_rows(
     groups: dict[object, dict[object, list[int]]] = {}
     for index, row in enumerate(rows):
         full = policy_of(model, row, prefill_chunk).keeps_all
-        same = (row.max_new_tokens,) if full else index
+        same = (row.max_new_tokens, row.stop) if full else index
         prompt = tuple(row.prompt), row.context, limited and row.max_new_tokens
         groups.setdefault(prompt, {}).setdefault(same, []).append(index)
     states: list[RowState] = []

@@ -4,7 +4,7 @@
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -59,13 +59,14 @@ class Chat:
     date: str = TEMPLATE_DATE
     options: tuple[tuple[str, Any], ...] = ()
 
-    def text(self, tokenizer: Any, content: str) -> str:
-        """The prompt as a user's turn, up to where the answer starts.
+    def text(self, tokenizer: Any, content: str | Sequence[Mapping[str, str]]) -> str:
+        """The prompt as a user's turn, or several turns, up to where the answer starts.
 
-        InputError if the template fails. Templates that write the date would otherwise make another
-        prompt every day.
+        A last turn of the assistant's is the start of the answer. InputError if the template fails.
+        Templates that write the date would otherwise make another prompt every day.
         """
-        turns = [{"role": "user", "content": content}]
+        turns = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        begun = turns[-1]["role"] == "assistant"
         given = {**dict(self.options), "kvbench_today": parts_of_day(self.date)}
         try:
             template = TODAY + tokenizer.get_chat_template()
@@ -75,7 +76,8 @@ class Chat:
                         turns,
                         chat_template=template,
                         tokenize=False,
-                        add_generation_prompt=True,
+                        add_generation_prompt=not begun,
+                        continue_final_message=begun,
                         **given,
                     )
                     for _ in range(2)

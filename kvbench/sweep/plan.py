@@ -9,7 +9,7 @@ samples is the user's to mend: what is wrong with one of them is raised before a
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvbench.spec import MethodSpec
 
 ANSWER_PREFIX = "answer_prefix"
+TURNS = "turns"
 PROMPT_TAIL = 240  # characters of the prompt kept in a record
 
 
@@ -348,7 +349,8 @@ def _read_sample(model: "LoadedModel", task: Task, index: int, settings: Setting
 
 def asked_of(sample: Sample) -> tuple[Any, ...]:
     """What must be equal if a sample is made again."""
-    return sample.prompt, sample.reference, sample.max_new_tokens, sample.question_at
+    limits = sample.max_new_tokens, sample.stop
+    return sample.prompt, sample.reference, sample.question_at, *limits
 
 
 def check_sample(sample: Any, task: Task, index: int) -> Sample:
@@ -369,6 +371,10 @@ def check_sample(sample: Any, task: Task, index: int) -> Sample:
         raise ContractError(f"its max_new_tokens is {limit!r}; expected an int, at least 1")
     if sample.cluster is not None and not isinstance(sample.cluster, str):
         raise ContractError(f"its cluster is {sample.cluster!r}; expected None or a text")
+    if not isinstance(sample.stop, tuple) or not all(
+        isinstance(text, str) and text for text in sample.stop
+    ):
+        raise ContractError(f"its stop is {sample.stop!r}; expected a tuple of texts, none empty")
     at = sample.question_at
     if at is not None and (not isinstance(at, int) or not 0 < at < len(sample.prompt)):
         raise ContractError(
@@ -436,10 +442,12 @@ def encode_prompt(tokenizer: Any, sample: Sample, *, chat: Chat | None) -> list[
 
     If the prompt ends with the beginning of the answer (`answer_prefix`, of the sample or its
     metadata), that part is put after the template's assistant header, so that the model continues
-    it.
+    it. A sample may also say what its turns are (`metadata["turns"]`).
     """
     if chat is None:
         return list(tokenizer.encode(sample.prompt))
+    if TURNS in sample.metadata:
+        return _turns_in_chat(tokenizer, chat, sample.metadata[TURNS])
     prefix = sample.answer_prefix or str(sample.metadata.get(ANSWER_PREFIX, ""))
     return _in_chat(tokenizer, chat, sample.prompt.removesuffix(prefix).rstrip(), prefix.lstrip())
 
@@ -479,6 +487,22 @@ def _in_chat(tokenizer: Any, chat: Chat, content: str, answer: str) -> list[int]
             "--chat-template off"
         )
     return list(tokenizer.encode(text + answer, add_special_tokens=False))
+
+
+def _turns_in_chat(tokenizer: Any, chat: Chat, turns: Sequence[Mapping[str, str]]) -> list[int]:
+    """The token ids of turns, as lm-evaluation-harness makes them.
+
+    A template that takes no system turn gets none, and a template that writes no token for the
+    start of a text gets one if the tokenizer puts it there.
+    """
+    try:
+        text = chat.text(tokenizer, turns)
+    except InputError:
+        if turns[0]["role"] != "system" or len(turns) == 1:
+            raise
+        text = chat.text(tokenizer, turns[1:])
+    start = tokenizer.bos_token
+    return list(tokenizer.encode(text, add_special_tokens=not (start and text.startswith(start))))
 
 
 def _check_length(model: "LoadedModel", task: Task, sample: Sample, prompt: Sequence[int]) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from kvbench.engine.row import Outcome, Row
 from kvbench.engine.run import run_rows
+from kvbench.engine.stop import cut
 from kvbench.models.load import LoadedModel
 from kvbench.records import BASELINE, Record, RunWriter
 from kvbench.spec import parse_method
@@ -118,7 +119,8 @@ class Sweep:
     def _scored(self, cell: Cell, outcome: Outcome) -> Record:
         if outcome.failure is not None:
             return self._record(cell, error=outcome.failure)
-        prediction = self.model.tokenizer.decode(outcome.tokens, skip_special_tokens=True)
+        answer = self.model.tokenizer.decode(outcome.tokens, skip_special_tokens=True)
+        prediction = cut(answer, cell.sample.stop)
         try:
             # A copy: what `score` does to the reference must not reach other cells.
             sample = deepcopy(cell.sample)
@@ -192,7 +194,16 @@ def with_prompts(rows: Sequence[Row]) -> list[Row]:
 def rows_of(batch: Sequence[Cell]) -> list[Row]:
     """The engine's rows of some cells; of a stored prompt, only its length is known."""
     return [
-        Row(c.prompt, c.sample.max_new_tokens, c.spec, c.budget, c.seed, c.context) for c in batch
+        Row(
+            prompt=c.prompt,
+            max_new_tokens=c.sample.max_new_tokens,
+            spec=c.spec,
+            budget=c.budget,
+            seed=c.seed,
+            context=c.context,
+            stop=c.sample.stop,
+        )
+        for c in batch
     ]
 
 

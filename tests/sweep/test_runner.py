@@ -1,6 +1,7 @@
 """A sweep continues when cells fail, and names them. The engine here fails on demand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,3 +173,28 @@ def test_a_group_stays_below_what_was_predicted(chunk: int | None) -> None:
         assert measured <= predicted
         assert predicted - workspace(model, 150, chunk or 150) <= 1.5 * measured
         assert measured > 100 * entry_bytes(model, model.layers[0])
+
+
+def test_the_answer_is_recorded_and_scored_up_to_its_stop_string(tmp_path: Path) -> None:
+    made = Sample("echo", "any", 0, "prompt", "x", 3, stop=(";", "."))
+    stopping = replace(cell("full", 0), sample=made)
+    scored: list[str] = []
+
+    def score(prediction: str, sample: Sample) -> float:
+        scored.append(prediction)
+        return 1.0
+
+    asked: list[Row] = []
+
+    def run(model: Any, rows: Sequence[Row], **_: Any) -> list[Outcome]:
+        asked.extend(rows)
+        return failing(rows)
+
+    measured = sweep(run, score)
+    measured.model.tokenizer.decode = lambda tokens, **_: "one. two; three"
+    with RunWriter(tmp_path / "run", {}, {}) as writer:
+        measured.run([stopping, cell("full", 1)], writer, lambda cell: None)
+    records = read_records(tmp_path / "run")
+    assert [record.prediction for record in records] == ["one", "one. two; three"]
+    assert scored == ["one", "one. two; three"]
+    assert [row.stop for row in asked] == [(";", "."), ()]

@@ -102,6 +102,27 @@ def test_a_template_that_leaves_out_the_prompt_is_bad_input(
         encode_prompt(tokenizer_with(template), sample, chat=Chat())
 
 
+def test_a_sample_may_say_what_its_turns_are(tokenizer_with: Callable[[str], Any]) -> None:
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer = tokenizer_with(template)
+    question = {"role": "user", "content": "Who? "}
+    start = {"role": "assistant", "content": "It is"}
+    system = {"role": "system", "content": "Be short."}
+
+    def text(*turns: dict[str, str]) -> str:
+        sample = Sample("t", "any", 0, "plain", ["x"], 4, {"turns": turns})
+        assert encode_prompt(tokenizer, sample, chat=None) == tokenizer.encode("plain")
+        return str(tokenizer.decode(encode_prompt(tokenizer, sample, chat=Chat())))
+
+    assert text(question) == "<user>Who? <end><assistant>"
+    assert text(system, question) == "<system>Be short.<end><user>Who? <end><assistant>"
+    assert text(question, start) == "<user>Who? <end><assistant>It is"
+    no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer.chat_template = no_system + template
+    assert text(system, question, start) == "<user>Who? <end><assistant>It is"
+
+
 def test_a_day_is_checked() -> None:
     assert template_date("2024-07-26") == "2024-07-26"
     with pytest.raises(InputError, match="not a day"):
