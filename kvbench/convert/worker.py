@@ -90,12 +90,12 @@ def helmet(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     loaded = load_data(settings, request["name"], request["path"], request["demos"])
     rows = loaded["data"]
     question = next((c for c in request["question"] if len(rows) and c in rows[0]), None)
-    template = loaded["user_template" if request["chat"] else "prompt_template"]
+    template = loaded["user_template" if settings.use_chat_template else "prompt_template"]
     for index in chosen(rows, question if request["one_row"] else None):
         row = rows[index]
         try:
             prompt, spans = fill(template, row)
-            prefix = "" if request["chat"] else fill(loaded["system_template"], row)[0]
+            prefix = "" if settings.use_chat_template else fill(loaded["system_template"], row)[0]
         except KeyError as error:
             raise Unusable(
                 f"example {index} has no field {error}, which the prompt needs"
