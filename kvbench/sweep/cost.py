@@ -1,6 +1,6 @@
 """The cost of a batch before it runs: tokens through the model, peak memory, seconds."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from kvbench.engine.policy import EvictionPolicy
@@ -40,17 +40,18 @@ def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) 
     While all rows decode: everything they hold, and a copy of one layer. A row whose method gives
     no usable windows costs nothing: it fails before anything is read.
     """
-    groups: dict[tuple[int, ...], list[EvictionPolicy]] = {}
+    groups: dict[Hashable, list[EvictionPolicy]] = {}
     for row in rows:
         try:
             policy = policy_of(model, row, prefill_chunk)
             _ = policy.windows
         except Exception:
             continue
-        groups.setdefault(tuple(row.prompt), []).append(policy)
+        prompt = row.prompt if isinstance(row.prompt, Hashable) else tuple(row.prompt)
+        groups.setdefault(prompt, []).append(policy)
     prefill = attended = most = kept = 0
-    for prompt, policies in groups.items():
-        n = len(prompt)
+    for policies in groups.values():
+        n = policies[0].prompt
         first = min(n, prefill_chunk or n)
         late = [p for p in policies if p.keeps_whole_prompt and not p.evicts_late]
         early = [p for p in policies if not p.keeps_whole_prompt or p.evicts_late]
