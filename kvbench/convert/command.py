@@ -201,9 +201,7 @@ def convert_task(
             for data_set in (d for d in data_sets if not d.left_out):
                 path = draft / f"{data_set.name}.jsonl"
                 files[path.name] = entry = write_data_set(request, data_set, path)
-                say(
-                    f"{task}: {data_set.name}: {entry['rows']} rows, {entry['questions']} questions"
-                )
+                say(f"{data_set.name}: {entry['rows']} rows, {entry['questions']} questions")
             manifest = {
                 "source": request.benchmark,
                 "repository": source.repository,
@@ -360,7 +358,7 @@ def _failure(
         return f"{name}'s loader needs the package '{package}', which {python} lacks: {install}"
     if "error" in line:
         hint = "" if data_set.data else f"; {HUB}"
-        return f"{name}'s loader failed: {line['error']}{hint}"
+        return f"{name}'s loader: {line['error']}{hint}"
     ended = "was killed, perhaps for want of memory" if code == -9 else f"ended with code {code}"
     return f"{python} {ended} before {name}'s loader was done; it said last: {said[:300]}"
 

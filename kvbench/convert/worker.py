@@ -13,6 +13,7 @@ Lines are {"versions": ...}, then {"sample": ...} for each row, then {"done": nu
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import random
@@ -25,7 +26,8 @@ from typing import Any
 
 PACKAGES = ("datasets", "numpy", "transformers", "pandas")  # whose versions are told
 SHORT = 100  # characters of a text that is kept as metadata
-ELSEWHERE = ("question", "answer", "reference_output")  # fields that are not metadata
+# Fields that are not metadata: a sample has them already, or they are long.
+ELSEWHERE = {"context", "demos", "question", "answer", "html_str", "problem", "reference_output"}
 # What holds the context or the question of a LongProc item.
 CONTEXTS = {"html_to_tsv": "html_str"}
 QUESTIONS = {"travel_planning": "problem"}
@@ -174,12 +176,14 @@ def place(prompt: str, part: str, index: int, what: str) -> tuple[int, int]:
 
 def short_fields(row: dict[str, Any]) -> dict[str, Any]:
     """The numbers and short texts of a row."""
-    return {
-        name: value
-        for name, value in row.items()
-        if name not in ELSEWHERE
-        and (isinstance(value, (int, float)) or (isinstance(value, str) and len(value) <= SHORT))
-    }
+    return {name: row[name] for name in row if name not in ELSEWHERE and is_short(row[name])}
+
+
+def is_short(value: Any) -> bool:
+    """Whether a value is a number of JSON or a short text."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) or (isinstance(value, str) and len(value) <= SHORT)
 
 
 if __name__ == "__main__":
