@@ -161,8 +161,8 @@ def configured(checkout: Path, paper: Iterable[DataSet]) -> Iterator[DataSet]:
             raise InputError(f"{path} does not name the data of other lengths: {error}") from error
         for name, data, demos, limit, answer in rows:
             if of := of_family.get(_family(name)):
-                limits = {"input_limit": int(limit), "answer_limit": int(answer)}
-                yield replace(of, name=name, data=data or None, demos=demos or None, **limits)
+                found = replace(of, name=name, data=data or None, demos=demos or None)
+                yield replace(found, input_limit=int(limit), answer_limit=int(answer))
 
 
 def _family(name: str) -> str:

@@ -12,6 +12,7 @@ Lines are {"versions": ...}, then {"sample": ...} for each row, then {"done": nu
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -85,8 +86,7 @@ class Unusable(Exception):
 
 def helmet(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The samples of a HELMET data set, as its eval.py makes prompts of them."""
-    from data import load_data  # type: ignore[import-not-found]
-
+    load_data = importlib.import_module("data").load_data
     settings = SimpleNamespace(**request["settings"])
     random.seed(settings.seed)
     loaded = load_data(settings, request["name"], request["path"], request["demos"])
@@ -130,7 +130,8 @@ def chosen(rows: Any, question: str | None) -> list[int]:
 
 def fill(template: str, row: dict[str, Any]) -> tuple[str, dict[str, tuple[int, int]]]:
     """`template.format(**row)`, and where in it each field came to lie first."""
-    text, spans = "", {}
+    text = ""
+    spans: dict[str, tuple[int, int]] = {}
     for literal, field, spec, conversion in Formatter().parse(template):
         text += literal
         if field is not None:
@@ -145,10 +146,9 @@ def fill(template: str, row: dict[str, Any]) -> tuple[str, dict[str, tuple[int, 
 
 def longproc(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """All samples of a LongProc data set, in the order of its file."""
-    from longproc.longproc_data import load_longproc_data  # type: ignore[import-not-found]
-
+    load = importlib.import_module("longproc.longproc_data").load_longproc_data
     kind = request["name"].rpartition("_")[0]
-    for index, row in enumerate(load_longproc_data(request["name"], request["data"])[0]):
+    for index, row in enumerate(load(request["name"], request["data"])[0]):
         prompt, item = row["input_prompt"], row["item"]
         context = question = None
         if kind in CONTEXTS:
