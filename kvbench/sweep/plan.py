@@ -128,7 +128,7 @@ def make_plan(
                     [sample.subtask, sample.reference, sample.metadata, sample.cluster]
                 ),
             }
-            for spec, budget, chunk in _variants(specs, settings):
+            for spec, budget, chunk in variants(specs, settings):
                 given, method_error = options[spec.name]
                 how = {
                     "method": [spec.name, given, codes[spec.name]],
@@ -272,9 +272,10 @@ def method_code(spec: "MethodSpec") -> str:
     return source_code(*map(type, parts))
 
 
-def _variants(
+def variants(
     specs: Sequence["MethodSpec"], settings: Settings
 ) -> Iterable[tuple["MethodSpec", float, int | None]]:
+    """Each method with its budgets and prefill chunks: the cells of one sample."""
     for spec in specs:
         budgets = (1.0,) if spec.name == BASELINE else settings.budgets
         for budget in budgets:

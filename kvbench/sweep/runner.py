@@ -20,6 +20,7 @@ from kvbench.sweep.plan import Cell, one_line
 from kvbench.task import Task
 
 PROMPT_TAIL = 240  # characters of the prompt kept in a record
+MEMORY_SHARE = 0.75  # of the free memory, that a sweep takes by default
 MOST_ROWS = 64  # rows of several samples; more in a batch gain nothing on any machine seen so far
 
 RunRows = Callable[..., list[Outcome]]
@@ -237,7 +238,7 @@ def free_bytes(model: LoadedModel) -> int:
         free = int(torch.cuda.mem_get_info(model.device)[0])
     else:
         free = psutil.virtual_memory().available
-    return free * 3 // 4
+    return int(free * MEMORY_SHARE)
 
 
 def gib(size: float) -> str:
