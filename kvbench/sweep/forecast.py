@@ -36,7 +36,7 @@ GPUS = Path(__file__).parent / "gpus.yaml"
 
 # Shares of a GPU's peaks that a run reaches, and seconds that a layer of a forward costs beside its
 # operations and bytes; all from results/benchmarks/gpu_shapes.txt (docs/cost.md).
-PRODUCTS, ATTENTION, BANDWIDTH, LAYER_SECONDS = 0.56, 0.52, 0.9, 0.00014
+PRODUCTS, ATTENTION, BANDWIDTH, LAYER_SECONDS = 0.47, 0.56, 0.9, 0.00015
 
 
 @dataclass(frozen=True)
