@@ -22,8 +22,11 @@ EXAMPLES = options.examples(
 )
 
 
-def read_config(ctx: typer.Context, value: Path | None) -> None:
-    """Make a YAML file's values the defaults of the options that they name."""
+def read_config(ctx: typer.Context, value: Path | None, also: Sequence[str] = ()) -> None:
+    """Make a YAML file's values the defaults of the options that they name.
+
+    Options in `also`, which the command does not have, are passed over.
+    """
     if value is None or ctx.resilient_parsing:
         return
     import yaml
@@ -41,6 +44,8 @@ def read_config(ctx: typer.Context, value: Path | None) -> None:
     defaults = {}
     for key, setting in config.items():
         name = str(key).replace("_", "-")
+        if name.replace("-", "_") in also and name not in known:
+            continue
         if name not in known:
             raise InputError(f"{value}: unknown key '{key}': {did_you_mean(name, known)}")
         defaults[name.replace("-", "_")] = _config_value(value, name, setting)
