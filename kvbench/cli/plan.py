@@ -29,7 +29,9 @@ def read_scale(ctx: typer.Context, value: Path | None) -> None:
 
 
 def plan(
-    method: Annotated[str | None, opt(WHAT, "Methods, or 'all'.", "the paper's", metavar=LIST)] = None,
+    method: Annotated[
+        str | None, opt(WHAT, "Methods, or 'all'.", "the paper's", metavar=LIST)
+    ] = None,
     task: Annotated[str | None, opt(WHAT, "Tasks.", "the paper's", metavar=LIST)] = None,
     option: Annotated[
         list[str] | None, opt(WHAT, options.METHOD_OPTION, metavar="KEY=VALUE")
@@ -76,7 +78,7 @@ def plan(
     Without options the cost of the paper's scale is told. The exit code is 1
     if some cells do not fit in the GPU's memory.
     """
-    from kvbench.reproduce.full import workloads
+    from kvbench.reproduce.full import shapes, workloads
     from kvbench.sweep.command import Choices
     from kvbench.sweep.forecast import forecast, read_gpu
 
@@ -88,8 +90,6 @@ def plan(
         prefill_chunk=comma_list(prefill_chunk, "sizes", options.tokens),
         option=options.key_value(option),
     )
-    from kvbench.reproduce.full import shapes
-
     tasks = None if task is None else comma_list(task, "tasks", str)
     loads = workloads(tasks, context=context, samples=samples, answer=answer)
     found = forecast(choices, shapes(model, model_config, dtype), chosen, loads)
@@ -117,10 +117,12 @@ def print_text(found: "Forecast") -> None:
         mine = {line.task: line for line in found.lines if line.method == method}
         cells = [f"{mine[t].seconds / 3600:.1f}" + "*" * bool(mine[t].left_out) for t in tasks]
         hours.add_row(method, *cells, f"{sum(x.seconds for x in mine.values()) / 3600:.1f}")
+    sums = [sum(line.seconds for line in found.lines if line.task == task) for task in tasks]
+    hours.add_row("all", *(f"{each / 3600:.1f}" for each in sums), f"{total.seconds / 3600:.1f}")
     console.print(hours)
     costs = Table(
-        *("task", "samples", "prompt", "answer", "cells", "tokens", "PFLOP", "moved", "KV peak"),
-        *("memory", "GPU-hours"),
+        *("task", "samples", "prompt", "answer", "cells", "tokens", "PFLOP", "PB moved", "KV peak"),
+        "memory",
         box=SIMPLE_HEAD,
     )
     for column in costs.columns[1:]:
@@ -136,16 +138,15 @@ def print_text(found: "Forecast") -> None:
             f"{sum(line.cells for line in lines):,.0f}",
             f"{sum(line.tokens for line in lines):.2e}",
             f"{sum(line.flops for line in lines) / 1e15:,.0f}",
-            f"{sum(line.bytes_moved for line in lines) / 1e12:,.0f} TB",
+            f"{sum(line.bytes_moved for line in lines) / 1e15:,.1f}",
             gib(max(line.kv_bytes_peak for line in lines)),
             gib(max(line.bytes_needed for line in lines)),
-            f"{sum(line.seconds for line in lines) / 3600:,.1f}",
         )
     console.print(costs)
     console.print(
         f"all: {total.cells:,.0f} cells, {total.tokens:.3g} tokens, {total.flops:.3g} FLOP, "
-        f"{total.bytes_moved:.3g} bytes moved, {total.seconds / 3600:,.0f} GPU-hours; prompt and "
-        "answer are upper bounds, memory is beside the weights (docs/cost.md)",
+        f"{total.bytes_moved:.3g} bytes moved, {total.seconds / 3600:,.0f} GPU-hours; answers are as "
+        "long as their limit, memory is beside the weights (docs/cost.md)",
         markup=False,
     )
     left = sum(line.left_out for line in found.lines)

@@ -9,9 +9,7 @@ anything is loaded.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import yaml
 from pandas import DataFrame
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -38,16 +36,10 @@ from kvbench.reproduce.paper import THRESHOLD, paper_report, paper_table
 from kvbench.sweep.command import COMPARED, Choices, default_tasks, run_sweep
 from kvbench.sweep.progress import Listener
 
-FULL_SCALE = Path(__file__).parent / "full-scale.yaml"
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 CHUNKS = (4, 8)  # the context is divided by these into prefill chunks; the paper uses a quarter
 PAPER = {name: f"paper_{name}" for name in ("critical_footprint", "bound", "baseline")}
 RUN = "run"  # the folder of the records, inside the output folder
-
-# Llama-3.1-8B: parameters, and bytes of keys and values per token (32 layers of 8 KV heads of 128).
-PARAMETERS = 8_030_000_000
-KV_BYTES = 2 * 32 * 8 * 128 * 2
-WORKING_BYTES = 4 * 2**30  # activations of a prefill chunk of 32K tokens, in bfloat16
 
 
 @dataclass(frozen=True)
@@ -241,85 +233,3 @@ def print_table(table: DataFrame, claims: Sequence[Claim], threshold: float) -> 
     console.print("Claims of the paper, on these data:")
     for claim in claims:
         console.print(f"  {claim.verdict:12} {claim.text}", highlight=False)
-
-
-def full_scale_choices() -> dict[str, Any]:
-    """Return the configuration of the full scale, as `kvbench run --config` takes it."""
-    settings = yaml.safe_load(FULL_SCALE.read_text(encoding="utf-8"))
-    return dict(settings)
-
-
-def full_choices(out: Path) -> Choices:
-    """The full scale as a sweep into the folder `out`."""
-    settings = {key.replace("-", "_"): value for key, value in full_scale_choices().items()}
-    for name in ("method", "task", "budgets"):
-        settings[name] = tuple(settings[name])
-    settings["prefill_chunk"] = (settings["prefill_chunk"],)
-    settings["option"] = {key: str(value) for key, value in settings["option"].items()}
-    return Choices(out=out, **settings)
-
-
-def missing_for_full_scale(settings: dict[str, Any]) -> list[str]:
-    """Return what this machine lacks to run the full scale, one line each; empty if nothing.
-
-    A task whose samples are published data has a true attribute `published`.
-    """
-    missing = [_missing_gpu(int(settings["context"])), _missing_model(str(settings["model"]))]
-    known = task_registry.names()
-    unknown = [task for task in settings["task"] if task not in known]
-    if unknown:
-        missing.append(f"tasks that kvbench does not have: {', '.join(unknown)}")
-    generated = [
-        task
-        for task in settings["task"]
-        if task in known and not getattr(task_registry.get(task), "published", False)
-    ]
-    if generated:
-        missing.append(
-            f"the data of HELMET and LongProc: {', '.join(generated)} can only be generated here"
-        )
-    missing.append(_missing_scores(str(settings["model"]), settings))
-    return [text for text in missing if text is not None]
-
-
-def _missing_gpu(context: int) -> str | None:
-    needed = 2 * PARAMETERS + 2 * KV_BYTES * context + WORKING_BYTES
-    want = f"a CUDA GPU with {needed / 2**30:.0f} GiB of memory"
-    try:
-        import torch
-    except ModuleNotFoundError:
-        return f"{want}, and PyTorch to use it: pip install 'kvbench[run]'"
-    if not torch.cuda.is_available():
-        return f"{want}: there is none that PyTorch {torch.__version__} can use"
-    memory = max(
-        torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())
-    )
-    return None if memory >= needed else f"{want}: the largest here has {memory / 2**30:.0f} GiB"
-
-
-def _missing_model(name: str) -> str | None:
-    try:
-        from huggingface_hub import HfApi, try_to_load_from_cache
-    except ModuleNotFoundError:
-        return f"the model {name}: pip install 'kvbench[run]', to load it with"
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return None
-    try:
-        HfApi().auth_check(name)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        return f"the model {name}: it is not in the hub's cache, and the hub says: {reason}"
-    return None
-
-
-def _missing_scores(model: str, settings: dict[str, Any]) -> str | None:
-    """Return a line about head scores that no option names; models from the hub come with none."""
-    options = settings.get("option") or {}
-    splits = [m for m in ("duoattention", "prulong") if m in settings["method"]]
-    wanted = [m for m in splits if not Path(str(options.get(f"{m}.scores", ""))).is_file()]
-    if not wanted:
-        return None
-    return (
-        f"head scores of {model} for {', '.join(wanted)}: learn them with 'kvbench train', and "
-        "name the files as METHOD.scores under 'option'"
-    )

@@ -21,7 +21,6 @@ from kvbench.engine.policy import EvictionPolicy
 from kvbench.errors import InputError, did_you_mean
 from kvbench.heads import LearntHeads
 from kvbench.method import Limit, Pages, Window
-from kvbench.models.card import ModelCard
 from kvbench.models.load import LoadedModel
 from kvbench.models.shapes import parameters
 from kvbench.registry import methods
@@ -190,7 +189,11 @@ def forecast(
         groups = [[cell.policy for cell in cells] for cells in by_sample(batch)]
         return cost_of_policies(model, groups, batch[-1].policy.prefill_chunk).bytes
 
+    alike: dict[tuple[str, int, int], list[Workload]] = {}
     for load in workloads:
+        alike.setdefault((load.task, load.prompt, load.answer), []).append(load)
+    for loads in alike.values():
+        load = replace(loads[0], samples=sum(each.samples for each in loads))
         cells, samples = cells_of(choices, model, specs, load)
         default = choices.prefill_chunk[0] if choices.prefill_chunk else load.prompt
         for batch in batches(cells, default, needed, max(free, 1), choices.batch_rows):
@@ -212,7 +215,6 @@ def forecast(
 def specs_of(choices: Choices, model: LoadedModel) -> list[MethodSpec]:
     """The methods of a sweep; learnt heads without scores get equal ones."""
     names = {part for name in choices.method or () for part in name.split("+")}
-    known = {**model.card.options, **{key.split(".")[0]: key for key in choices.option}}
     learnt = [n for n in names & set(methods.names()) if issubclass(methods.get(n), LearntHeads)]
     shape = model.shape
     with tempfile.TemporaryDirectory() as folder:

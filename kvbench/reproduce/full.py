@@ -1,0 +1,147 @@
+"""The paper's own scale: its configuration as data, what it needs, and what it costs.
+
+`full-scale.yaml` holds the settings and `datasets.yaml` the data sets. Nothing here loads a model.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from kvbench.reproduce.datasets import published_data_sets
+from kvbench.reproduce.paper import MODEL
+from kvbench.sweep.command import Choices
+
+if TYPE_CHECKING:
+    from kvbench.models.load import LoadedModel
+    from kvbench.sweep.forecast import Workload
+
+FULL_SCALE = Path(__file__).parent / "full-scale.yaml"
+
+# Llama-3.1-8B: parameters, and bytes of keys and values per token (32 layers of 8 KV heads of 128).
+PARAMETERS = 8_030_000_000
+KV_BYTES = 2 * 32 * 8 * 128 * 2
+WORKING_BYTES = 4 * 2**30  # activations of a prefill chunk of 32K tokens, in bfloat16
+SHAPE = Path(__file__).parent / "llama-3.1-8b.json"  # of the paper's model, whose files are gated
+
+
+def workloads(
+    tasks: Sequence[str] | None,
+    *,
+    context: int,
+    samples: int | None = None,
+    answer: int = 128,
+    judged: bool = False,
+) -> "list[Workload]":
+    """The data sets of the paper's tasks, cut to `context` tokens; None: all tasks.
+
+    A task that the paper does not have is one data set whose prompts fill the context, with answers
+    of `answer` tokens and `samples` (None: 100) samples. Judged data sets count if `judged`.
+    """
+    from kvbench.sweep.forecast import Workload
+
+    known = published_data_sets()
+    loads = []
+    for task in tasks or dict.fromkeys(each.task for each in known.values()):
+        for each in (each for each in known.values() if each.task == task):
+            if each.left_out and not judged:
+                continue
+            limit = min(each.answer_limit, context - 1)
+            count = samples or round(each.samples * each.rows)
+            prompt = min(each.prompt_tokens, each.input_limit - limit, context - limit)
+            loads.append(Workload(task, each.name, count, prompt, limit))
+        if task not in {each.task for each in known.values()}:
+            limit = min(answer, context - 1)
+            loads.append(Workload(task, task, samples or 100, context - limit, limit))
+    return loads
+
+
+def shapes(name: str, config: Path | None, dtype: str) -> "LoadedModel":
+    """A model without weights, as `kvbench.models.shapes.read_shapes`; the paper's comes along."""
+    from kvbench.models.shapes import read_shapes
+
+    return read_shapes(name, SHAPE if config is None and name == MODEL else config, dtype)
+
+
+def full_settings() -> dict[str, Any]:
+    """The configuration of the full scale, as `kvbench run --config` takes it."""
+    return dict(yaml.safe_load(FULL_SCALE.read_text(encoding="utf-8")))
+
+
+def full_choices(out: Path, data: Path, **changed: Any) -> Choices:
+    """The full scale as a sweep into the folder `out`, on the task files in `data`."""
+    settings = {key.replace("-", "_"): value for key, value in full_settings().items()}
+    settings |= {"task": [str(data / task) for task in settings["task"]], **changed}
+    for name in ("method", "task", "budgets", "prefill_chunk"):
+        settings[name] = tuple(settings[name])
+    settings["option"] = {key: str(value) for key, value in settings["option"].items()}
+    return Choices(out=out, **settings)
+
+
+def missing_for_full_scale(data: Path, options: dict[str, str], judged: bool) -> list[str]:
+    """What this machine lacks to run the full scale, one line each; empty if nothing."""
+    settings = full_settings()
+    model, context = str(settings["model"]), int(settings["context"])
+    missing = [
+        _missing_gpu(context),
+        _missing_model(model),
+        *missing_data(data, judged),
+        _missing_scores(model, settings["method"], options),
+    ]
+    return [text for text in missing if text is not None]
+
+
+def missing_data(data: Path, judged: bool) -> list[str]:
+    """The task files that are not in `data`, by benchmark, with the command that makes them."""
+    lines = []
+    wanted = [each for each in published_data_sets().values() if judged or not each.left_out]
+    absent = [each for each in wanted if not (data / each.task / f"{each.name}.jsonl").is_file()]
+    for benchmark in dict.fromkeys(each.benchmark for each in absent):
+        mine = [each for each in absent if each.benchmark == benchmark]
+        tasks = ",".join(dict.fromkeys(each.task for each in mine))
+        lines.append(
+            f"task files in {data}: {', '.join(each.name for each in mine)}; make them with "
+            f"'kvbench convert {benchmark} CHECKOUT --task {tasks} --out {data}'"
+        )
+    return lines
+
+
+def _missing_gpu(context: int) -> str | None:
+    needed = 2 * PARAMETERS + 2 * KV_BYTES * context + WORKING_BYTES
+    want = f"a CUDA GPU with {needed / 2**30:.0f} GiB of memory"
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return f"{want}, and PyTorch to use it: pip install 'kvbench[run]'"
+    if not torch.cuda.is_available():
+        return f"{want}: there is none that PyTorch {torch.__version__} can use"
+    memory = max(
+        torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())
+    )
+    return None if memory >= needed else f"{want}: the largest here has {memory / 2**30:.0f} GiB"
+
+
+def _missing_model(name: str) -> str | None:
+    try:
+        from huggingface_hub import HfApi, try_to_load_from_cache
+    except ModuleNotFoundError:
+        return f"the model {name}: pip install 'kvbench[run]', to load it with"
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return None
+    try:
+        HfApi().auth_check(name)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        return f"the model {name}: it is not in the hub's cache, and the hub says: {reason}"
+    return None
+
+
+def _missing_scores(model: str, names: Sequence[str], options: dict[str, str]) -> str | None:
+    """A line about head scores that no option names; models from the hub come with none."""
+    splits = [m for m in ("duoattention", "prulong") if m in names]
+    wanted = [m for m in splits if not Path(options.get(f"{m}.scores", "")).is_file()]
+    if not wanted:
+        return None
+    given = " ".join(f"--option {name}.scores=FILE" for name in wanted)
+    return f"head scores of {model}: learn them with 'kvbench train', and give {given}"
