@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kvbench.errors import InputError
     from kvbench.method import Family, KVShape, LayerView, Method, Window
     from kvbench.models.load import LoadedModel, load_model
-    from kvbench.registry import register_method, register_task
+    from kvbench.registry import open_task, register_method, register_task, register_task_source
     from kvbench.report.frames import load_records
     from kvbench.report.show import Report, report
     from kvbench.task import Sample, Task
@@ -23,7 +23,7 @@ _HOMES = {
     "kvbench.errors": ("InputError",),
     "kvbench.method": ("Family", "KVShape", "LayerView", "Method", "Window"),
     "kvbench.models.load": ("LoadedModel", "load_model"),
-    "kvbench.registry": ("register_method", "register_task"),
+    "kvbench.registry": ("open_task", "register_method", "register_task", "register_task_source"),
     "kvbench.report.frames": ("load_records",),
     "kvbench.report.show": ("Report",),
     "kvbench.task": ("Sample", "Task"),
@@ -49,6 +49,8 @@ __all__ = [  # noqa: RUF022  (the order of the documentation)
     "Task",
     "Sample",
     "register_task",
+    "register_task_source",
+    "open_task",
     "InputError",
     "__version__",
 ]

@@ -24,6 +24,7 @@ from kvbench.spec import check_option_names, parse_method
 from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.command import Choices, SweepResult, choose_settings, run_sweep
 from kvbench.sweep.progress import Listener
+from kvbench.task import Task
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class RunResult:
 def run(
     model: str = "tiny",
     methods: Sequence[str] | None = None,
-    tasks: Sequence[str] | None = None,
+    tasks: Sequence[str | Task] | None = None,
     budgets: Sequence[float] = Choices.budgets,
     samples: int = Choices.samples,
     *,
@@ -86,7 +87,7 @@ def run(
     Args:
         model: a name that `kvbench list models` shows, a folder, or a hub id.
         methods: names of methods, `["all"]` for every one; None for those that the paper compares.
-        tasks: names of tasks; None for the default ones.
+        tasks: names of tasks, paths of task files, or tasks; None for the default ones.
         budgets: shares of the KV cache, above 0 and at most 1.
         samples: samples of each task.
         options: options of methods, such as `{"window": 32}` or `{"snapkv.window": 32}`.
@@ -118,7 +119,7 @@ def run(
     choices = Choices(
         model=model,
         method=_names(methods, "methods"),
-        task=_names(tasks, "tasks"),
+        task=_names(tasks, "tasks", str | Task),
         budgets=_shares(budgets),
         samples=samples,
         context=context,
@@ -142,13 +143,13 @@ def run(
     return RunResult(result)
 
 
-def _names(names: Sequence[str] | None, what: str) -> tuple[str, ...] | None:
+def _names(names: Any, what: str, kind: Any = str) -> tuple[Any, ...] | None:
     if names is None:
         return None
     if isinstance(names, str):
         parts = [name.strip() for name in names.split(",")]
         raise InputError(f"{what} is a list of names: write {parts!r}, not {names!r}")
-    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, Iterable) or not all(isinstance(name, kind) for name in names):
         raise InputError(f"{what} must be a list of names, not {names!r}")
     if not names:
         raise InputError(f"{what} is empty: give at least one, or None")

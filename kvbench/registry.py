@@ -1,4 +1,4 @@
-"""Methods, tasks and metrics by name.
+"""Methods, tasks, sources of tasks and metrics by name.
 
 The core imports no method and no task. They register themselves when `load_plugins` imports the
 entry points of the group `kvbench.plugins`: the built-in ones and those of other packages alike
@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from kvbench.errors import InputError, did_you_mean
@@ -60,8 +61,12 @@ class Registry(Generic[T]):
 
 methods: "Registry[type[Method]]" = Registry("method")
 tasks: "Registry[type[Task]]" = Registry("task")
+# A source makes a task of what a user writes after its name and a colon, as in `hf:NAME`.
+task_sources: "Registry[Callable[[str], Task]]" = Registry("source of tasks")
 register_method = methods.register
 register_task = tasks.register
+register_task_source = task_sources.register
+PATHS = "file"  # the source that takes paths, also without its name before them
 
 _loaded = False
 
@@ -80,6 +85,31 @@ def load_plugins() -> None:
                 f"plug-in '{entry.name}' ({entry.value}) cannot be imported: {error}; "
                 "install what it needs (for kvbench itself: pip install 'kvbench[run]')"
             ) from error
+
+
+def open_task(text: str) -> "Task":
+    """The task that a user names: a registered one, SOURCE:REST, or a path.
+
+    Raises InputError if there is no such task, and whatever the task or the source raises.
+    """
+    if (found := source_of(text)) is None:
+        return tasks.get(text)()
+    source, rest = found
+    return task_sources.get(source)(rest)
+
+
+def source_of(text: str) -> tuple[str, str] | None:
+    """The source of tasks that a text names, and what the source is given; None: no source.
+
+    A registered name comes first. A path contains a slash, ends in .jsonl, or is a folder.
+    """
+    if text in tasks.names():
+        return None
+    source, colon, rest = text.partition(":")
+    if colon and source in task_sources.names():
+        return source, rest
+    is_path = "/" in text or text.endswith(".jsonl") or Path(text).is_dir()
+    return (PATHS, text) if is_path else None
 
 
 def import_submodules(package: str, path: Iterable[str]) -> list[Any]:

@@ -36,6 +36,12 @@ class Sample:
     metadata: dict[str, Any] = field(default_factory=dict)
     cluster: str | None = None  # samples with the same cluster are not independent
     question_at: int | None = None  # characters of the prompt before its question; None: not known
+    # Characters of the prompt that may be cut if it is too long: [start, end); None: not known.
+    context_span: tuple[int, int] | None = None
+    metric: str | None = None  # name of a registered metric; None: the task's own
+    chat: bool | None = None  # whether the data were made for a chat template; None: not said
+    answer_prefix: str = ""  # the end of the prompt, where it is the start of the answer
+    stop: tuple[str, ...] = ()  # decoding stops at any of these texts; none of it is scored
 
 
 @dataclass(frozen=True)
@@ -59,13 +65,14 @@ class Episode:
 class Task(ABC):
     """A family of samples and its metric; register a subclass with `register_task`.
 
-    The harness creates a task without arguments. A subclass gives `metric`, `subtasks`, `sample`
-    and `score`.
+    The harness creates a registered task without arguments. A subclass gives `metric`, `subtasks`,
+    `sample` and `score`. A task that comes from a source (`register_task_source`), such as a file,
+    sets `name`, `metric` and `subtasks` on the instance.
     """
 
-    name: ClassVar[str]  # what a user types; set by `register_task`
-    metric: ClassVar[str]  # name of a registered metric, or what the score is
-    subtasks: ClassVar[tuple[str, ...]]  # at least one; samples take turns among them
+    name: str  # what a user types; set by `register_task`
+    metric: str  # name of a registered metric, or what the score is
+    subtasks: tuple[str, ...]  # at least one; samples take turns among them
     default: ClassVar[bool] = True  # whether a run without --task measures this task
 
     @abstractmethod
@@ -83,6 +90,14 @@ class Task(ABC):
 
         `prediction` is the decoded text without special tokens; it may be empty or malformed.
         """
+
+    def fingerprint(self) -> str:
+        """What can change a sample or a score, beside the class's source and what a sample holds.
+
+        For example the version of a library that scores. If it changes, all cells of the task are
+        measured again.
+        """
+        return ""
 
     def samples(
         self, count: int, *, seed: int, context: int, tokenizer: Tokenizer

@@ -9,7 +9,7 @@ from kvbench.cli.messages import say
 from kvbench.cli.options import WHAT, comma_list, opt
 from kvbench.errors import InputError, did_you_mean
 from kvbench.models.card import EMBEDDED, read_card
-from kvbench.registry import methods, tasks
+from kvbench.registry import methods, source_of, tasks
 from kvbench.spec import MethodSpec, check_option_names, method_names, parse_method
 
 EXAMPLES = options.examples(
@@ -44,15 +44,14 @@ def check(
     given = options.key_value(option)
     chosen = comma_list(names, "names", str)
     known = [*method_names(), *tasks.names()]
-    for name in chosen:
+    named = [name for name in chosen if source_of(name) is None]
+    for name in named:
         split = name.partition("+")[0]
         if name not in known and not ("+" in name and split in methods.names()):
             raise InputError(f"no method or task '{name}': {did_you_mean(name, known)}")
     card = read_card(EMBEDDED[MODEL])
     specs = {
-        name: parse_method(name, given, card.options)
-        for name in chosen
-        if name not in tasks.names()
+        name: parse_method(name, given, card.options) for name in named if name not in tasks.names()
     }
     check_option_names(given, list(specs.values()))
     failed = [name for name in chosen if not _holds(name, specs.get(name))]
@@ -67,14 +66,13 @@ def _holds(name: str, spec: MethodSpec | None) -> bool:
     from rich.text import Text
 
     from kvbench.sweep.check import check_method, check_task
-    from kvbench.sweep.plan import get_tasks
 
     if spec is not None:
         findings = check_method(spec)
     else:
         from kvbench.models.load import load_model
 
-        findings = check_task(get_tasks([name])[0], load_model(MODEL, device="cpu").tokenizer)
+        findings = check_task(name, load_model(MODEL, device="cpu").tokenizer)
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(name, "bold"))
     for finding in findings:

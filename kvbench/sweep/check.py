@@ -25,7 +25,7 @@ from kvbench.method import LayerView, Method
 from kvbench.models.load import LoadedModel, wrap_model
 from kvbench.records import BASELINE
 from kvbench.spec import MethodSpec, parse_method
-from kvbench.sweep.plan import check_sample, one_line
+from kvbench.sweep.plan import check_sample, get_tasks, one_line
 from kvbench.task import EpisodicTask, Sample, Task
 
 # Layers, KV heads, query heads, head size. The last one is the embedded model's shape, so that its
@@ -309,12 +309,13 @@ TASK_CHECKS = {
 }
 
 
-def check_task(task: Task, tokenizer: Any) -> list[Finding]:
-    """Make samples of a task and score predictions."""
+def check_task(name: str, tokenizer: Any) -> list[Finding]:
+    """Make samples of the task that `open_task` opens by this name, and score predictions."""
+    (task,), (again,) = get_tasks([name]), get_tasks([name])
     faults = Faults(TASK_CHECKS)
     fitting = [context for context in CONTEXTS if _long_enough(task, tokenizer, context)]
     for context in fitting or [LONG_CONTEXT]:
-        _check_samples(task, tokenizer, context, faults)
+        _check_samples(task, again, tokenizer, context, faults)
     if not fitting and not _long_enough(task, tokenizer, LONG_CONTEXT):
         fault = f"no sample can be made; expected some with at most {LONG_CONTEXT} tokens"
         faults.add("samples", fault, "with the embedded model's tokenizer")
@@ -332,8 +333,8 @@ def _long_enough(task: Task, tokenizer: Any, context: int) -> bool:
     return True
 
 
-def _check_samples(task: Task, tokenizer: Any, context: int, faults: Faults) -> None:
-    """Check some samples of one length."""
+def _check_samples(task: Task, again: Task, tokenizer: Any, context: int, faults: Faults) -> None:
+    """Check some samples of one length; `again` is another object of the same task."""
     where = f"context of {context} tokens"
 
     def make(index: int, seed: int = 0, maker: Task = task) -> Sample:
@@ -346,7 +347,7 @@ def _check_samples(task: Task, tokenizer: Any, context: int, faults: Faults) -> 
             sample = check_sample(make(index), task, index)
             random.seed(index)  # a task must not draw from the global generator
             torch.manual_seed(index)
-            twin, other = make(index, maker=type(task)()), make(index, seed=1)
+            twin, other = make(index, maker=again), make(index, seed=1)
             tokens = len(tokenizer.encode(sample.prompt))
         except InputError as error:
             faults.add("length", f"sample {index}: {one_line(error)}", where)

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.folder import experiment, find_folder
 from kvbench.sweep.plan import Cell, Settings, common_settings, get_tasks, make_plan
 from kvbench.sweep.progress import Listener, Progress
+from kvbench.task import Task
 
 if TYPE_CHECKING:
     from kvbench.models.load import LoadedModel
@@ -61,7 +62,8 @@ class Choices:
 
     model: str = "tiny"
     method: tuple[str, ...] | None = None  # None: COMPARED, where they have what they need
-    task: tuple[str, ...] | None = None  # None: those that are measured by default
+    # Names, paths or tasks (see `open_task`); None: those that are measured by default.
+    task: tuple[str | Task, ...] | None = None
     budgets: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
     samples: int = 32  # of each task
     context: int | None = None  # tokens of a prompt and its answer
@@ -365,7 +367,8 @@ def invocation(choices: Choices, plan: SweepPlan) -> dict[str, Any]:
     """This process, for `run.json`: experiment, settings, check, versions, hardware, commit."""
     import torch
 
-    settings = json.loads(json.dumps(asdict(choices), default=str))
+    given = choices.task and tuple(t.name if isinstance(t, Task) else t for t in choices.task)
+    settings = json.loads(json.dumps(asdict(replace(choices, task=given)), default=str))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import kvbench
 from kvbench.errors import ContractError, InputError
 from kvbench.records import BASELINE
-from kvbench.registry import tasks as task_registry
+from kvbench.registry import open_task
 from kvbench.sweep.chat import TEMPLATE_DATE, Chat
 from kvbench.sweep.fingerprint import content_digest, digest, measuring_code, source_code
 from kvbench.task import Sample, Task
@@ -111,7 +111,7 @@ def make_plan(
     common = common_settings(model, settings)
     codes = {spec.name: method_code(spec) for spec in specs}
     options = {spec.name: recorded_options(spec) for spec in specs}
-    task_codes = {task.name: source_code(type(task)) for task in tasks}
+    task_codes = {task.name: task_code(task) for task in tasks}
     prepared = {task.name: _prepared_samples(model, task, settings) for task in tasks}
     cells = []
     for index in range(settings.samples):
@@ -272,6 +272,12 @@ def method_code(spec: "MethodSpec") -> str:
     return source_code(*map(type, parts))
 
 
+def task_code(task: Task) -> str:
+    """A hash of a task's source, and of what the task adds to it."""
+    code, more = source_code(type(task)), task.fingerprint()
+    return digest([code, more])[:8] if more else code
+
+
 def variants(
     specs: Sequence["MethodSpec"], settings: Settings
 ) -> Iterable[tuple["MethodSpec", float, int | None]]:
@@ -354,13 +360,17 @@ def _check_length(model: "LoadedModel", task: Task, sample: Sample, prompt: Sequ
         )
 
 
-def get_tasks(names: Sequence[str]) -> list[Task]:
-    """Task objects by name; InputError for one that is unknown or cannot be made."""
-    made = []
-    for name in names:
-        task = task_registry.get(name)
+def get_tasks(given: Sequence[str | Task]) -> list[Task]:
+    """Tasks, opened where a text names them; InputError if one cannot be, or for two of a name."""
+    made: dict[str, Task] = {}
+    for each in given:
         try:
-            made.append(task())
+            task = open_task(each) if isinstance(each, str) else each
+        except InputError:
+            raise
         except Exception as error:
-            raise InputError(f"task '{name}' cannot be made: {one_line(error)}") from None
-    return made
+            raise InputError(f"task '{each}' cannot be made: {one_line(error)}") from None
+        if task.name in made:
+            raise InputError(f"two tasks are called '{task.name}'; rename one, or run them apart")
+        made[task.name] = task
+    return list(made.values())
