@@ -145,8 +145,8 @@ def print_text(found: "Forecast") -> None:
     console.print(costs)
     console.print(
         f"all: {total.cells:,.0f} cells, {total.tokens:.3g} tokens, {total.flops:.3g} FLOP, "
-        f"{total.bytes_moved:.3g} bytes moved, {total.seconds / 3600:,.0f} GPU-hours; answers are as "
-        "long as their limit, memory is beside the weights (docs/cost.md)",
+        f"{total.bytes_moved:.3g} bytes moved, {total.seconds / 3600:,.0f} GPU-hours; answers are "
+        "as long as their limit, memory is beside the weights (docs/cost.md)",
         markup=False,
     )
     left = sum(line.left_out for line in found.lines)

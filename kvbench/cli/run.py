@@ -118,6 +118,8 @@ def run(
         Literal["prompt", "context"],
         opt(HOW_MUCH, "What methods evict from: the prompt, or what precedes its question."),
     ] = "prompt",
+    judge: options.JudgeModel = None,
+    judge_url: options.JudgeUrl = None,
     chat_template: Annotated[
         Literal["auto", "on", "off"],
         opt(MODEL, "Whether prompts go into the model's chat template."),
@@ -173,6 +175,8 @@ def run(
         option=options.key_value(option),
         chat_template=chat_template,
         compress=compress,
+        judge=judge,
+        judge_url=judge_url,
         template_date=template_date,
         template_option=options.key_value(template_option, "--template-option"),
         batch_rows=batch_rows,

@@ -2,12 +2,12 @@
 
 It runs a sweep, makes a report of it, and compares the report with the paper's Table 2. At small
 scale the embedded model measures what `kvbench run` measures by default, on the generated tasks.
-The full scale is described by `full-scale.yaml`; what a machine lacks for it is listed before
-anything is loaded.
+At full scale it measures what `full-scale.yaml` describes on task files (`full.py`); a rehearsal
+does the same on a CPU with small made-up ones (`rehearsal.py`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pandas import DataFrame
@@ -44,7 +44,7 @@ RUN = "run"  # the folder of the records, inside the output folder
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The result of `reproduce_small`; all but the exit code is empty if the sweep was not made."""
+    """The result of a reproduction; all but the exit code is empty if the sweep was not made."""
 
     code: int  # exit code of the sweep
     out: Path
@@ -52,26 +52,44 @@ class Reproduction:
     table: DataFrame = field(default_factory=DataFrame)  # see `compare`
     claims: tuple[Claim, ...] = ()
     files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()  # what a reader must know first
+    paper: str = "paper"  # heading of the paper's column
 
 
 def reproduce_small(
     out: Path, *, samples: int, seed: int, threshold: float, listener: Listener | None = None
 ) -> Reproduction:
-    """Sweep the embedded model, or continue a sweep, and write tables, claims, pictures and page.
+    """Sweep the embedded model, or continue a sweep, and report it as `reproduced`."""
+    return reproduced(
+        small_choices(out / RUN, samples=samples, seed=seed), out, threshold, listener
+    )
 
-    The records are in `out`/run, so that the same command continues an unfinished sweep. Nothing is
-    written if the sweep is interrupted. Raises InputError.
+
+def reproduced(
+    choices: Choices,
+    out: Path,
+    threshold: float,
+    listener: Listener | None,
+    notes: Sequence[str] = (),
+    paper: str = "paper",
+) -> Reproduction:
+    """Make a sweep, or continue it, and write tables, claims, pictures and page to `out`.
+
+    The records are in a folder in `out`, so that the same command continues an unfinished sweep.
+    Nothing is written if the sweep is interrupted. Raises InputError.
     """
-    result = run_sweep(small_choices(out / RUN, samples=samples, seed=seed), listener)
+    result = run_sweep(choices, listener)
     if result.interrupted:
         return Reproduction(result.exit_code, out)
-    report = make_report([out / RUN], threshold, latest=True)
+    report = make_report([result.folder], threshold, latest=True)
+    report = replace(report, notes=(*notes, *report.notes))
     table = compare(report, paper_report(threshold))
     claims = judge(report)
+    head = "".join(f"**{escape_markdown(note)}**\n\n" for note in notes)
     texts = {
         "table.csv": table_csv(table),
-        "table.md": table_markdown(table, report),
-        "claims.md": claims_markdown(claims, report),
+        "table.md": head + table_markdown(table, report, paper),
+        "claims.md": head + claims_markdown(claims, report),
     }
     published = publish(report, out)
     try:
@@ -82,7 +100,9 @@ def reproduce_small(
             f"cannot write to {out}: {error.strerror}; choose another --out"
         ) from error
     files = (*(out / name for name in texts), *published.files)
-    return Reproduction(result.exit_code, out, report, table, tuple(claims), files)
+    return Reproduction(
+        result.exit_code, out, report, table, tuple(claims), files, tuple(notes), paper
+    )
 
 
 def small_choices(run: Path, *, samples: int, seed: int) -> Choices:
@@ -140,10 +160,12 @@ def _paper_text(critical_footprint: float, bound: str) -> str:
 
 def _ours_text(curve: Curve) -> str:
     found = curve.footprint
+    if found is None:
+        return "not measurable"
     return f"{critical_text(found)} ({interval_text(found)}) {mark(curve)}".strip()
 
 
-def _cells(table: DataFrame, task: str) -> tuple[list[str], list[list[str]]]:
+def _cells(table: DataFrame, task: str, paper: str) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of one task's table: a row per method, a column per prefill chunk."""
     of_task = table[table["task"] == task]
     chunks = sorted(of_task["prefill_chunk"].dropna().unique(), reverse=True)
@@ -152,10 +174,10 @@ def _cells(table: DataFrame, task: str) -> tuple[list[str], list[list[str]]]:
         by_chunk = dict(zip(cells["order"], cells["ours"], strict=True))
         ours = [by_chunk.get(-chunk, by_chunk.get(0, "")) for chunk in chunks]
         rows.append([str(method), *ours, cells["theirs"].iloc[0]])
-    return ["method", *(f"ours, chunk {chunk}" for chunk in chunks), "paper"], rows
+    return ["method", *(f"ours, chunk {chunk}" for chunk in chunks), paper], rows
 
 
-def table_markdown(table: DataFrame, report: Report) -> str:
+def table_markdown(table: DataFrame, report: Report, paper: str = "paper") -> str:
     """Return the paper's table of critical footprints with ours next to it, as Markdown."""
     parts = [
         "# Critical KV footprints, ours and the paper's\n",
@@ -165,9 +187,11 @@ def table_markdown(table: DataFrame, report: Report) -> str:
         escape_markdown(legend(report)) + "\n",
     ]
     for task in table["task"].unique():
-        header, rows = _cells(table, task)
+        header, rows = _cells(table, task, paper)
         ours = next((c for c in report.curves if c.setting.task == task), None)
         scores = f"full attention scores {ours.baseline:.3f} here" if ours else "not measured here"
+        if ours and ours.baseline <= 0:
+            scores += ", so that no critical footprint is measurable"
         parts.append(f"## {task}\n\n{scores}\n")
         escaped = [[escape_markdown(cell) for cell in row] for row in rows]
         parts += [markdown_table(header, escaped), ""]
@@ -216,11 +240,13 @@ def _setting_text(report: Report) -> str:
     )
 
 
-def print_table(table: DataFrame, claims: Sequence[Claim], threshold: float) -> None:
+def print_table(
+    table: DataFrame, claims: Sequence[Claim], threshold: float, paper: str = "paper"
+) -> None:
     """Print the table of each task, and the claims' verdicts, on stdout."""
     console = console_of_stdout()
     for task in table.loc[~table["not_ours"], "task"].unique():
-        header, rows = _cells(table, task)
+        header, rows = _cells(table, task, paper)
         shown = Table(
             box=SIMPLE_HEAD, title=f"{task}: critical KV footprint, %", title_justify="left"
         )

@@ -1,23 +1,26 @@
 """The paper's own scale: its configuration as data, what it needs, and what it costs.
 
-`full-scale.yaml` holds the settings and `datasets.yaml` the data sets. Nothing here loads a model.
+`full-scale.yaml` holds the settings and `datasets.yaml` the data sets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from kvbench.reproduce.command import RUN, Reproduction, reproduced
 from kvbench.reproduce.datasets import published_data_sets
 from kvbench.reproduce.paper import MODEL
 from kvbench.sweep.command import Choices
+from kvbench.sweep.progress import Listener
 
 if TYPE_CHECKING:
     from kvbench.models.load import LoadedModel
     from kvbench.sweep.forecast import Workload
 
 FULL_SCALE = Path(__file__).parent / "full-scale.yaml"
+LEARNT = ("duoattention", "prulong")  # methods that need head scores
 
 # Llama-3.1-8B: parameters, and bytes of keys and values per token (32 layers of 8 KV heads of 128).
 PARAMETERS = 8_030_000_000
@@ -69,17 +72,33 @@ def full_settings() -> dict[str, Any]:
     return dict(yaml.safe_load(FULL_SCALE.read_text(encoding="utf-8")))
 
 
-def full_choices(out: Path, data: Path, **changed: Any) -> Choices:
-    """The full scale as a sweep into the folder `out`, on the task files in `data`."""
-    settings = {key.replace("-", "_"): value for key, value in full_settings().items()}
-    settings |= {"task": [str(data / task) for task in settings["task"]], **changed}
+def full_choices(
+    out: Path,
+    data: Path,
+    *,
+    options: Mapping[str, str],
+    judge: tuple[str, str] | None,
+    **changed: Any,
+) -> Choices:
+    """The full scale as a sweep into the folder `out`, on the task files in `data`.
+
+    `options` are added to those of the methods, `changed` replaces other fields of Choices. Tasks
+    whose data sets are all judged are left out without a judge.
+    """
+    settings = {key.replace("-", "_"): value for key, value in full_settings().items()} | changed
+    known = published_data_sets().values()
+    scored = {each.task for each in known if judge or not each.left_out}
+    settings["task"] = [str(data / task) for task in settings["task"] if task in scored]
     for name in ("method", "task", "budgets", "prefill_chunk"):
         settings[name] = tuple(settings[name])
-    settings["option"] = {key: str(value) for key, value in settings["option"].items()}
+    given = {**settings["option"], **options}
+    settings["option"] = {key: str(value) for key, value in given.items()}
+    if judge:
+        settings["judge"], settings["judge_url"] = judge
     return Choices(out=out, **settings)
 
 
-def missing_for_full_scale(data: Path, options: dict[str, str], judged: bool) -> list[str]:
+def missing_for_full_scale(data: Path, options: Mapping[str, str], judged: bool) -> list[str]:
     """What this machine lacks to run the full scale, one line each; empty if nothing."""
     settings = full_settings()
     model, context = str(settings["model"]), int(settings["context"])
@@ -137,11 +156,40 @@ def _missing_model(name: str) -> str | None:
     return None
 
 
-def _missing_scores(model: str, names: Sequence[str], options: dict[str, str]) -> str | None:
+def _missing_scores(model: str, names: Sequence[str], options: Mapping[str, str]) -> str | None:
     """A line about head scores that no option names; models from the hub come with none."""
-    splits = [m for m in ("duoattention", "prulong") if m in names]
+    splits = [name for name in LEARNT if name in names]
     wanted = [m for m in splits if not Path(options.get(f"{m}.scores", "")).is_file()]
     if not wanted:
         return None
     given = " ".join(f"--option {name}.scores=FILE" for name in wanted)
     return f"head scores of {model}: learn them with 'kvbench train', and give {given}"
+
+
+def reproduce_full(
+    out: Path,
+    data: Path,
+    *,
+    threshold: float,
+    listener: Listener | None = None,
+    options: Mapping[str, str],
+    judge: tuple[str, str] | None,
+    part: Mapping[str, Any],
+) -> Reproduction:
+    """Measure the full scale, or what `part` chooses of it, and report it as `reproduced`.
+
+    `part` has fields of Choices. `judge` is a model and its address. Raises InputError.
+    """
+    choices = full_choices(out / RUN, data, options=options, judge=judge, **part)
+    return reproduced(choices, out, threshold, listener, left_out_notes(choices))
+
+
+def left_out_notes(choices: Choices) -> list[str]:
+    """What a reader must know of a full-scale sweep's data sets: who judged, what is missing."""
+    judged = [each.name for each in published_data_sets().values() if each.left_out]
+    if choices.judge:
+        return [f"Judged by {choices.judge} at {choices.judge_url}: {', '.join(judged)}."]
+    return [
+        f"Left out: {', '.join(judged)}, whose answers are judged by a language model "
+        "(--judge MODEL). The paper's longqa and summ include them."
+    ]

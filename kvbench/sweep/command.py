@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.arguments import LARGEST, MOST_SAMPLES, check_share, check_text, check_whole
 from kvbench.errors import InputError, did_you_mean
+from kvbench.judge import Judge, use_judge
 from kvbench.models.card import ModelCard, model_folder, read_card
 from kvbench.records import (
     BASELINE,
@@ -78,6 +79,8 @@ class Choices:
     template_date: str = TEMPLATE_DATE  # what a chat template takes for today, ISO 8601
     template_option: dict[str, Any] = field(default_factory=dict)  # more for the chat template
     compress: str = "prompt"  # "context": methods evict before the question is read
+    judge: str | None = None  # a model that scores what only a judge can (`kvbench.judge`)
+    judge_url: str | None = None  # its OpenAI-compatible address
     batch_rows: int | None = None  # cells measured together, at most
     memory_limit: int | None = None  # bytes beside the model
 
@@ -104,6 +107,8 @@ class Choices:
             raise InputError(
                 f"unknown compress '{self.compress}': {did_you_mean(self.compress, COMPRESS)}"
             )
+        if (self.judge is None) != (self.judge_url is None):
+            raise InputError("a judge needs a model and its address: give --judge and --judge-url")
         if self.chat_template not in CHAT_TEMPLATES:
             raise InputError(
                 f"unknown chat_template '{self.chat_template}': "
@@ -216,6 +221,7 @@ def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult
 
 def plan_sweep(choices: Choices) -> SweepPlan:
     """What `run_sweep` would measure. Raises InputError for choices that cannot be measured."""
+    use_judge(Judge(choices.judge, choices.judge_url or "") if choices.judge else None)
     tasks = get_tasks(choices.task or default_tasks())
     folder = model_folder(choices.model)
     specs, left_out = choose_methods(choices, read_card(folder) if folder else ModelCard())
@@ -313,6 +319,7 @@ def choose_settings(choices: Choices, model: "LoadedModel") -> Settings:
         template_date=template_date(choices.template_date),
         template_options=template_options(choices.template_option),
         compress=choices.compress,
+        judge=choices.judge,
     )
 
 

@@ -30,6 +30,7 @@ MEASURING = (
     "sweep/runner.py",
     "heads.py",
     "method.py",
+    "judge.py",
     "metrics.py",
     "registry.py",
     "spec.py",

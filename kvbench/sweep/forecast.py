@@ -19,7 +19,7 @@ from kvbench.engine.accounting import chunks, entry_rows
 from kvbench.engine.cache import Visible
 from kvbench.engine.policy import EvictionPolicy
 from kvbench.errors import InputError, did_you_mean
-from kvbench.heads import LearntHeads
+from kvbench.heads import LearntHeads, equal_scores
 from kvbench.method import Limit, Pages, Window
 from kvbench.models.load import LoadedModel
 from kvbench.models.shapes import parameters
@@ -216,10 +216,8 @@ def specs_of(choices: Choices, model: LoadedModel) -> list[MethodSpec]:
     """The methods of a sweep; learnt heads without scores get equal ones."""
     names = {part for name in choices.method or () for part in name.split("+")}
     learnt = [n for n in names & set(methods.names()) if issubclass(methods.get(n), LearntHeads)]
-    shape = model.shape
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "equal.tsv"
-        file.write_text("\n".join(["\t".join(["0"] * shape.kv_heads)] * shape.layers))
+        file = equal_scores(Path(folder), model.shape)
         options = dict(choices.option)
         for name in learnt:
             if "scores" not in model.card.options.get(name, {}):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import kvbench
 from kvbench.errors import ContractError, InputError
+from kvbench.judge import JUDGED, current_judge
 from kvbench.records import BASELINE
 from kvbench.registry import open_task
 from kvbench.sweep.chat import TEMPLATE_DATE, Chat
@@ -63,6 +64,7 @@ class Settings:
     template_date: str = TEMPLATE_DATE  # the day that a chat template takes for today, ISO 8601
     template_options: tuple[tuple[str, Any], ...] = ()  # what else the chat template is given
     compress: str = "prompt"  # what methods evict from (see `kvbench.records.COMPRESS`)
+    judge: str | None = None  # the model that judges answers
 
     @property
     def chat(self) -> "Chat | None":
@@ -88,6 +90,7 @@ def common_settings(model: "LoadedModel", settings: Settings) -> dict[str, Any]:
         "chat_template": settings.chat_template,
         "template_date": settings.template_date if settings.chat_template else None,
         "compress": settings.compress,
+        **({"judge": settings.judge} if settings.judge else {}),
         "template_options": dict(settings.template_options) if settings.chat_template else {},
         "rope": None if model.long_rope is None else model.long_rope.name_for(settings.context),
         "kvbench": f"{kvbench.__version__}+{measuring_code()}",
@@ -211,6 +214,8 @@ def _prepare_sample(
     Raises whatever the task raises, or says what is wrong.
     """
     sample = check_sample(make_sample(model, task, index, settings), task, index)
+    if sample.metric == JUDGED:
+        current_judge()
     prompt = encode_prompt(model.tokenizer, sample, chat=settings.chat)
     if not prompt:
         raise ContractError("its prompt is empty; expected at least one token")
