@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import kvbench
-from kvbench.cli import check, plan, report, reproduce, run, train
+from kvbench.cli import check, convert, plan, report, reproduce, run, train
 from kvbench.cli import list as listing
 from kvbench.cli.messages import say
 from kvbench.errors import InputError, did_you_mean
@@ -87,6 +87,10 @@ training.command("prulong", help=prulong, epilog=train.EXAMPLES)(train.heads)
 training.command("duoattention", help=duoattention, epilog=train.EXAMPLES)(train.heads)
 training.command("tiny", epilog=train.EXAMPLES)(train.tiny)
 app.add_typer(training, name="train")
+converting = new_group(callback=convert.group, epilog=convert.EXAMPLES)
+for name, text in convert.COMMANDS.items():
+    converting.command(name, help=text, epilog=convert.EXAMPLES)(convert.convert)
+app.add_typer(converting, name="convert")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""Task files from HELMET and LongProc, made by those projects' own loaders."""
