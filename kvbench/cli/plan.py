@@ -78,17 +78,18 @@ def plan(
     Without options the cost of the paper's scale is told. The exit code is 1
     if some cells do not fit in the GPU's memory.
     """
-    from kvbench.reproduce.full import shapes, workloads
+    from kvbench.reproduce.full import options_for, shapes, workloads
     from kvbench.sweep.command import Choices
     from kvbench.sweep.forecast import forecast, read_gpu
 
     chosen = read_gpu(gpu)
+    names = None if method is None else comma_list(method, "methods", str)
     choices = Choices(
         model=model,
-        method=None if method is None else comma_list(method, "methods", str),
+        method=names,
         budgets=comma_list(budgets, "budgets", options.budget),
         prefill_chunk=comma_list(prefill_chunk, "sizes", options.tokens),
-        option=options.key_value(option),
+        option=options_for(names or (), options.key_value(option)),
     )
     tasks = None if task is None else comma_list(task, "tasks", str)
     loads = workloads(tasks, context=context, samples=samples, answer=answer)

@@ -92,10 +92,20 @@ def full_choices(
     for name in ("method", "task", "budgets", "prefill_chunk"):
         settings[name] = tuple(settings[name])
     given = {**settings["option"], **options}
-    settings["option"] = {key: str(value) for key, value in given.items()}
+    settings["option"] = options_for(settings["method"], given)
     if judge:
         settings["judge"], settings["judge_url"] = judge
     return Choices(out=out, **settings)
+
+
+def options_for(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, str]:
+    """The options without those of the full scale's configuration whose method is not in `names`."""
+    own = full_settings()["option"]
+    return {
+        key: str(value)
+        for key, value in options.items()
+        if key not in own or any(key.partition(".")[0] in name for name in names)
+    }
 
 
 def missing_for_full_scale(data: Path, options: Mapping[str, str], judged: bool) -> list[str]:
