@@ -67,6 +67,9 @@ def run(
     context: int | None = None,
     prefill_chunk: int | Sequence[int] | None = None,
     compress: str = "prompt",
+    metric: str | None = None,
+    max_new_tokens: int | None = None,
+    too_long: str = "error",
     seed: int = 0,
     out: str | Path | None = None,
     device: str = "auto",
@@ -91,10 +94,15 @@ def run(
         budgets: shares of the KV cache, above 0 and at most 1.
         samples: samples of each task.
         options: options of methods, such as `{"window": 32}` or `{"snapkv.window": 32}`.
-        context: tokens of a prompt and its answer; None for the model's own.
+        context: tokens of a prompt and its answer; None for the model's own. Samples from files may
+            then be as long as the model takes.
         prefill_chunk: tokens of a prefill chunk, or several sizes to compare; None for the model's.
         compress: `prompt`: methods see the whole prompt; `context`: they evict before the question
             is read, and its entries stay.
+        metric: the metric of samples from files that name none.
+        max_new_tokens: the answer limit of samples from files that say none, in tokens.
+        too_long: what becomes of samples from files that are longer than `context`, or than the
+            model takes: `error`, `cut` (the end of their context) or `skip`.
         seed: seed of the samples.
         out: the run folder; None for one in `results/runs`, named after model, tasks and date.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
@@ -132,6 +140,9 @@ def run(
         option={name: str(value) for name, value in (options or {}).items()},
         chat_template=chat_template,
         compress=compress,
+        metric=metric,
+        max_new_tokens=max_new_tokens,
+        too_long=too_long,
         template_date=template_date,
         template_option=dict(template_options or {}),
         batch_rows=batch_rows,

@@ -87,6 +87,8 @@ class Record:
     compress: str = "prompt"  # "context": what a method evicts from ends before the question
     kv_bytes_read: float | None = None  # for a decoded token, on average
     cluster: str | None = None  # samples of one cluster are not independent
+    chat: bool | None = None  # whether the prompt was put into the model's chat template
+    cut_tokens: int | None = None  # of a prompt that was too long; None: its task makes it fit
     error: str | None = None
 
 
@@ -98,6 +100,7 @@ _JSON_TYPES: dict[Any, tuple[type, ...]] = {
     int | None: (int, NoneType),
     float: (float, int),
     float | None: (float, int, NoneType),
+    bool | None: (bool, NoneType),
     dict[str, Any]: (dict,),
     list[list[int]] | None: (list, NoneType),
 }
@@ -105,6 +108,7 @@ _NAMES: dict[type, str] = {
     str: "a text",
     int: "a whole number",
     float: "a number",
+    bool: "true or false",
     dict: "an object",
     list: "a list",
 }

@@ -74,6 +74,21 @@ class Task(ABC):
     metric: str  # name of a registered metric, or what the score is
     subtasks: tuple[str, ...]  # at least one; samples take turns among them
     default: ClassVar[bool] = True  # whether a run without --task measures this task
+    # Whether samples are read rather than made. They have lengths of their own, which a run may cut
+    # or refuse, and a sweep holds the prompts of one batch at a time: `score` is then given a
+    # sample with the end of its prompt only, and without metadata.
+    reads: ClassVar[bool] = False
+    source: str = ""  # where samples are read from, for people
+    size: int | None = None  # samples there are, once it is ready; None: as many as are asked for
+    remarks: tuple[str, ...] = ()  # for the user, once it is ready
+
+    def ready(self, count: int, metric: str | None, max_new_tokens: int | None) -> None:
+        """Get ready for a sweep of `count` samples, before anything is loaded or measured.
+
+        `metric` and `max_new_tokens` are for samples that do not say theirs. A task that reads
+        checks all that it will be asked for, and sets `size`. InputError if something is damaged.
+        """
+        self.size = None
 
     @abstractmethod
     def sample(self, index: int, *, seed: int, context: int, tokenizer: Tokenizer) -> Sample:
@@ -83,6 +98,10 @@ class Task(ABC):
         `context` together. Equal arguments give equal samples. InputError if `context` is too short
         for a sample.
         """
+
+    def place(self, index: int) -> str:
+        """Where sample `index` is found, for messages; of a file, its name and the line."""
+        return f"sample {index} of task '{self.name}'"
 
     @abstractmethod
     def score(self, prediction: str, sample: Sample) -> float:

@@ -18,6 +18,7 @@ from kvbench.sweep.progress import duration
 EXAMPLES = options.examples(
     "kvbench run --method snapkv,prulong --task recall,rag --budgets 0.1,0.3",
     "kvbench run --method prulong+snapkv --option snapkv.window=32 --samples 64",
+    "kvbench run --task my.jsonl --metric exact_match --max-new-tokens 32",
     "kvbench run --model meta-llama/Llama-3.2-1B --context 32768 --dry-run",
 )
 
@@ -67,6 +68,7 @@ def _config_value(file: Path, name: str, value: Any) -> Any:
 
 
 TEMPLATE_VALUE = "Value for the chat template, like enable_thinking=false; repeatable."
+TASKS = "Tasks to use: names, .jsonl files, folders of them, hf:NAME:CONFIG:SPLIT."
 CONFIG = "YAML file with any of these options; the command line overrides it."
 
 
@@ -83,7 +85,7 @@ def run(
     ] = None,
     task: Annotated[
         str | None,
-        opt(WHAT, "Tasks to use.", "see 'list tasks'", metavar=LIST, autocompletion=complete.tasks),
+        opt(WHAT, TASKS, "see 'list tasks'", metavar=LIST, autocompletion=complete.tasks),
     ] = None,
     option: Annotated[
         list[str] | None,
@@ -124,6 +126,17 @@ def run(
         Literal["auto", "on", "off"],
         opt(MODEL, "Whether prompts go into the model's chat template."),
     ] = "auto",
+    metric: Annotated[
+        str | None,
+        opt(WHAT, "Metric of task files that name none; see 'list metrics'.", "theirs"),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, opt(HOW_MUCH, "Answer limit of task files that say none.", "theirs", min=1)
+    ] = None,
+    too_long: Annotated[
+        Literal["error", "cut", "skip"],
+        opt(HOW_MUCH, "Samples of task files that do not fit: refuse, cut the context, leave out."),
+    ] = "error",
     template_date: Annotated[
         str, opt(MODEL, "Date that the chat template writes.", metavar="YYYY-MM-DD")
     ] = TEMPLATE_DATE,
@@ -175,6 +188,9 @@ def run(
         option=options.key_value(option),
         chat_template=chat_template,
         compress=compress,
+        metric=metric,
+        max_new_tokens=max_new_tokens,
+        too_long=too_long,
         judge=judge,
         judge_url=judge_url,
         template_date=template_date,

@@ -62,7 +62,7 @@ def run_reference(model: LoadedModel, row: Row, prefill_chunk: int | None) -> Re
         kv.start, kv.new, kv.last = start, stop - start, stop == context
         kv.question = start >= context
         patch = row.prompt[:context][-kv.window :] if kv.patched and stop < context else []
-        token = feed(row.prompt[start:stop] + patch, start)
+        token = feed([*row.prompt[start:stop], *patch], start)
         patch_rows += len(patch)
     kept = [[sorted(head.positions[0].tolist()) for head in layer] for layer in kv.held]
     kv.new, tokens = 1, [token]

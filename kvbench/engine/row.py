@@ -1,6 +1,6 @@
 """A row: one sample under one method and budget, and what is measured of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,7 +28,7 @@ from kvbench.spec import MethodSpec
 class Row:
     """One sample under one method and budget."""
 
-    prompt: list[int]  # token ids
+    prompt: Sequence[int]  # token ids
     max_new_tokens: int
     spec: MethodSpec
     budget: float  # above 0, at most 1

@@ -33,6 +33,7 @@ _TYPES: dict[Any, Any] = {
     float: "float64",
     int | None: "Int64",
     float | None: "float64",
+    bool | None: object,
     str: None,  # whatever pandas takes for text
     str | None: None,
 }

@@ -35,6 +35,7 @@ from kvbench.registry import tasks as task_registry
 from kvbench.spec import MethodSpec, check_option_names, method_names, of_method, parse_method
 from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.folder import experiment, find_folder
+from kvbench.sweep.length import TOO_LONG
 from kvbench.sweep.plan import Cell, Settings, common_settings, get_tasks, make_plan
 from kvbench.sweep.progress import Listener, Progress
 from kvbench.task import Task
@@ -54,6 +55,7 @@ COMPARED = (  # without --method: what arXiv 2506.17121 compares, controls, and 
     *("pyramidkv", "pyramidkv-naive", "pyramidkv-patched"),
     *("knorm", "knorm-naive", "random", "random-naive"),
 )
+MOST_NAMED = 5  # samples in a note
 TRIAL_SHARE = 0.01  # of a sweep's tokens, at most, are spent on predicting its time
 
 
@@ -79,6 +81,9 @@ class Choices:
     template_date: str = TEMPLATE_DATE  # what a chat template takes for today, ISO 8601
     template_option: dict[str, Any] = field(default_factory=dict)  # more for the chat template
     compress: str = "prompt"  # "context": methods evict before the question is read
+    metric: str | None = None  # of samples that are read and name none
+    max_new_tokens: int | None = None  # the same, tokens of an answer
+    too_long: str = "error"  # what becomes of samples that are read: error, cut or skip
     judge: str | None = None  # a model that scores what only a judge can (`kvbench.judge`)
     judge_url: str | None = None  # its OpenAI-compatible address
     batch_rows: int | None = None  # cells measured together, at most
@@ -97,12 +102,22 @@ class Choices:
         check_whole("seed", self.seed, least=0, most=LARGEST)
         for chunk in self.prefill_chunk or ():
             check_whole("prefill_chunk", chunk)
-        for name in ("context", "batch_rows"):
+        for name in ("context", "batch_rows", "max_new_tokens"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name))
         if self.memory_limit is not None:
             what = "a whole number of bytes"
             check_whole("memory_limit", self.memory_limit, most=LARGEST, what=what)
+        if self.metric is not None:
+            check_text("metric", self.metric)
+        for name, known in (
+            ("compress", COMPRESS),
+            ("chat_template", CHAT_TEMPLATES),
+            ("too_long", TOO_LONG),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise InputError(f"unknown {name} '{value}': {did_you_mean(value, known)}")
         if self.compress not in COMPRESS:
             raise InputError(
                 f"unknown compress '{self.compress}': {did_you_mean(self.compress, COMPRESS)}"
@@ -148,6 +163,7 @@ class SweepPlan:
     notes: list[str]  # for the user
     self_check: dict[str, Any]  # how far full attention is from the model's own
     codes: dict[str, str]  # see `kvbench.records.current_codes`
+    skipped: dict[str, list[int]]  # by task, samples that are too long and left out
 
     @cached_property
     def batches(self) -> "list[tuple[list[Cell], Cost]]":
@@ -222,7 +238,7 @@ def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult
 def plan_sweep(choices: Choices) -> SweepPlan:
     """What `run_sweep` would measure. Raises InputError for choices that cannot be measured."""
     use_judge(Judge(choices.judge, choices.judge_url or "") if choices.judge else None)
-    tasks = get_tasks(choices.task or default_tasks())
+    tasks = ready_tasks(choices)
     folder = model_folder(choices.model)
     specs, left_out = choose_methods(choices, read_card(folder) if folder else ModelCard())
 
@@ -236,17 +252,20 @@ def plan_sweep(choices: Choices) -> SweepPlan:
         choices.model, device=choices.device, dtype=choices.dtype, attention=attention
     )
     checked = asdict(self_check(model))
-    settings = choose_settings(choices, model)
+    reads = any(task.reads for task in tasks)
+    settings = choose_settings(choices, model, reads)
     check_shapes(specs, model, settings)
     if model.long_rope is not None:
-        model.long_rope.choose(settings.context, fix=True)
+        model.long_rope.choose(settings.longest, fix=True)
     common = common_settings(model, settings)
-    wanted = experiment([task.name for task in tasks], choices.method, choices.option)
+    sources = {task.name: task.source for task in tasks if task.source}
+    wanted = experiment([task.name for task in tasks], choices.method, choices.option, sources)
     out = choices.out or find_folder(RUNS, common, wanted)
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file; name a folder")
     check_common(out, common)
-    cells = make_plan(model, tasks, specs, settings)
+    every = make_plan(model, tasks, specs, settings)
+    cells = [cell for cell in every if not cell.skipped]
     known = {r.fingerprint: r for r in read_records(out)} if out.is_dir() else {}
     sweep = Sweep(
         model=model,
@@ -260,11 +279,74 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     missing = [c for c in cells if c.fingerprint not in known or known[c.fingerprint].error]
     notes = [f"left out: {'; '.join(left_out)}"] if left_out else []
     notes += note_on_template(model, settings)
+    notes += [remark for task in tasks for remark in task.remarks]
+    notes += notes_on_samples(every, tasks, settings)
     codes = {f"method {cell.spec.name}": cell.method_code for cell in cells}
     codes |= {f"task {cell.sample.task}": cell.task_code for cell in cells}
     return SweepPlan(
-        sweep, out, common, wanted, len(cells), missing, left_out, notes, checked, codes
+        sweep,
+        out,
+        common,
+        wanted,
+        len(cells),
+        missing,
+        left_out,
+        notes,
+        checked,
+        codes,
+        {task.name: skipped for task in tasks if (skipped := indices(every, task, skipped=True))},
     )
+
+
+def ready_tasks(choices: Choices) -> list[Task]:
+    """The tasks of a sweep, ready for its samples; InputError if one of them is damaged."""
+    tasks = get_tasks(choices.task or default_tasks())
+    if not any(task.reads for task in tasks):
+        for name in ("metric", "max_new_tokens"):
+            if getattr(choices, name) is not None:
+                raise InputError(
+                    f"{name} is for samples that are read from files; none of these tasks reads: "
+                    f"{', '.join(task.name for task in tasks)}"
+                )
+    for task in tasks:
+        task.ready(choices.samples, choices.metric, choices.max_new_tokens)
+    return tasks
+
+
+def indices(cells: Sequence[Cell], task: Task, *, skipped: bool) -> list[int]:
+    """The samples of a task that are left out, or those that are not."""
+    of_task = (cell for cell in cells if cell.sample.task == task.name)
+    return sorted({cell.sample.index for cell in of_task if cell.skipped is skipped})
+
+
+def notes_on_samples(cells: Sequence[Cell], tasks: Sequence[Task], settings: Settings) -> list[str]:
+    """Notes on what became of samples that are read; InputError if none of a task is left."""
+    notes = []
+    for task in (task for task in tasks if task.reads):
+        of_task = {c.sample.index: c for c in cells if c.sample.task == task.name}
+        count = f"of {len(of_task)} samples"
+        if task.size is not None and task.size < settings.samples:
+            notes.append(f"{task.name}: {task.size} samples, all that there are")
+        if skipped := [index for index, cell in of_task.items() if cell.skipped]:
+            places = ", ".join(map(task.place, skipped[:MOST_NAMED]))
+            more = f" and {len(skipped) - MOST_NAMED} more" * (len(skipped) > MOST_NAMED)
+            if len(skipped) == len(of_task):
+                raise InputError(
+                    f"{task.name}: all samples are longer than {settings.most} tokens; choose a "
+                    "longer --context, or --too-long cut"
+                )
+            notes.append(f"{task.name}: {len(skipped)} {count} left out, too long: {places}{more}")
+        if cut := [cell.cut_tokens for cell in of_task.values() if cell.cut_tokens]:
+            notes.append(
+                f"{task.name}: the contexts of {len(cut)} {count} are cut, by {max(cut)} tokens at "
+                "most"
+            )
+        plain = sum(settings.chat is not None and c.sample.chat is False for c in of_task.values())
+        if plain:
+            notes.append(
+                f"{task.name}: {plain} {count} are read without the chat template, as they ask"
+            )
+    return notes
 
 
 def default_tasks() -> list[str]:
@@ -297,8 +379,12 @@ def choose_methods(choices: Choices, card: ModelCard) -> tuple[list[MethodSpec],
     return specs, left_out
 
 
-def choose_settings(choices: Choices, model: "LoadedModel") -> Settings:
-    """The settings of a sweep, from the command line, the model's card, or its limits."""
+def choose_settings(choices: Choices, model: "LoadedModel", reads: bool = False) -> Settings:
+    """The settings of a sweep, from the command line, the model's card, or its limits.
+
+    `reads`: some of its tasks read their samples. These may be as long as the model takes, unless
+    the user chooses a context.
+    """
     context = choices.context or model.card.context or min(model.max_context, CONTEXT)
     if context > model.max_context:
         raise InputError(
@@ -319,6 +405,9 @@ def choose_settings(choices: Choices, model: "LoadedModel") -> Settings:
         template_date=template_date(choices.template_date),
         template_options=template_options(choices.template_option),
         compress=choices.compress,
+        limit=choices.context or model.max_context if reads else None,
+        too_long=choices.too_long,
+        follow_data=choices.chat_template == "auto",
         judge=choices.judge,
     )
 
@@ -383,6 +472,7 @@ def invocation(choices: Choices, plan: SweepPlan) -> dict[str, Any]:
         "settings": settings,
         "self_check": plan.self_check,
         "codes": plan.codes,
+        **({"skipped": plan.skipped} if plan.skipped else {}),
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": platform.processor() or platform.machine(),

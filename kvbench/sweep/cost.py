@@ -1,6 +1,6 @@
 """The cost of a batch before it runs: tokens through the model, peak memory, seconds."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from kvbench.engine.policy import EvictionPolicy
@@ -37,14 +37,15 @@ def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) 
 
     A row whose method gives no usable windows costs nothing: it fails before anything is read.
     """
-    groups: dict[tuple[int, ...], list[EvictionPolicy]] = {}
+    groups: dict[Hashable, list[EvictionPolicy]] = {}
     for row in rows:
         try:
             policy = policy_of(model, row, prefill_chunk)
             _ = policy.windows
         except Exception:
             continue
-        groups.setdefault(tuple(row.prompt), []).append(policy)
+        prompt = row.prompt if isinstance(row.prompt, Hashable) else tuple(row.prompt)
+        groups.setdefault(prompt, []).append(policy)
     return cost_of_policies(model, list(groups.values()), prefill_chunk)
 
 

@@ -26,6 +26,7 @@ MEASURING = (
     "models",
     "sweep/chat.py",
     "sweep/fingerprint.py",
+    "sweep/length.py",
     "sweep/plan.py",
     "sweep/runner.py",
     "heads.py",
@@ -66,14 +67,15 @@ def measuring_code() -> str:
 
 
 @cache
-def source_code(*classes: type[Any]) -> str:
-    """A hash of the source of some methods or tasks, 8 hexadecimal digits.
+def source_code(*things: Any) -> str:
+    """A hash of the source of some methods, tasks or metrics, 8 hexadecimal digits.
 
     It is kept while the process runs, as the loaded code is: a file that is edited meanwhile counts
     when it is loaded again. A class that was typed in and has no file is hashed as it was compiled.
     """
     parts: dict[str, bytes] = {}
-    for cls in dict.fromkeys(base for each in classes for base in each.__mro__):
+    bases = (base for each in things for base in getattr(each, "__mro__", (each,)))
+    for cls in dict.fromkeys(bases):
         module = sys.modules.get(cls.__module__)
         if module is None or not _is_plugin(module.__name__):
             continue

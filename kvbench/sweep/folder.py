@@ -19,11 +19,18 @@ MOST_NAMED_TASKS = 3  # in the name of a folder
 
 
 def experiment(
-    tasks: Sequence[str], methods: Sequence[str] | None, options: Mapping[str, Any]
+    tasks: Sequence[str],
+    methods: Sequence[str] | None,
+    options: Mapping[str, Any],
+    sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What `run.json` says about the sweeps of a run, beside their common settings."""
+    """What `run.json` says about the sweeps of a run, beside their common settings.
+
+    `sources` says where tasks that read find their samples, by the names of the tasks.
+    """
     return {
         "tasks": sorted(tasks),
+        **({"sources": dict(sources)} if sources else {}),
         "methods": "all" if methods is None else sorted(methods),
         "options": {name: str(value) for name, value in options.items()},
     }

@@ -4,21 +4,24 @@ Tasks make samples, the tokenizer turns prompts into token ids, and every cell g
 (`fingerprint.py`). `runner.py` measures the cells.
 
 A sample that a task cannot make, and a method that cannot be recorded, cost their own cells only:
-these carry the reason in `error`, and the runner records them as failed.
+these carry the reason in `error`, and the runner records them as failed. But a task that reads its
+samples is the user's to mend: what is wrong with one of them is raised before anything is measured.
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import kvbench
 from kvbench.errors import ContractError, InputError
 from kvbench.judge import JUDGED, current_judge
+from kvbench.metrics import metrics
 from kvbench.records import BASELINE
 from kvbench.registry import open_task
 from kvbench.sweep.chat import TEMPLATE_DATE, Chat
 from kvbench.sweep.fingerprint import content_digest, digest, measuring_code, source_code
+from kvbench.sweep.length import TooLong, fitting
 from kvbench.task import Sample, Task
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from kvbench.spec import MethodSpec
 
 ANSWER_PREFIX = "answer_prefix"
+PROMPT_TAIL = 240  # characters of the prompt kept in a record
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Cell:
 
     fingerprint: str
     sample: Sample
-    prompt: list[int]
+    prompt: Sequence[int]
     spec: "MethodSpec"
     budget: float
     prefill_chunk: int | None  # tokens; None where the method does not depend on it
@@ -44,6 +48,9 @@ class Cell:
     options: dict[str, Any] = field(default_factory=dict)  # of the method, as records hold them
     error: str = ""  # why the cell cannot be measured
     context: int | None = None  # tokens that methods evict from; None: the whole prompt
+    most: int | None = None  # tokens of prompt and answer at most; None: the sweep's context
+    cut_tokens: int | None = None  # of a prompt that was too long; None: its task makes it fit
+    skipped: bool = False  # the sample is too long and is left out
 
     @property
     def tokens(self) -> int:
@@ -65,6 +72,23 @@ class Settings:
     template_options: tuple[tuple[str, Any], ...] = ()  # what else the chat template is given
     compress: str = "prompt"  # what methods evict from (see `kvbench.records.COMPRESS`)
     judge: str | None = None  # the model that judges answers
+    limit: int | None = None  # tokens of samples that are read; None: `context`
+    too_long: str = "error"  # what becomes of a longer one (see `kvbench.sweep.length`)
+    follow_data: bool = True  # a sample that is not made for a chat template gets none
+
+    @property
+    def most(self) -> int:
+        """Tokens of a sample that is read."""
+        return self.limit or self.context
+
+    @property
+    def longest(self) -> int:
+        """Tokens of any sample."""
+        return max(self.context, self.most)
+
+    def chat_of(self, sample: Sample) -> "Chat | None":
+        """How the prompt of a sample becomes a user's turn; None without a chat template."""
+        return None if self.follow_data and sample.chat is False else self.chat
 
     @property
     def chat(self) -> "Chat | None":
@@ -92,7 +116,7 @@ def common_settings(model: "LoadedModel", settings: Settings) -> dict[str, Any]:
         "compress": settings.compress,
         **({"judge": settings.judge} if settings.judge else {}),
         "template_options": dict(settings.template_options) if settings.chat_template else {},
-        "rope": None if model.long_rope is None else model.long_rope.name_for(settings.context),
+        "rope": None if model.long_rope is None else model.long_rope.name_for(settings.longest),
         "kvbench": f"{kvbench.__version__}+{measuring_code()}",
         "torch": str(torch.__version__),
         "transformers": str(transformers.__version__),
@@ -119,17 +143,17 @@ def make_plan(
     cells = []
     for index in range(settings.samples):
         for task in tasks:
-            sample, prompt, context, sample_error = prepared[task.name][index]
+            if index >= len(prepared[task.name]):
+                continue
+            ready = prepared[task.name][index]
+            sample, prompt = ready.sample, ready.prompt
             what = {
                 "common": common,
                 "task": [task.name, task_codes[task.name]],
                 "sample": index,
-                "prompt": digest(prompt),
-                "max_new_tokens": sample.max_new_tokens,
-                # What `Task.score` is given beside the prediction.
-                "scored_by": content_digest(
-                    [sample.subtask, sample.reference, sample.metadata, sample.cluster]
-                ),
+                "prompt": prompt.digest if isinstance(prompt, StoredPrompt) else digest(prompt),
+                "max_new_tokens": [sample.max_new_tokens, sample.stop, ready.most],
+                "scored_by": content_digest(scored_by(sample)),
             }
             for spec, budget, chunk in variants(specs, settings):
                 given, method_error = options[spec.name]
@@ -151,8 +175,11 @@ def make_plan(
                         method_code=codes[spec.name],
                         task_code=task_codes[task.name],
                         options=given,
-                        error=sample_error or method_error,
-                        context=context,
+                        error=ready.error or method_error,
+                        context=ready.context,
+                        most=ready.most,
+                        cut_tokens=ready.cut_tokens,
+                        skipped=ready.skipped,
                     )
                 )
     return cells
@@ -173,8 +200,58 @@ def recorded_options(spec: "MethodSpec") -> tuple[dict[str, Any], str]:
     return options, ""
 
 
-# A sample, its token ids, how many of them methods evict from, and why it cannot be measured.
-Prepared = tuple[Sample, list[int], int | None, str]
+def scored_by(sample: Sample) -> list[Any]:
+    """What a score depends on, beside the prediction and the task."""
+    metric = None if sample.metric is None else source_code(metrics.get(sample.metric))
+    told = [sample.subtask, sample.reference, sample.metadata, sample.cluster]
+    return [*told, sample.metric, metric, sample.answer_prefix, sample.chat]
+
+
+class StoredPrompt(Sequence[int]):
+    """The token ids of a sample that is read, made again whenever they are asked for.
+
+    So a plan holds no prompts. Equal prompts are equal, and hash alike, without being read.
+    """
+
+    def __init__(self, ids: Sequence[int], read: Callable[[], list[int]], place: str) -> None:
+        self.digest, self.size, self._read, self.place = digest(ids), len(ids), read, place
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.read()[at]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoredPrompt) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def read(self) -> list[int]:
+        """The ids; ContractError if they are no longer those that were planned."""
+        try:
+            ids = self._read()
+        except InputError:
+            ids = []
+        if digest(ids) != self.digest:
+            raise ContractError(
+                f"{self.place}: it has changed since the run started; give the same command again"
+            )
+        return ids
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample that can be measured, or why it cannot."""
+
+    sample: Sample
+    prompt: Sequence[int]  # token ids
+    context: int | None = None  # how many of them methods evict from; None: all
+    error: str = ""
+    most: int | None = None  # as in `Cell`, as what follows
+    cut_tokens: int | None = None
+    skipped: bool = False
 
 
 def _prepared_samples(model: "LoadedModel", task: Task, settings: Settings) -> list[Prepared]:
@@ -182,49 +259,89 @@ def _prepared_samples(model: "LoadedModel", task: Task, settings: Settings) -> l
 
     A sample that cannot be made has a stand-in without a prompt. InputError if no sample can be
     made, and the first one's fault is the user's choice. A task that makes another sample each time
-    has none: every run would measure all of its cells again.
+    has none: every run would measure all of its cells again. A task that reads its samples raises
+    InputError for any that cannot be measured.
     """
     prepared: list[Prepared] = []
     first: InputError | None = None
     varies = False
-    for index in range(settings.samples):
+    for index in range(settings.samples if task.size is None else task.size):
         try:
-            sample, prompt, context = _prepare_sample(model, task, index, settings)
+            if task.reads:
+                prepared.append(_read_sample(model, task, index, settings))
+                continue
+            ready = _prepare_sample(model, task, index, settings)
             if index == 0:
-                varies = asked_of(sample) != asked_of(make_sample(model, task, 0, settings))
+                again = make_sample(model, task, 0, settings)
+                varies = asked_of(ready.sample) != asked_of(again)
             if varies:
                 raise ContractError("sample() makes another sample each time; expected equal ones")
-            prepared.append((sample, prompt, context, ""))
+            prepared.append(ready)
         except (Exception, SystemExit) as error:
+            if task.reads:
+                raise InputError(f"{task.place(index)}: {one_line(error)}") from None
             if index == 0 and isinstance(error, InputError):
                 first = error
             subtask = str(task.subtasks[index % len(task.subtasks)]) if task.subtasks else ""
-            reason = f"sample {index} of task '{task.name}': {one_line(error)}"
-            prepared.append((Sample(task.name, subtask, index, "", None, 0), [], None, reason))
-    if first is not None and all(reason for *_, reason in prepared):
+            reason = f"{task.place(index)}: {one_line(error)}"
+            stand_in = Sample(task.name, subtask, index, "", None, 0)
+            prepared.append(Prepared(stand_in, [], error=reason))
+    if first is not None and all(ready.error for ready in prepared):
         raise first
     return prepared
 
 
-def _prepare_sample(
-    model: "LoadedModel", task: Task, index: int, settings: Settings
-) -> tuple[Sample, list[int], int | None]:
-    """Sample `index`, its token ids, and those that methods evict from (None: all).
+def _prepare_sample(model: "LoadedModel", task: Task, index: int, settings: Settings) -> Prepared:
+    """Sample `index`, ready to be measured.
 
     Raises whatever the task raises, or says what is wrong.
     """
     sample = check_sample(make_sample(model, task, index, settings), task, index)
     if sample.metric == JUDGED:
         current_judge()
-    prompt = encode_prompt(model.tokenizer, sample, chat=settings.chat)
+    chat = settings.chat_of(sample)
+    sample = replace(sample, chat=chat is not None)
+    most = cut_tokens = None
+    if task.reads:
+        most = settings.most
+        sample, prompt, cut_tokens = fitting(
+            sample,
+            lambda sample: encode_prompt(model.tokenizer, sample, chat=chat),
+            most,
+            settings.too_long,
+            model.tokenizer,
+        )
+    else:
+        prompt = encode_prompt(model.tokenizer, sample, chat=chat)
+        _check_length(model, task, sample, prompt)
     if not prompt:
         raise ContractError("its prompt is empty; expected at least one token")
     model.check_ids(prompt)
-    _check_length(model, task, sample, prompt)
     context = None
     if settings.compress == "context":
-        context = context_tokens(model.tokenizer, sample, prompt, chat=settings.chat)
-    return sample, prompt, context
+        context = context_tokens(model.tokenizer, sample, prompt, chat=chat)
+    return Prepared(sample, prompt, context, most=most, cut_tokens=cut_tokens)
+
+
+def _read_sample(model: "LoadedModel", task: Task, index: int, settings: Settings) -> Prepared:
+    """Sample `index` of a task that reads, without the prompt, which is read again later.
+
+    A sample that is too long is marked if it is to be left out. Raises as `_prepare_sample`.
+    """
+    try:
+        ready = _prepare_sample(model, task, index, settings)
+    except TooLong:
+        if settings.too_long != "skip":
+            raise
+        sample = make_sample(model, task, index, settings)
+        return Prepared(replace(sample, prompt=""), [], skipped=True)
+    prompt = StoredPrompt(
+        ready.prompt,
+        lambda: list(_prepare_sample(model, task, index, settings).prompt),
+        task.place(index),
+    )
+    sample = replace(ready.sample, prompt=ready.sample.prompt[-PROMPT_TAIL:], metadata={})
+    return replace(ready, sample=sample, prompt=prompt)
 
 
 def asked_of(sample: Sample) -> tuple[Any, ...]:
@@ -254,6 +371,12 @@ def check_sample(sample: Any, task: Task, index: int) -> Sample:
     if at is not None and (not isinstance(at, int) or not 0 < at < len(sample.prompt)):
         raise ContractError(
             f"its question_at is {at!r}; expected None or an int from 1 to {len(sample.prompt) - 1}"
+        )
+    span = sample.context_span
+    if span is not None and not 0 <= span[0] <= span[1] <= len(sample.prompt):
+        raise ContractError(
+            f"its context_span is {span}; expected None, or [start, end] in its prompt of "
+            f"{len(sample.prompt)} characters"
         )
     try:
         json.dumps(sample.reference, allow_nan=False)
@@ -295,9 +418,9 @@ def variants(
 
 
 def make_sample(model: "LoadedModel", task: Task, index: int, settings: Settings) -> Sample:
-    """Sample `index` of a task; with the chat template it fits the context."""
+    """Sample `index` of a task; one that is made fits the context, with the chat template."""
     tokens = settings.context
-    if settings.chat is not None:
+    if settings.chat is not None and not task.reads:
         tokens -= len(_in_chat(model.tokenizer, settings.chat, "", ""))
         if tokens < 1:
             raise InputError(
@@ -310,12 +433,13 @@ def make_sample(model: "LoadedModel", task: Task, index: int, settings: Settings
 def encode_prompt(tokenizer: Any, sample: Sample, *, chat: Chat | None) -> list[int]:
     """The token ids of a prompt; with `chat`, as a user's turn in the model's chat template.
 
-    If the prompt ends with the beginning of the answer (`metadata["answer_prefix"]`), that part is
-    put after the template's assistant header, so that the model continues it.
+    If the prompt ends with the beginning of the answer (`answer_prefix`, of the sample or its
+    metadata), that part is put after the template's assistant header, so that the model continues
+    it.
     """
     if chat is None:
         return list(tokenizer.encode(sample.prompt))
-    prefix = str(sample.metadata.get(ANSWER_PREFIX, ""))
+    prefix = sample.answer_prefix or str(sample.metadata.get(ANSWER_PREFIX, ""))
     return _in_chat(tokenizer, chat, sample.prompt.removesuffix(prefix).rstrip(), prefix.lstrip())
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
 
@@ -16,10 +16,9 @@ from kvbench.models.load import LoadedModel
 from kvbench.records import BASELINE, Record, RunWriter
 from kvbench.spec import parse_method
 from kvbench.sweep.cost import cost_of
-from kvbench.sweep.plan import Cell, one_line
+from kvbench.sweep.plan import PROMPT_TAIL, Cell, StoredPrompt, one_line
 from kvbench.task import Task
 
-PROMPT_TAIL = 240  # characters of the prompt kept in a record
 MEMORY_SHARE = 0.75  # of the free memory, that a sweep takes by default
 MOST_ROWS = 64  # rows of several samples; more in a batch gain nothing on any machine seen so far
 
@@ -97,7 +96,7 @@ class Sweep:
         if len(batch) == 1 or needed < self.too_much:
             try:
                 outcomes = self.run_rows(
-                    self.model, rows_of(batch), prefill_chunk=self.chunk(batch)
+                    self.model, with_prompts(rows_of(batch)), prefill_chunk=self.chunk(batch)
                 )
             except (Exception, SystemExit) as error:
                 # Only the text is kept: the error itself keeps the memory of its frames alive.
@@ -147,7 +146,7 @@ class Sweep:
             read_chunk=_chunk(cell, self.prefill_chunk),
             sample=cell.sample.index,
             sample_seed=self.seed,
-            context=self.context,
+            context=cell.most or self.context,
             finished=datetime.now(UTC).isoformat(timespec="milliseconds"),
             prompt_tail=cell.sample.prompt[-PROMPT_TAIL:],
             reference=cell.sample.reference,
@@ -155,6 +154,8 @@ class Sweep:
             task_code=cell.task_code,
             cluster=cell.sample.cluster,
             compress="prompt" if cell.context is None else "context",
+            chat=cell.sample.chat,
+            cut_tokens=cell.cut_tokens,
             **measured,  # type: ignore[arg-type]
         )
 
@@ -178,8 +179,18 @@ def warm_up(model: LoadedModel) -> None:
     run_rows(model, [row], prefill_chunk=4)
 
 
+def with_prompts(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the token ids of prompts that a plan does not hold; each is read once."""
+    stored = [row.prompt for row in rows if isinstance(row.prompt, StoredPrompt)]
+    read = {prompt: prompt.read() for prompt in dict.fromkeys(stored)}
+    return [
+        replace(row, prompt=read[row.prompt]) if isinstance(row.prompt, StoredPrompt) else row
+        for row in rows
+    ]
+
+
 def rows_of(batch: Sequence[Cell]) -> list[Row]:
-    """The engine's rows of some cells."""
+    """The engine's rows of some cells; of a stored prompt, only its length is known."""
     return [
         Row(c.prompt, c.sample.max_new_tokens, c.spec, c.budget, c.seed, c.context) for c in batch
     ]
