@@ -23,8 +23,8 @@ from kvbench.sweep.forecast import Workload, read_gpu
 RESULTS = Path(__file__).parents[1] / "results" / "benchmarks"
 NEW, CHUNK = 64, 32768  # tokens of an answer and of a prefill chunk in both files
 ROW = re.compile(
-    r" *(?P<context>\d+) (?P<method>\S+) +(?P<prefill>[\d.]+) +\S+ +\S+ +(?P<token>[\d.]+) +\S+ +\S+"
-    r" +(?P<kv>[\d.]+) (?P<unit>[MG])iB"
+    r" *(?P<context>\d+) (?P<method>\S+) +(?P<prefill>[\d.]+) +\S+ +\S+ +(?P<token>[\d.]+) +\S+"
+    r" +\S+ +(?P<kv>[\d.]+) (?P<unit>[MG])iB"
 )
 STEP = re.compile(r"(?P<name>\S+) +(?P<rows>\d+) +[\d.]+ +(?P<captured>[\d.]+) ")
 GPU = read_gpu("h100")

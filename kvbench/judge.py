@@ -44,11 +44,13 @@ class Judge:
     known: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     def score(self, prediction: str, reference: Any) -> float:
-        """How good the prediction is, 0..1; equal questions are asked once.
+        """How good the prediction is, 0..1; equal questions are asked once, empty ones score 0.
 
         `reference` is a text, a list of texts of which one is enough, or a map with the keys
         `question` and `answer` (one of these). InputError if the judge does not answer.
         """
+        if not prediction.strip():
+            return 0.0
         given = reference if isinstance(reference, dict) else {"answer": reference}
         answers = given.get("answer")
         text = "\nor\n".join(answers) if isinstance(answers, list) else str(answers)

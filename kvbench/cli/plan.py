@@ -51,7 +51,7 @@ def plan(
         str, opt(HOW_MUCH, "Shares of the cache to keep, above 0 and at most 1.", metavar=LIST)
     ] = "0.1,0.2,0.3,0.5,0.7,0.9",
     samples: Annotated[
-        int | None, opt(HOW_MUCH, "Samples of each data set.", "the paper's", min=1)
+        int | None, opt(HOW_MUCH, "Samples of each task, at most.", "the paper's", min=1)
     ] = None,
     context: Annotated[
         int, opt(HOW_MUCH, "Tokens of prompt and answer together, at most.", min=2)

@@ -44,7 +44,12 @@ def reproduce(
     ] = None,
     samples: Annotated[
         int | None,
-        opt(HOW_MUCH, "Samples of each task, or data set.", "24; full: all; rehearsal: 2", min=1),
+        opt(
+            HOW_MUCH,
+            "Samples of each task; in a rehearsal, of each data set.",
+            "24; full: all; 1",
+            min=1,
+        ),
     ] = None,
     seed: options.Seed = 0,
     model: Annotated[str, opt(MODEL, "Model of a rehearsal: tiny or smollm2-135m.")] = "tiny",
@@ -81,7 +86,7 @@ def reproduce(
         )
         print_reproduction(found)
         return found.code
-    part: dict[str, Any] = {"samples": samples} if samples else {}
+    part: dict[str, Any] = {}
     if method is not None:
         part["method"] = comma_list(method, "methods", str)
     if task is not None:
@@ -94,13 +99,15 @@ def reproduce(
         found = run_rehearsal(
             out or Path("results/reproduce-rehearsal"),
             model,
-            samples=samples or 2,
+            samples=samples or 1,
             threshold=threshold,
             listener=Terminal(),
             part=part,
         )
         print_reproduction(found)
         return found.code
+    if samples is not None:
+        part["samples"] = samples
     return full_scale(
         data,
         out or Path("results/reproduce-full"),

@@ -35,29 +35,38 @@ def workloads(
     context: int,
     samples: int | None = None,
     answer: int = 128,
-    judged: bool = False,
 ) -> "list[Workload]":
     """The data sets of the paper's tasks, cut to `context` tokens; None: all tasks.
 
-    A task that the paper does not have is one data set whose prompts fill the context, with answers
-    of `answer` tokens and `samples` (None: 100) samples. Judged data sets count if `judged`.
+    `samples` of a task, at most, are taken from its data sets in turn. A task that the paper does
+    not have is one data set of `samples` (None: 100), whose prompts fill the context, with answers
+    of `answer` tokens.
     """
     from kvbench.sweep.forecast import Workload
 
     known = published_data_sets()
     loads = []
     for task in tasks or dict.fromkeys(each.task for each in known.values()):
-        for each in (each for each in known.values() if each.task == task):
-            if each.left_out and not judged:
-                continue
+        sets = [each for each in known.values() if each.task == task]
+        taken = in_turn([round(each.samples * each.rows) for each in sets], samples)
+        for each, count in zip(sets, taken, strict=True):
             limit = min(each.answer_limit, context - 1)
-            count = samples or round(each.samples * each.rows)
             prompt = min(each.prompt_tokens, each.input_limit - limit, context - limit)
             loads.append(Workload(task, each.name, count, prompt, limit))
-        if task not in {each.task for each in known.values()}:
+        if not sets:
             limit = min(answer, context - 1)
             loads.append(Workload(task, task, samples or 100, context - limit, limit))
     return loads
+
+
+def in_turn(sizes: Sequence[int], count: int | None) -> list[int]:
+    """How many of `count` samples (None: all) come from sets of these sizes, taken in turn."""
+    taken, left = [0] * len(sizes), sum(sizes) if count is None else min(count, sum(sizes))
+    while left:
+        for place in [p for p, size in enumerate(sizes) if taken[p] < size][:left]:
+            taken[place] += 1
+            left -= 1
+    return taken
 
 
 def shapes(name: str, config: Path | None, dtype: str) -> "LoadedModel":
@@ -99,7 +108,7 @@ def full_choices(
 
 
 def options_for(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, str]:
-    """The options without those of the full scale's configuration whose method is not in `names`."""
+    """The options, without the full scale's own ones of methods that are not in `names`."""
     own = full_settings()["option"]
     return {
         key: str(value)

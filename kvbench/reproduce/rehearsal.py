@@ -91,7 +91,6 @@ def rehearse(
         "option": {},  # the model's card has windows for short contexts
         "device": "cpu",
         "dtype": "float32",
-        "samples": samples,
         **part,
     }
     with stand_in_judge() as url:

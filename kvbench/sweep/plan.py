@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import kvbench
 from kvbench.errors import ContractError, InputError
-from kvbench.judge import JUDGED, current_judge
 from kvbench.metrics import metrics
 from kvbench.records import BASELINE
 from kvbench.registry import open_task
@@ -297,8 +296,6 @@ def _prepare_sample(model: "LoadedModel", task: Task, index: int, settings: Sett
     Raises whatever the task raises, or says what is wrong.
     """
     sample = check_sample(make_sample(model, task, index, settings), task, index)
-    if sample.metric == JUDGED:
-        current_judge()
     chat = settings.chat_of(sample)
     sample = replace(sample, chat=chat is not None)
     most = cut_tokens = None
