@@ -10,7 +10,7 @@ import typer
 from kvbench.cli import options
 from kvbench.cli.messages import say
 from kvbench.cli.options import HOW_MUCH, LIST, MODEL, OUTPUT, WHAT, comma_list, opt
-from kvbench.cli.run import read_config, run
+from kvbench.cli.run import run, use_config
 from kvbench.reproduce.full import FULL_SCALE
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ EXAMPLES = options.examples(
 
 def read_scale(ctx: typer.Context, value: Path | None) -> None:
     """Take defaults from a configuration of `kvbench run`; without one, from the paper's."""
-    read_config(ctx, value or FULL_SCALE, also=tuple(inspect.signature(run).parameters))
+    use_config(ctx, value or FULL_SCALE, also=tuple(inspect.signature(run).parameters))
 
 
 def plan(

@@ -23,11 +23,13 @@ EXAMPLES = options.examples(
 )
 
 
-def read_config(ctx: typer.Context, value: Path | None, also: Sequence[str] = ()) -> None:
-    """Make a YAML file's values the defaults of the options that they name.
+def read_config(ctx: typer.Context, value: Path | None) -> None:
+    """Make a YAML file's values the defaults of the options that they name."""
+    use_config(ctx, value)
 
-    Options in `also`, which the command does not have, are passed over.
-    """
+
+def use_config(ctx: typer.Context, value: Path | None, also: Sequence[str] = ()) -> None:
+    """As `read_config`; options in `also`, which the command does not have, are passed over."""
     if value is None or ctx.resilient_parsing:
         return
     import yaml
