@@ -86,6 +86,5 @@ def convert(
         one_row_per_question=one_row_per_question,
         out=out,
     )
-    for folder in write(request, say):
-        say(f"wrote {folder}: kvbench run --task {folder}", name="")
+    write(request, lambda text: say(text, name=""))
     return 0

@@ -12,7 +12,9 @@ Lines are {"versions": ...}, then {"sample": ...} for each row, then {"done": nu
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import os
 import platform
 import random
@@ -25,7 +27,8 @@ from typing import Any
 
 PACKAGES = ("datasets", "numpy", "transformers", "pandas")  # whose versions are told
 SHORT = 100  # characters of a text that is kept as metadata
-ELSEWHERE = ("question", "answer", "reference_output")  # fields that are not metadata
+# Fields that are not metadata: a sample has them already, or they are long.
+ELSEWHERE = {"context", "demos", "question", "answer", "html_str", "problem", "reference_output"}
 # What holds the context or the question of a LongProc item.
 CONTEXTS = {"html_to_tsv": "html_str"}
 QUESTIONS = {"travel_planning": "problem"}
@@ -83,19 +86,18 @@ class Unusable(Exception):
 
 def helmet(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The samples of a HELMET data set, as its eval.py makes prompts of them."""
-    from data import load_data  # type: ignore[import-not-found]
-
+    load_data = importlib.import_module("data").load_data
     settings = SimpleNamespace(**request["settings"])
     random.seed(settings.seed)
     loaded = load_data(settings, request["name"], request["path"], request["demos"])
     rows = loaded["data"]
     question = next((c for c in request["question"] if len(rows) and c in rows[0]), None)
-    template = loaded["user_template" if request["chat"] else "prompt_template"]
+    template = loaded["user_template" if settings.use_chat_template else "prompt_template"]
     for index in chosen(rows, question if request["one_row"] else None):
         row = rows[index]
         try:
             prompt, spans = fill(template, row)
-            prefix = "" if request["chat"] else fill(loaded["system_template"], row)[0]
+            prefix = "" if settings.use_chat_template else fill(loaded["system_template"], row)[0]
         except KeyError as error:
             raise Unusable(
                 f"example {index} has no field {error}, which the prompt needs"
@@ -128,7 +130,8 @@ def chosen(rows: Any, question: str | None) -> list[int]:
 
 def fill(template: str, row: dict[str, Any]) -> tuple[str, dict[str, tuple[int, int]]]:
     """`template.format(**row)`, and where in it each field came to lie first."""
-    text, spans = "", {}
+    text = ""
+    spans: dict[str, tuple[int, int]] = {}
     for literal, field, spec, conversion in Formatter().parse(template):
         text += literal
         if field is not None:
@@ -143,10 +146,9 @@ def fill(template: str, row: dict[str, Any]) -> tuple[str, dict[str, tuple[int, 
 
 def longproc(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """All samples of a LongProc data set, in the order of its file."""
-    from longproc.longproc_data import load_longproc_data  # type: ignore[import-not-found]
-
+    load = importlib.import_module("longproc.longproc_data").load_longproc_data
     kind = request["name"].rpartition("_")[0]
-    for index, row in enumerate(load_longproc_data(request["name"], request["data"])[0]):
+    for index, row in enumerate(load(request["name"], request["data"])[0]):
         prompt, item = row["input_prompt"], row["item"]
         context = question = None
         if kind in CONTEXTS:
@@ -174,12 +176,14 @@ def place(prompt: str, part: str, index: int, what: str) -> tuple[int, int]:
 
 def short_fields(row: dict[str, Any]) -> dict[str, Any]:
     """The numbers and short texts of a row."""
-    return {
-        name: value
-        for name, value in row.items()
-        if name not in ELSEWHERE
-        and (isinstance(value, (int, float)) or (isinstance(value, str) and len(value) <= SHORT))
-    }
+    return {name: row[name] for name in row if name not in ELSEWHERE and is_short(row[name])}
+
+
+def is_short(value: Any) -> bool:
+    """Whether a value is a number of JSON or a short text."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) or (isinstance(value, str) and len(value) <= SHORT)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,13 @@ from kvbench.report.statistics import (
     Floats,
     Interval,
     Status,
-    by_cluster,
     critical,
     critical_rows,
     fit,
+    independent,
     interval,
     resampled_means,
+    weighted_means,
 )
 
 FEWEST_SHARE = 0.5  # a budget with a smaller share of its curve's samples is no point of it
@@ -83,7 +84,7 @@ class Critical:
     status: Status
     interval: Interval | None
     draws: Floats = field(repr=False, compare=False)
-    independent: int  # clusters of samples, or samples where there are none
+    independent: tuple[int, ...]  # as `kvbench.report.statistics.independent` gives them
 
 
 @dataclass(frozen=True)
@@ -364,7 +365,7 @@ def difference(left: Curve, right: Curve) -> Difference | None:
     if left.setting != right.setting:
         raise ValueError("differences are paired over samples, so within one setting")
     one, other = left.footprint, right.footprint
-    found = interval(one.draws - other.draws, min(one.independent, other.independent))
+    found = interval(one.draws - other.draws, min(one.independent, other.independent, key=sum))
     return Difference(left, right, one.value - other.value, found)
 
 
@@ -505,18 +506,20 @@ def _curves_of(
             kept.append((replace(group, cells=usable), label, name))
     tables = [_by_sample(group.cells, full) for group, _, _ in kept]
     together = concat(tables, axis=1)
-    clusters = _clusters(groups[0].cells, full)
+    clusters = _codes(groups[0].cells, full, "cluster")
+    subtasks = _codes(groups[0].cells, full, "subtask")
     means, counts = resampled_means(
         np.ascontiguousarray(together.to_numpy()),
         np.asarray(together.columns.get_level_values(0) == "score"),
         clusters,
+        subtasks,
     )
     ends = np.cumsum([table.shape[1] for table in tables])[:-1]
     curves = []
     for (group, label, name), table, mean, count in zip(
         kept, tables, np.split(means, ends, axis=1), np.split(counts, ends, axis=1), strict=True
     ):
-        measures = _measures(table, mean, count, clusters)
+        measures = _measures(table, mean, count, clusters, subtasks)
         curves.append(_curve(setting, group, label, name, measures, threshold))
     return _mark_best(curves)
 
@@ -561,14 +564,22 @@ def _by_sample(cells: DataFrame, full: "Series[float]") -> DataFrame:
     return wide.reindex(full.index)
 
 
-def _clusters(cells: DataFrame, full: "Series[float]") -> NDArray[np.intp] | None:
-    """Return the cluster of each sample of the baseline [S]; None if no record names a cluster.
+def means_over_subtasks(cells: DataFrame, columns: list[str]) -> DataFrame:
+    """Return the means of columns at each budget: over samples if subtasks have equally many."""
+    of_subtasks = cells.groupby(["budget", "subtask"])
+    if (of_subtasks.size().groupby("budget").nunique() == 1).all():
+        return cells.groupby("budget")[columns].mean()
+    return of_subtasks[columns].mean().groupby("budget").mean()
 
-    A record without a cluster is a cluster of its own.
+
+def _codes(cells: DataFrame, full: "Series[float]", what: str) -> NDArray[np.intp] | None:
+    """Return the number of each baseline sample's cluster or subtask [S]; None if none is named.
+
+    A record that names none is one of its own.
     """
-    if "cluster" not in cells or cells["cluster"].isna().all():
+    if what not in cells or cells[what].isna().all():
         return None
-    named = cells.groupby("sample")["cluster"].first().reindex(full.index)
+    named = cells.groupby("sample")[what].first().reindex(full.index)
     codes = named.factorize()[0]
     return np.where(codes < 0, codes.max() + 1 + np.arange(len(codes)), codes)
 
@@ -578,25 +589,29 @@ class _Measure(NamedTuple):
 
     mean: Floats  # [P]
     samples: NDArray[np.int64]  # [P]
-    independent: NDArray[np.int64]  # [P], clusters of samples, or samples where there are none
+    independent: list[tuple[int, ...]]  # [P], see `kvbench.report.statistics.independent`
     means: Floats  # [R, P]
     counts: Floats  # [R, P], samples in each resample
 
 
 def _measures(
-    table: DataFrame, means: Floats, counts: Floats, clusters: NDArray[np.intp] | None
+    table: DataFrame,
+    means: Floats,
+    counts: Floats,
+    clusters: NDArray[np.intp] | None,
+    subtasks: NDArray[np.intp] | None,
 ) -> dict[str, _Measure]:
     """Return the measures of a table of `_by_sample`, and of its resamples, by name."""
     values = np.ascontiguousarray(table.to_numpy())
     there = ~np.isnan(values)
     samples = there.sum(axis=0)
-    independent = (by_cluster(there.astype(float), clusters) > 0).sum(axis=0)
-    mean = np.nansum(values, axis=0) / np.maximum(samples, 1)
+    units = independent(there, clusters, subtasks)
+    mean = weighted_means(values, subtasks)
     names = table.columns.get_level_values(0)
     return {
-        name: _Measure(mean[at], samples[at], independent[at], means[:, at], counts[:, at])
+        name: _Measure(mean[at], samples[at], [units[i] for i in at], means[:, at], counts[:, at])
         for name in names.unique()
-        for at in [np.asarray(names == name)]
+        for at in [np.flatnonzero(names == name)]
     }
 
 
@@ -612,14 +627,14 @@ def _curve(
     score, footprint, peak, full = (measures[name] for name in (*MEASURES, BASELINE))
     reads = measures.get(READS)
     baseline, samples = float(full.mean[0]), int(full.samples[0])
-    independent = int(full.independent[0])
+    units = full.independent[0]
 
     def find(cost: _Measure) -> Critical | None:
         if baseline <= 0 or not cost.samples.all():
             return None
         if group.method == BASELINE:
             return Critical(
-                1.0, Status.REACHED, Interval(1.0, 1.0), np.ones(len(cost.means)), independent
+                1.0, Status.REACHED, Interval(1.0, 1.0), np.ones(len(cost.means)), units
             )
         at = cost.mean.argsort(kind="stable")
         weights = score.samples[at].astype(float)
@@ -634,7 +649,7 @@ def _curve(
             full.counts[:, 0],
             threshold,
         )
-        return Critical(value, status, interval(draws, independent), draws, independent)
+        return Critical(value, status, interval(draws, units), draws, units)
 
     def fitted(cost: _Measure) -> tuple[tuple[float, float], ...]:
         at = cost.mean.argsort(kind="stable")
@@ -642,15 +657,15 @@ def _curve(
         costs = [*np.minimum(cost.mean[at], 1.0).tolist(), 1.0]
         return tuple(zip(costs, scores.tolist(), strict=True))
 
-    budgets = group.cells["budget"]
-    others = group.cells[list(COSTS)].astype(float).groupby(budgets).mean()
+    costs = group.cells.astype(dict.fromkeys(COSTS, float))
+    others = means_over_subtasks(costs, list(COSTS))
     order = footprint.mean.argsort(kind="stable")
     points = tuple(
         Point(
             budget=float(others.index[i]),
             kv_footprint=float(footprint.mean[i]),
             score=float(score.mean[i]),
-            score_interval=interval(score.means[:, i], int(score.independent[i])),
+            score_interval=interval(score.means[:, i], score.independent[i]),
             kv_peak=float(peak.mean[i]) if peak.samples[i] else None,
             kv_reads=known(others["kv_reads"].iloc[i], float),
             kv_bytes_peak=known(others["kv_bytes_peak"].iloc[i], float),

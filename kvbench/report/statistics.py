@@ -5,8 +5,12 @@
 in order of cost: KV footprint or peak), R the number of bootstrap resamples, S the number of
 samples of a task. Costs and scores are fractions.
 
+**A mean** of a task with several subtasks is the mean over its subtasks, as in HELMET, so a sample
+of a larger subtask counts less.
+
 **Intervals** come from a paired bootstrap over samples, or over clusters of samples where samples
-share a question. There are two corrections for few samples:
+share a question. If subtasks are of unequal sizes, each is drawn by itself. There are two
+corrections for few samples:
 
 - They are expanded percentile intervals (Hesterberg 2015, arXiv 1411.5279). A bootstrap estimates
   the spread from the samples' own variance as if that were known exactly, so its percentiles are
@@ -22,7 +26,7 @@ alone. Without that part, two methods that agree on all samples would differ by 
 resample. `docs/statistics.md` says how often the intervals cover the truth, and what was tried.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -143,7 +147,63 @@ def _in_order(cost: Floats) -> Floats:
     return np.maximum.accumulate(np.minimum(cost, 1.0), axis=1)
 
 
-def resamples(samples: int, count: int = RESAMPLES, seed: int = BOOTSTRAP_SEED) -> Iterator[Floats]:
+def weights_of(there: NDArray[np.bool_], subtasks: NDArray[np.intp] | None) -> Floats:
+    """Return the weights [S, C] with which the mean of a column is the mean over its subtasks.
+
+    `there` [S, C] says which samples a column has, `subtasks` [S] numbers the subtask of each. A
+    sample of the largest subtask weighs 1, and one that is missing 0.
+    """
+    weights = there.astype(float)
+    if subtasks is not None:
+        _, members = np.unique(subtasks, return_inverse=True)
+        sizes = by_cluster(weights, members)
+        weights *= (sizes.max(axis=0) / np.maximum(sizes, 1.0))[members]
+    return weights
+
+
+def weighted_means(values: Floats, subtasks: NDArray[np.intp] | None) -> Floats:
+    """Return the mean over subtasks of each column [S, C]; NaN marks a missing sample."""
+    weights = weights_of(~np.isnan(values), subtasks)
+    sums = (np.nan_to_num(values) * weights).sum(axis=0)
+    return np.asarray(sums / np.maximum(weights.sum(axis=0), 1.0))
+
+
+def parts_of(
+    count: int, clusters: NDArray[np.intp] | None, subtasks: NDArray[np.intp] | None
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return what is resampled: the unit of each of `count` samples, and the part of each unit.
+
+    A unit is a cluster, or a sample where there are none. Units are drawn within their part. A
+    subtask is a part if subtasks are of unequal sizes and each has two clusters at least; otherwise
+    all samples are one part, in which a resample's mean over subtasks is one over samples.
+    """
+    each = np.arange(count) if clusters is None else clusters
+    part = np.zeros(count, dtype=np.intp)
+    if subtasks is not None:
+        rows = [np.flatnonzero(subtasks == name) for name in np.unique(subtasks)]
+        unequal = len({len(inside) for inside in rows}) > 1
+        if unequal and all(len(np.unique(each[inside])) > 1 for inside in rows):
+            for number, inside in enumerate(rows):
+                part[inside] = number
+    pairs, units = np.unique(np.stack([part, each]), axis=1, return_inverse=True)
+    return units.reshape(-1), pairs[0]
+
+
+def independent(
+    there: NDArray[np.bool_],
+    clusters: NDArray[np.intp] | None,
+    subtasks: NDArray[np.intp] | None = None,
+) -> list[tuple[int, ...]]:
+    """Return how many units each part of each column [S, C] has, without parts that have none."""
+    units, part = parts_of(len(there), clusters, subtasks)
+    present = by_cluster(there.astype(float), units) > 0
+    counts = np.stack([present[part == number].sum(axis=0) for number in np.unique(part)])
+    return [tuple(column[column > 0].tolist()) for column in counts.T]
+
+
+def resamples(
+    samples: int, count: int = RESAMPLES, seed: int | Sequence[int] = BOOTSTRAP_SEED
+) -> Iterator[Floats]:
     """Yield how often each resample draws each of `samples` samples, in blocks [rows, S].
 
     Equal arguments give equal resamples. Blocks keep memory small if there are many samples.
@@ -158,25 +218,44 @@ def resamples(samples: int, count: int = RESAMPLES, seed: int = BOOTSTRAP_SEED) 
 
 
 def resampled_means(
-    values: Floats, scores: NDArray[np.bool_], clusters: NDArray[np.intp] | None = None
+    values: Floats,
+    scores: NDArray[np.bool_],
+    clusters: NDArray[np.intp] | None = None,
+    subtasks: NDArray[np.intp] | None = None,
 ) -> tuple[Floats, Floats]:
     """Return the means of columns [S, C] in every resample, and their sample counts; both [R, C].
 
     NaN marks a sample that a column lacks. `clusters` [S] numbers the cluster of each sample, and
-    clusters are drawn whole; without it, samples are drawn. Columns that are `scores` [C] get the
-    imagined samples that the module describes, as large as a mean cluster. A resample that draws
-    none of a column's samples takes the column's overall mean, with a weight near zero.
+    clusters are drawn whole; without it, samples are drawn. With `subtasks` [S], means are means
+    over subtasks, and `parts_of` says what is drawn apart; the count is then that of the samples of
+    one task that tell as much. Columns that are `scores` [C] get the imagined samples that the
+    module describes, as large as a mean cluster. A resample that draws none of a column's samples
+    takes the column's overall mean, with a weight near zero.
     """
     there = ~np.isnan(values)
-    known = by_cluster(np.where(there, values, 0.0), clusters)
-    size = by_cluster(there.astype(float), clusters)
-    overall = known.sum(axis=0) / np.maximum(size.sum(axis=0), 1.0)
-    blocks = [(block @ known, block @ size) for block in resamples(len(known))]
-    sums, counts = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-    means = np.where(counts > 0, sums / np.maximum(counts, 1.0), overall)
-    known, size = known[:, scores], size[:, scores]
+    weight = weights_of(there, subtasks)
+    units, part = parts_of(len(values), clusters, subtasks)
+    known = by_cluster(np.where(there, values, 0.0) * weight, units)
+    size, samples = by_cluster(weight, units), by_cluster(there.astype(float), units)
+    means, variance = np.zeros((RESAMPLES, 1)), np.zeros((RESAMPLES, 1))
+    for number in np.unique(part).tolist():
+        inside = part == number
+        totals = [each[inside] for each in (known, size, samples)]
+        seed = BOOTSTRAP_SEED if number == 0 else [BOOTSTRAP_SEED, 1, number]
+        blocks = [
+            [block @ total for total in totals] for block in resamples(len(totals[0]), seed=seed)
+        ]
+        sums, sizes, counts = (np.concatenate(drawn) for drawn in zip(*blocks, strict=True))
+        whole, of_part = size.sum(axis=0), totals[1].sum(axis=0)
+        overall = totals[0].sum(axis=0) / np.maximum(of_part, 1.0)
+        share = of_part / np.maximum(whole, 1.0)
+        means = means + share * np.where(counts > 0, sums / np.maximum(sizes, 1.0), overall)
+        variance = variance + share**2 / np.maximum(counts, 1e-6)
+    if part.any():
+        counts = 1 / np.maximum(variance, 1e-6)
+    known, size, samples = known[:, scores], size[:, scores], samples[:, scores]
     weights = imagined(trials_in_a_sample(known, size), len(known), (len(means), known.shape[1]))
-    failed, passed = weights * size.sum() / max(1, np.count_nonzero(size))
+    failed, passed = weights * samples.sum() / max(1, np.count_nonzero(samples))
     drawn = counts[:, scores]
     smoothed = (means[:, scores] * drawn + passed) / np.maximum(drawn + failed + passed, 1e-6)
     means[:, scores] = np.where(drawn > 0, smoothed, means[:, scores])
@@ -225,15 +304,21 @@ def trials_in_a_sample(known: Floats, size: Floats) -> float:
     return float(np.clip(spread.sum() / most, 0, 1) ** GRADED) if most > ROUNDING else 1.0
 
 
-def interval(draws: Floats, samples: int) -> Interval | None:
+def interval(draws: Floats, samples: int | Sequence[int]) -> Interval | None:
     """Return the expanded 95 % percentile interval of bootstrap draws [R] over `samples` samples.
 
-    With clusters, `samples` is how many clusters there are. Draws that are NaN are left out. None
-    if there are fewer than two samples, or no draw.
+    With clusters, `samples` is how many clusters there are. With several numbers, the draws are
+    means over parts of so many, each drawn by itself; parts are taken to vary alike (Welch). Draws
+    that are NaN are left out. None if a part has fewer than two samples, or if there is no draw.
     """
     known = draws[~np.isnan(draws)]
-    if samples < 2 or not len(known):
+    n = np.atleast_1d(samples)
+    if not len(n) or n.min() < 2 or not len(known):
         return None
-    further = np.sqrt(samples / (samples - 1)) * stdtrit(samples - 1, OUTSIDE / 2)
+    widening, freedom = n[0] / (n[0] - 1), n[0] - 1
+    if len(n) > 1:
+        widening = (1 / n).sum() / ((n - 1) / n**2).sum()
+        freedom = (1 / n).sum() ** 2 / (1 / (n**2 * (n - 1))).sum()
+    further = np.sqrt(widening) * stdtrit(freedom, OUTSIDE / 2)
     outside = float(ndtr(further))
     return Interval(*np.quantile(known, [outside, 1 - outside]).tolist())

@@ -25,6 +25,7 @@ from kvbench.report.build import (
     by_critical,
     group_cells,
     labels_of,
+    means_over_subtasks,
 )
 from kvbench.report.frames import as_text, frame_of, select
 from kvbench.report.statistics import ROUNDING, Status
@@ -345,7 +346,7 @@ def print_summary(records: Sequence[Record], codes: Mapping[str, str]) -> None:
         for budget in budgets:
             table.add_column(f"{budget:g}", justify="right", no_wrap=True)
         for group, label in zip(groups, labels_of(groups, peers, with_chunk=True), strict=True):
-            means = group.cells.groupby("budget")[["score", "kv_footprint"]].mean()
+            means = means_over_subtasks(group.cells, ["score", "kv_footprint"])
             texts = {b: score_text(score, kv) for b, score, kv in means.itertuples()}
             table.add_row(escape(label), *(texts.get(budget, "") for budget in budgets))
         console.print(table)

@@ -32,6 +32,11 @@ class DataSet:
     newline: bool = False  # whether the configuration asks to stop there
     left_out: str | None = None  # why it cannot be scored here
 
+    @property
+    def files(self) -> list[str]:
+        """The files of a checkout that it needs."""
+        return [path for path in (self.data, self.demos) if path]
+
 
 def published_data_sets() -> dict[str, DataSet]:
     """The data sets by name, in the order of the paper's tasks."""
