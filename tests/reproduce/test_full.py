@@ -61,7 +61,7 @@ def test_a_rehearsal_runs_all_eight_tasks(tmp_path: Path) -> None:
         [sys.executable, "-m", "kvbench", "reproduce", "--scale", "full", "--rehearse", *how],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("REHEARSAL")
