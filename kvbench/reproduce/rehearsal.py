@@ -1,23 +1,28 @@
 """The rehearsal of the full scale: the same path on small made-up data, on a CPU.
 
-Every data set of the paper gets a stand-in of the same task, metric and kind of file, `SHARE`
-times shorter, made by the generators of kvbench's own tasks or by the few lines here. A stand-in
+Every data set of the paper gets a stand-in of the same task, metric and kind of prompt, `SHARE`
+times shorter. Its rows come from the generators of kvbench's own tasks, or from the few lines here;
+they lie in stand-in checkouts, from which the real `kvbench convert` makes task files. A stand-in
 judge scores what a judge scores. The numbers mean nothing: they show that the path works.
 """
 
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from kvbench.convert.command import Request, convert_task
 from kvbench.errors import InputError
 from kvbench.heads import equal_scores
-from kvbench.judge import HIGHEST, JUDGED
+from kvbench.judge import HIGHEST, JUDGED, Judge, use_judge
 from kvbench.registry import tasks
 from kvbench.reproduce.command import RUN, Reproduction, reproduced
 from kvbench.reproduce.datasets import DataSet, published_data_sets
@@ -29,14 +34,13 @@ from kvbench.task import Tokenizer
 SHARE = 128  # full-scale lengths and prefill chunks are divided by this
 BUDGETS = (0.2, 0.5, 0.9)
 JUDGE = "stand-in-judge"
-DATA = "data"  # the folder of the task files, inside the output folder
+LABELS = ("north", "south", "east", "west")
+CITIES = ("Lisbon", "Vienna", "Oslo", "Athens", "Dublin", "Prague")
 LOUD = (
     "REHEARSAL: the data are made up, the model is small and the judge is a stand-in. The numbers "
     "mean nothing, and neither do the claims judged by them; they show that the full scale runs. "
     "The paper's values are not comparable: they stand here because the full scale prints them."
 )
-LABELS = ("north", "south", "east", "west")
-CITIES = ("Lisbon", "Vienna", "Oslo", "Athens", "Dublin", "Prague")
 
 # The generator and subtask of each stand-in; the data sets of icl and travel_planning have others.
 GENERATED = {
@@ -59,6 +63,38 @@ GENERATED = {
     "html_to_tsv_8k": ("html_to_tsv", "long"),
 }
 
+# Loaders with the projects' interfaces, which `kvbench convert` calls.
+LOADERS = {
+    "helmet": (
+        "data.py",
+        """
+import json
+
+def load_data(args, dataset, path=None, demo_path=None):
+    with open(path or "data/" + dataset) as file:
+        rows = [json.loads(line) for line in file]
+    whole, prefix = "{context}{question}{answer_prefix}", "{answer_prefix}"
+    templates = {"user_template": whole, "prompt_template": whole, "system_template": prefix}
+    return {"data": rows, **templates}
+""",
+    ),
+    "longproc": (
+        "longproc/longproc_data.py",
+        """
+import json, os
+
+def load_longproc_data(name, path):
+    with open(os.path.join(path, name)) as file:
+        rows = [json.loads(line) for line in file]
+    return [{
+        "input_prompt": row["context"] + row["question"] + row["answer_prefix"],
+        "reference_output": row["answer"],
+        "item": {"html_str": row["context"], "problem": row["question"], **row["truth"]},
+    } for row in rows], None
+""",
+    ),
+}
+
 
 def rehearse(
     out: Path,
@@ -76,91 +112,99 @@ def rehearse(
     from kvbench.models.load import load_model
 
     loaded, settings = load_model(model, device="cpu"), full_settings()
-    write_task_files(out / DATA, loaded.tokenizer, samples, settings["seed"])
-    if missing := missing_data(out / DATA, judged=True):
-        raise InputError(missing[0])
-    options = {}
-    for method in LEARNT:
-        if "scores" not in loaded.card.options.get(method, {}):
-            options[f"{method}.scores"] = str(equal_scores(out / DATA, loaded.shape))
-    chosen = {
-        "model": model,
-        "context": settings["context"] // SHARE,
-        "prefill_chunk": [chunk // SHARE for chunk in settings["prefill-chunk"]],
-        "budgets": BUDGETS,
-        "option": {},  # the model's card has windows for short contexts
-        "device": "cpu",
-        "dtype": "float32",
-        **part,
-    }
+    data = out / f"data-{model}-{samples}"
     with stand_in_judge() as url:
-        judge = JUDGE, url
-        choices = full_choices(out / RUN, out / DATA, options=options, judge=judge, **chosen)
+        use_judge(Judge(JUDGE, url))
+        if missing_data(data, judged=True):
+            make_task_files(data, loaded.tokenizer, samples, settings["seed"])
+        if missing := missing_data(data, judged=True):
+            raise InputError(missing[0])
+        options = {}
+        for method in LEARNT:
+            if "scores" not in loaded.card.options.get(method, {}):
+                options[f"{method}.scores"] = str(equal_scores(data, loaded.shape))
+        chosen = {
+            "model": model,
+            "context": settings["context"] // SHARE,
+            "prefill_chunk": [chunk // SHARE for chunk in settings["prefill-chunk"]],
+            "budgets": BUDGETS,
+            "option": {},  # the model's card has windows for short contexts
+            "device": "cpu",
+            "dtype": "float32",
+            **part,
+        }
+        choices = full_choices(out / RUN, data, options=options, judge=(JUDGE, url), **chosen)
         return reproduced(choices, out, threshold, listener, [LOUD], "paper (not comparable)")
 
 
-def write_task_files(folder: Path, tokenizer: Tokenizer, samples: int, seed: int) -> None:
-    """Write a task file with `samples` samples for every data set of the paper."""
-    for each in published_data_sets().values():
-        lines = [
-            line_of(each, tokenizer, random.Random(f"{each.name}/{seed}/{index}"), index)
-            for index in range(samples)
-        ]
-        file = folder / each.task / f"{each.name}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+def make_task_files(folder: Path, tokenizer: Tokenizer, samples: int, seed: int) -> None:
+    """Convert stand-in checkouts to task files, with `samples` samples for every data set."""
+    with tempfile.TemporaryDirectory() as home:
+        stand_ins: dict[tuple[str, str], list[DataSet]] = {}
+        for each in published_data_sets().values():
+            checkout = Path(home) / each.benchmark
+            rngs = [random.Random(f"{each.name}/{seed}/{index}") for index in range(samples)]
+            rows = [row_of(each, tokenizer, rng) for rng in rngs]
+            for index, row in enumerate(rows):
+                row |= {name: index // max(1, round(each.rows)) for name in each.question[:1]}
+            loader, text = LOADERS[each.benchmark]
+            data = "".join(json.dumps(row) + "\n" for row in rows)
+            for path, content in ((loader, text), (f"data/{each.name}", data)):
+                (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+                (checkout / path).write_text(content, encoding="utf-8")
+            stand_in = replace(
+                each,
+                data=None,
+                demos=None,
+                input_limit=each.input_limit // SHARE,
+                answer_limit=max(row["limit"] for row in rows),
+                metric=JUDGED if each.left_out else each.metric,
+                left_out=None,
+            )
+            stand_ins.setdefault((each.benchmark, each.task), []).append(stand_in)
+        for (benchmark, task), data_sets in stand_ins.items():
+            checkout = Path(home).resolve() / benchmark
+            request = Request(benchmark, checkout, folder, python=sys.executable)
+            convert_task(request, task, data_sets, lambda text: None)
 
 
-def line_of(each: DataSet, tokenizer: Tokenizer, rng: random.Random, index: int) -> dict[str, Any]:
-    """One sample of a stand-in, as a line of a task file."""
+def row_of(each: DataSet, tokenizer: Tokenizer, rng: random.Random) -> dict[str, Any]:
+    """A row of a stand-in: parts of the prompt, the answer as the metric takes it, its limit."""
     tokens = each.input_limit // SHARE
-    if each.name in GENERATED:
-        made = generated(each, tokenizer, rng, tokens)
-    elif each.task == "icl":
-        made = labelled(tokenizer, rng, tokens)
-    else:
-        made = trip(rng)
-    made["metric"] = JUDGED if each.left_out else each.metric
-    rows = max(1, round(each.rows))
-    return {**made, "chat": each.chat, "cluster": f"{each.name}/{index // rows}"}
-
-
-def generated(
-    each: DataSet, tokenizer: Tokenizer, rng: random.Random, tokens: int
-) -> dict[str, Any]:
-    """A sample of one of kvbench's generators, its reference as the data set's metric takes it."""
+    if each.task == "icl":
+        return labelled(tokenizer, rng, tokens)
+    if each.name not in GENERATED:
+        return trip(rng)
     name, subtask = GENERATED[each.name]
     task = tasks.get(name)()
     number = rng.randrange(10**6) * len(task.subtasks) + task.subtasks.index(subtask)
     sample = task.sample(number, seed=0, context=tokens, tokenizer=tokenizer)
-    prefix = sample.metadata[ANSWER_PREFIX]
-    prompt, at = sample.prompt.removesuffix(prefix), sample.question_at
-    question, first = prompt[at:], sample.reference
-    shaped: dict[str, Callable[[], Any]] = {
-        "choice_exact_match": lambda: ["B", first[0]],
-        "row_f1": lambda: prefix + "\n".join("\t".join(row) for row in first),
-    }
-    reference = shaped.get(each.metric, lambda: first)()
+    prefix, at = str(sample.metadata[ANSWER_PREFIX]), sample.question_at
+    prompt, answer = sample.prompt.removesuffix(prefix), sample.reference
+    row = {"context": prompt[:at], "question": prompt[at:], "answer_prefix": prefix, "truth": {}}
     if each.left_out:
-        reference = {"question": question.strip(), "answer": first}
-    limit = sample.max_new_tokens
-    parts = {"context": prompt[:at], "question": question, "answer_prefix": prefix}
-    return {**parts, "reference": reference, "max_new_tokens": limit}
+        answer = {"question": prompt[at:].strip(), "answer": answer}
+    elif each.metric == "choice_exact_match":
+        answer = ["B", answer[0]]
+    elif each.metric == "ndcg@10":
+        row["qrel"] = list(answer.items())
+    elif each.metric == "row_f1":
+        answer = prefix + "\n".join("\t".join(cells) for cells in answer)
+    return {**row, "answer": answer, "limit": sample.max_new_tokens}
 
 
 def labelled(tokenizer: Tokenizer, rng: random.Random, tokens: int) -> dict[str, Any]:
     """Sentences with a label that their direction decides; the last one has none yet."""
-    context, label = "", ""
-    question = "The wind comes from the"
+    context = ""
     while True:
-        label = rng.choice(LABELS)
-        more = f"{question} {label} in week {rng.randrange(100)}.\nlabel: {LABELS.index(label)}\n"
-        if len(tokenizer.encode(context + more + more)) + 8 > tokens:
+        label = rng.randrange(len(LABELS))
+        text = f"In week {rng.randrange(100)} the wind came from the {LABELS[label]}.\n"
+        more = f"{text}label: {label}\n"
+        if len(tokenizer.encode(context + more)) + 8 > tokens:
             break
         context += more
-    asked = f"{question} {label} in week {rng.randrange(100)}.\n"
-    parts = {"context": context, "question": asked, "answer_prefix": "label:"}
-    return {**parts, "reference": str(LABELS.index(label)), "max_new_tokens": 6}
+    parts = {"context": context, "question": text, "answer_prefix": "label:", "truth": {}}
+    return {**parts, "answer": str(label), "limit": 6}
 
 
 def trip(rng: random.Random) -> dict[str, Any]:
@@ -168,13 +212,13 @@ def trip(rng: random.Random) -> dict[str, Any]:
     cities, days = rng.sample(CITIES, 3), [rng.randint(2, 5) for _ in range(3)]
     stays = ", ".join(f"{days[i]} days in {cities[i]}" for i in range(3))
     total = sum(days) - len(days) + 1
-    context = f"You visit 3 European cities for {total} days in this order: {stays}.\n"
-    question = "Write the plan between <Plan> and </Plan>.\n"
+    question = f"You visit 3 European cities for {total} days in this order: {stays}.\n"
     truth = {
         "ground_truth_cities": "**".join(cities),
         "ground_truth_durations": "**".join(map(str, days)),
     }
-    return {"context": context, "question": question, "reference": truth, "max_new_tokens": 24}
+    parts = {"context": "Write a plan between <Plan> and </Plan>.\n", "question": question}
+    return {**parts, "answer_prefix": "", "answer": "", "truth": truth, "limit": 24}
 
 
 class StandIn(BaseHTTPRequestHandler):
