@@ -26,7 +26,7 @@ from kvbench.cli.app import main
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 FOLDERS = ("kvbench", "methods", "tasks", "tests", "benchmarks", "results", "docs")
-MADE = ("results/runs", "results/report", "results/training")  # made by commands
+MADE = ("results/runs", "results/data", "results/report", "results/training")  # made by commands
 
 BLOCK = re.compile(
     r"^(?P<indent> *)(?:<!-- (?P<mark>[^>]+) -->\n *)?```(?P<language>\w+)\n(?P<text>.*?)^ *```$",
