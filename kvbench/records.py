@@ -24,6 +24,7 @@ BASELINE = "full"  # the method that every other one is measured against
 RUN_FILE = "run.json"
 SAMPLE_FILES = "samples-*.jsonl"
 RUN_FORMAT = 1
+END = "end"  # of the samples that a task reads
 COMPRESS = ("prompt", "context")  # what methods evict from: all, or what precedes the question
 
 
@@ -89,6 +90,7 @@ class Record:
     cluster: str | None = None  # samples of one cluster are not independent
     chat: bool | None = None  # whether the prompt was put into the model's chat template
     cut_tokens: int | None = None  # of a prompt that was too long; None: its task makes it fit
+    sample_code: str = ""  # a hash of a sample that was read, "" if its task makes it
     error: str | None = None
 
 
@@ -234,8 +236,9 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 def current_codes(runs: Iterable[Mapping[str, Any] | None]) -> dict[str, str]:
     """The code of every method and task when it was last asked for, by `method NAME`, `task NAME`.
 
-    `runs` are the contents of `run.json` files. Records of other codes are older, whenever they
-    were measured: an edit may have been taken back.
+    By `samples NAME`, the codes of the samples that a task read, in order with spaces between, and
+    `END` if there are no more. `runs` are the contents of `run.json` files. Records of other codes
+    are older, whenever they were measured: an edit may have been taken back.
     """
     invocations = [each for run in runs if run is not None for each in run["invocations"]]
     codes: dict[str, str] = {}

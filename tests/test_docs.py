@@ -2,7 +2,8 @@
 
 A comment before a block says what to do with it: `runnable` (all such blocks of a page are run in
 order, in one process and one temporary folder), `file: NAME` (a file of an example project) and
-`uses: NAME` (commands that need the project that NAME belongs to).
+`uses: NAME` (commands that need the project that NAME belongs to). Blocks of `jsonl` are files for
+the commands of all pages.
 """
 
 import ast
@@ -155,6 +156,8 @@ def test_commands_are_understood(
         return
     (config,) = [b.text for b in blocks(ROOT / "docs/command-line.md") if b.language == "yaml"]
     Path("experiment.yaml").write_text(config)
+    for block in (each for page in PAGES for each in blocks(page) if each.language == "jsonl"):
+        Path(block.mark.removeprefix("file: ")).write_text(block.text)
     needs_more = any(word == "--model" or "scores=" in word for word in command)
     if command[:1] == ["run"] and not needs_more:
         assert main([*command, "--samples", "1", "--budgets", "0.5", "--dry-run"]) == 0

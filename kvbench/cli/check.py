@@ -15,6 +15,7 @@ from kvbench.spec import MethodSpec, check_option_names, method_names, parse_met
 EXAMPLES = options.examples(
     "kvbench check snapkv-patched",
     "kvbench check recall",
+    "kvbench check my.jsonl --metric exact_match --max-new-tokens 32",
     "kvbench check prulong+snapkv --option snapkv.window=32",
 )
 MODEL = "tiny"  # lends its tokenizer and its head scores
@@ -26,7 +27,7 @@ def check(
         str,
         typer.Argument(
             metavar="NAME",
-            help="Methods or tasks, separated by commas.",
+            help="Methods, tasks or task files, separated by commas.",
             autocompletion=complete.checkable,
         ),
     ],
@@ -34,12 +35,14 @@ def check(
         list[str] | None,
         opt(WHAT, options.METHOD_OPTION, metavar="KEY=VALUE"),
     ] = None,
+    metric: options.Metric = None,
+    max_new_tokens: options.MaxNewTokens = None,
 ) -> int:
     """Check that a method or a task follows the rules; takes seconds.
 
     A method runs on small random models of several shapes, precisions
     and prefill chunks. A task makes samples of several lengths, and
-    scores odd answers.
+    scores odd answers. Of a task file, all lines are checked.
     """
     given = options.key_value(option)
     chosen = comma_list(names, "names", str)
@@ -54,13 +57,15 @@ def check(
         name: parse_method(name, given, card.options) for name in named if name not in tasks.names()
     }
     check_option_names(given, list(specs.values()))
-    failed = [name for name in chosen if not _holds(name, specs.get(name))]
+    failed = [n for n in chosen if not _holds(n, specs.get(n), metric, max_new_tokens)]
     if failed:
         say(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
-def _holds(name: str, spec: MethodSpec | None) -> bool:
+def _holds(
+    name: str, spec: MethodSpec | None, metric: str | None, max_new_tokens: int | None
+) -> bool:
     """Make the checks of a method or a task and print a line for each; whether all hold."""
     from rich.console import Console
     from rich.text import Text
@@ -72,7 +77,8 @@ def _holds(name: str, spec: MethodSpec | None) -> bool:
     else:
         from kvbench.models.load import load_model
 
-        findings = check_task(name, load_model(MODEL, device="cpu").tokenizer)
+        tokenizer = load_model(MODEL, device="cpu").tokenizer
+        findings = check_task(name, tokenizer, metric, max_new_tokens)
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(name, "bold"))
     for finding in findings:

@@ -46,6 +46,12 @@ JudgeUrl = Annotated[
 ]
 Samples = Annotated[int, opt(HOW_MUCH, "Number of samples of each task.", min=1)]
 Seed = Annotated[int, opt(HOW_MUCH, "Seed for drawing the samples.", min=0)]
+Metric = Annotated[
+    str | None, opt(WHAT, "Metric of task files that name none; see 'list metrics'.", "theirs")
+]
+MaxNewTokens = Annotated[
+    int | None, opt(HOW_MUCH, "Answer limit of task files that say none.", "theirs", min=1)
+]
 Threshold = Annotated[
     float, opt(OUTPUT, "Share of full attention's score to keep.", min=0.001, max=1)
 ]

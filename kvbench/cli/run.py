@@ -128,13 +128,8 @@ def run(
         Literal["auto", "on", "off"],
         opt(MODEL, "Whether prompts go into the model's chat template."),
     ] = "auto",
-    metric: Annotated[
-        str | None,
-        opt(WHAT, "Metric of task files that name none; see 'list metrics'.", "theirs"),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, opt(HOW_MUCH, "Answer limit of task files that say none.", "theirs", min=1)
-    ] = None,
+    metric: options.Metric = None,
+    max_new_tokens: options.MaxNewTokens = None,
     too_long: Annotated[
         Literal["error", "cut", "skip"],
         opt(HOW_MUCH, "Samples of task files that do not fit: refuse, cut the context, leave out."),

@@ -340,7 +340,7 @@ def report_records(
     """
     frame = records if isinstance(records, DataFrame) else frame_of(records)
     cells, notes = select(frame, latest, current_codes(runs))
-    notes = [*_notes_on_runs(runs), *notes]
+    notes = [*_notes_on_runs(runs), *notes, *_notes_on_lengths(cells, runs)]
     curves: list[Curve] = []
     groups: dict[Setting, list[CellGroup]] = {}
     for key, in_setting in cells.groupby(["task", "model", "context", "seed", "compress"]):
@@ -379,6 +379,30 @@ def differences(curves: Iterable[Curve]) -> list[Difference]:
 def by_critical(curves: Iterable[Curve]) -> list[Curve]:
     """Return curves from the smallest critical footprint to the largest, unknown ones last."""
     return sorted(curves, key=lambda c: (c.footprint.value if c.footprint else np.inf, c.label))
+
+
+def _notes_on_lengths(cells: DataFrame, runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return notes on samples that were cut because they were too long, or were left out."""
+    notes = []
+    for task, of_task in cells.groupby("task"):
+        samples = of_task.groupby("sample")["cut_tokens"].max().dropna()
+        if (cut := samples[samples > 0]).any():
+            notes.append(
+                f"{task}: the contexts of {len(cut)} of {len(samples)} samples are cut, by "
+                f"{cut.max()} tokens at most"
+            )
+    skipped: dict[str, list[int]] = {}
+    for run in runs:
+        for each in run["invocations"]:
+            skipped |= {task: [] for task in each.get("experiment", {}).get("tasks", [])}
+            skipped |= each.get("skipped", {})
+    for name, left_out in skipped.items():
+        if left_out:
+            many = "1 sample was" if len(left_out) == 1 else f"{len(left_out)} samples were"
+            shown = ", ".join(map(str, left_out[:FEW_SAMPLES]))
+            more = ", ..." if len(left_out) > FEW_SAMPLES else ""
+            notes.append(f"{name}: {many} left out, too long: {shown}{more}")
+    return notes
 
 
 def _notes_on_runs(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -491,11 +515,17 @@ def _curves_of(
     full = groups[0].cells.set_index("sample")["score"].sort_index()
     if not full.any():
         notes.append(f"{where}: full attention scores 0, so there is nothing to lose")
-    if len(full) < FEW_SAMPLES:
+    clusters = _codes(groups[0].cells, full, "cluster")
+    subtasks = _codes(groups[0].cells, full, "subtask")
+    count = len(full) if clusters is None else len(np.unique(clusters))
+    one, many = "sample", "samples"
+    if clusters is not None:
+        one, many = "cluster of samples", "clusters of samples"
+    if count < FEW_SAMPLES:
         notes.append(
-            f"{where}: intervals of {len(full)} samples are rough"
-            if len(full) > 1
-            else f"{where}: one sample only, so there are no intervals"
+            f"{where}: intervals of {count} {many} are rough"
+            if count > 1
+            else f"{where}: one {one} only, so there are no intervals"
         )
     kept = []
     labels = labels_of(groups, peers, with_chunk=True)
@@ -506,8 +536,6 @@ def _curves_of(
             kept.append((replace(group, cells=usable), label, name))
     tables = [_by_sample(group.cells, full) for group, _, _ in kept]
     together = concat(tables, axis=1)
-    clusters = _codes(groups[0].cells, full, "cluster")
-    subtasks = _codes(groups[0].cells, full, "subtask")
     means, counts = resampled_means(
         np.ascontiguousarray(together.to_numpy()),
         np.asarray(together.columns.get_level_values(0) == "score"),

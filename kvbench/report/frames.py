@@ -21,7 +21,7 @@ from pandas import DataFrame, Series
 
 from kvbench.arguments import check_paths
 from kvbench.errors import InputError
-from kvbench.records import BASELINE, Record, find_run_folders, read_values
+from kvbench.records import BASELINE, END, Record, find_run_folders, read_values
 
 SETTING = ["model", "task", "context", "seed", "compress"]  # what the curves of one picture share
 CURVE = [*SETTING, "method", "options_text", "prefill_chunk", "method_code"]  # what a curve shares
@@ -110,6 +110,10 @@ def select(
     for task, count in cells.loc[changed].groupby("task").size().items():
         notes.append(f"{task}: {count} cells of older code of this task are left out")
     cells = cells[~changed].copy()
+    edited = _edited(cells, codes or {})
+    for task, count in cells.loc[edited].groupby("task").size().items():
+        notes.append(f"{task}: {count} cells of samples that were edited since are left out")
+    cells = cells[~edited].copy()
     cells["older"] = cells["method_code"] != _current(cells, "method", ["method"], codes or {})
     left_out = cells["older"] & (latest | (cells["method"] == BASELINE))
     older = cells.loc[cells["older"], "method"].unique()
@@ -141,6 +145,29 @@ def _current(
     asked = cells[kind].map(lambda name: codes.get(f"{kind} {name}"))
     measured = cells.assign(same=cells[f"{kind}_code"] == asked).groupby(by)["same"]
     return asked.where(measured.transform("any"), latest)
+
+
+def _edited(cells: DataFrame, codes: Mapping[str, str]) -> "Series[bool]":
+    """Return whether each cell is of a sample that its task no longer reads as it was.
+
+    The sample that was asked for last counts only where it was measured.
+    """
+    listed = {task: codes.get(f"samples {task}", "").split() for task in cells["task"].unique()}
+    if not any(listed.values()):
+        return Series(False, index=cells.index)
+    wanted = Series(
+        [
+            each[sample] if sample < len(each) else END if END in each else None
+            for each, sample in zip(cells["task"].map(listed), cells["sample"], strict=True)
+        ],
+        index=cells.index,
+        dtype=object,
+    )
+    known = wanted.notna() & (cells["sample_code"].fillna("") != "")
+    same = cells.assign(same=cells["sample_code"] == wanted)
+    measured = same.groupby([*SETTING, "sample"])["same"].transform("any")
+    gone = wanted == END
+    return known & ~same["same"] & (measured | gone)
 
 
 def code_name(method_code: str) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvbench.arguments import MOST_SAMPLES
 from kvbench.engine.accounting import bounded_rows, chunked_rows, chunks, full_rows
 from kvbench.engine.contract import WRITES
 from kvbench.engine.row import Outcome, Row, policy_of
@@ -309,10 +310,22 @@ TASK_CHECKS = {
 }
 
 
-def check_task(name: str, tokenizer: Any) -> list[Finding]:
-    """Make samples of the task that `open_task` opens by this name, and score predictions."""
+def check_task(
+    name: str, tokenizer: Any, metric: str | None = None, max_new_tokens: int | None = None
+) -> list[Finding]:
+    """Make samples of the task that `open_task` opens by this name, and score predictions.
+
+    Of a task that reads, all that it can read is checked; InputError for what is damaged.
+    """
     (task,), (again,) = get_tasks([name]), get_tasks([name])
     faults = Faults(TASK_CHECKS)
+    if task.reads:
+        for each in (task, again):
+            each.ready(MOST_SAMPLES, metric, max_new_tokens)
+        read = f"its {task.size} samples are read, not made"
+        faults.skipped |= dict.fromkeys(("length", "different", "subtasks"), read)
+        _check_samples(task, again, tokenizer, LONG_CONTEXT, faults)
+        return faults.findings()
     fitting = [context for context in CONTEXTS if _long_enough(task, tokenizer, context)]
     for context in fitting or [LONG_CONTEXT]:
         _check_samples(task, again, tokenizer, context, faults)
@@ -342,7 +355,7 @@ def _check_samples(task: Task, again: Task, tokenizer: Any, context: int, faults
 
     prompts: dict[str, int] = {}
     count = max(4, 2 * len(task.subtasks))
-    for index in range(count):
+    for index in range(count if task.size is None else min(count, task.size)):
         try:
             sample = check_sample(make(index), task, index)
             random.seed(index)  # a task must not draw from the global generator
@@ -357,23 +370,32 @@ def _check_samples(task: Task, again: Task, tokenizer: Any, context: int, faults
             continue
         if not tokens:
             faults.add("samples", f"sample {index}: its prompt is empty", where)
-        if tokens + sample.max_new_tokens > context:
+        if tokens + sample.max_new_tokens > context and not task.reads:
             need = f"{tokens} tokens and {sample.max_new_tokens} of its answer"
             faults.add("length", f"sample {index} has {need}; expected {context} at most", where)
         if sample != twin:
             faults.add("repeatable", f"sample {index} differs when it is made again", where)
-        if sample.prompt == other.prompt:
-            faults.add("different", f"sample {index} is the same with seeds 0 and 1", where)
-        if sample.prompt in prompts:
-            same = f"samples {prompts[sample.prompt]} and {index} are the same"
-            faults.add("different", same, where)
-        prompts.setdefault(sample.prompt, index)
-        turn = task.subtasks[index % len(task.subtasks)] if task.subtasks else "(none)"
-        if sample.subtask != turn:
-            fault = f"sample {index} is of subtask '{sample.subtask}'; expected '{turn}'"
-            faults.add("subtasks", fault, where)
+        if not task.reads:
+            _check_made(task, sample, other, prompts, faults, where)
         _check_scores(task, sample, faults, where)
         _check_reference(task, sample, faults, where)
+
+
+def _check_made(
+    task: Task, sample: Sample, other: Sample, prompts: dict[str, int], faults: Faults, where: str
+) -> None:
+    """Compare a sample with that of another seed, and with the prompts of earlier indices."""
+    index = sample.index
+    if sample.prompt == other.prompt:
+        faults.add("different", f"sample {index} is the same with seeds 0 and 1", where)
+    if sample.prompt in prompts:
+        same = f"samples {prompts[sample.prompt]} and {index} are the same"
+        faults.add("different", same, where)
+    prompts.setdefault(sample.prompt, index)
+    turn = task.subtasks[index % len(task.subtasks)] if task.subtasks else "(none)"
+    if sample.subtask != turn:
+        fault = f"sample {index} is of subtask '{sample.subtask}'; expected '{turn}'"
+        faults.add("subtasks", fault, where)
 
 
 def _check_scores(task: Task, sample: Sample, faults: Faults, where: str) -> None:

@@ -23,6 +23,7 @@ from kvbench.models.card import ModelCard, model_folder, read_card
 from kvbench.records import (
     BASELINE,
     COMPRESS,
+    END,
     Record,
     RunWriter,
     check_common,
@@ -283,6 +284,14 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     notes += notes_on_samples(every, tasks, settings)
     codes = {f"method {cell.spec.name}": cell.method_code for cell in cells}
     codes |= {f"task {cell.sample.task}": cell.task_code for cell in cells}
+    for task in (task for task in tasks if task.reads):
+        of_samples = {c.sample.index: c.sample_code for c in every if c.sample.task == task.name}
+        listed = [of_samples[index] for index in sorted(of_samples)]
+        listed += [END] if len(listed) < settings.samples else []
+        codes[f"samples {task.name}"] = " ".join(listed)
+    skipped: dict[str, list[int]] = {}
+    for index, name in sorted({(c.sample.index, c.sample.task) for c in every if c.skipped}):
+        skipped.setdefault(name, []).append(index)
     return SweepPlan(
         sweep,
         out,
@@ -294,7 +303,7 @@ def plan_sweep(choices: Choices) -> SweepPlan:
         notes,
         checked,
         codes,
-        {task.name: skipped for task in tasks if (skipped := indices(every, task, skipped=True))},
+        skipped,
     )
 
 
@@ -311,12 +320,6 @@ def ready_tasks(choices: Choices) -> list[Task]:
     for task in tasks:
         task.ready(choices.samples, choices.metric, choices.max_new_tokens)
     return tasks
-
-
-def indices(cells: Sequence[Cell], task: Task, *, skipped: bool) -> list[int]:
-    """The samples of a task that are left out, or those that are not."""
-    of_task = (cell for cell in cells if cell.sample.task == task.name)
-    return sorted({cell.sample.index for cell in of_task if cell.skipped is skipped})
 
 
 def notes_on_samples(cells: Sequence[Cell], tasks: Sequence[Task], settings: Settings) -> list[str]:

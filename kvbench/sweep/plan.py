@@ -50,6 +50,7 @@ class Cell:
     most: int | None = None  # tokens of prompt and answer at most; None: the sweep's context
     cut_tokens: int | None = None  # of a prompt that was too long; None: its task makes it fit
     skipped: bool = False  # the sample is too long and is left out
+    sample_code: str = ""  # a hash of a sample that is read
 
     @property
     def tokens(self) -> int:
@@ -179,6 +180,7 @@ def make_plan(
                         most=ready.most,
                         cut_tokens=ready.cut_tokens,
                         skipped=ready.skipped,
+                        sample_code=ready.sample_code,
                     )
                 )
     return cells
@@ -251,6 +253,7 @@ class Prepared:
     most: int | None = None  # as in `Cell`, as what follows
     cut_tokens: int | None = None
     skipped: bool = False
+    sample_code: str = ""
 
 
 def _prepared_samples(model: "LoadedModel", task: Task, settings: Settings) -> list[Prepared]:
@@ -330,15 +333,19 @@ def _read_sample(model: "LoadedModel", task: Task, index: int, settings: Setting
     except TooLong:
         if settings.too_long != "skip":
             raise
-        sample = make_sample(model, task, index, settings)
-        return Prepared(replace(sample, prompt=""), [], skipped=True)
+        ready = Prepared(make_sample(model, task, index, settings), [], skipped=True)
+    whole = make_sample(model, task, index, settings)
+    told = scored_by(replace(whole, metadata={}))
+    code = content_digest([whole.prompt, whole.max_new_tokens, whole.stop, *told])[:8]
+    sample = replace(ready.sample, prompt=ready.sample.prompt[-PROMPT_TAIL:], metadata={})
+    if ready.skipped:
+        return replace(ready, sample=sample, sample_code=code)
     prompt = StoredPrompt(
         ready.prompt,
         lambda: list(_prepare_sample(model, task, index, settings).prompt),
         task.place(index),
     )
-    sample = replace(ready.sample, prompt=ready.sample.prompt[-PROMPT_TAIL:], metadata={})
-    return replace(ready, sample=sample, prompt=prompt)
+    return replace(ready, sample=sample, prompt=prompt, sample_code=code)
 
 
 def asked_of(sample: Sample) -> tuple[Any, ...]:

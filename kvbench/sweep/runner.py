@@ -156,6 +156,7 @@ class Sweep:
             compress="prompt" if cell.context is None else "context",
             chat=cell.sample.chat,
             cut_tokens=cell.cut_tokens,
+            sample_code=cell.sample_code,
             **measured,  # type: ignore[arg-type]
         )
 
