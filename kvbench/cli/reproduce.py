@@ -131,7 +131,7 @@ def full_scale(
     """Run the full scale, or say what is missing for it and what it would cost; the exit code."""
     from kvbench.reproduce import full
 
-    missing = full.missing_for_full_scale(data, given, judge is not None)
+    missing = full.missing_for_full_scale(data, given, judge is not None, part)
     if missing:
         lines = "".join(f"\n  - {text}" for text in missing)
         say(f"the full scale ({full.FULL_SCALE}) cannot run here; missing:{lines}")

@@ -117,30 +117,40 @@ def options_for(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, s
     }
 
 
-def missing_for_full_scale(data: Path, options: Mapping[str, str], judged: bool) -> list[str]:
-    """What this machine lacks to run the full scale, one line each; empty if nothing."""
-    settings = full_settings()
+def missing_for_full_scale(
+    data: Path, options: Mapping[str, str], judged: bool, part: Mapping[str, Any]
+) -> list[str]:
+    """What this machine lacks to run the full scale, or `part` of it, one line each."""
+    settings = full_settings() | part
     model, context = str(settings["model"]), int(settings["context"])
     missing = [
         _missing_gpu(context),
         _missing_model(model),
-        *missing_data(data, judged),
+        *missing_data(data, judged, settings["task"]),
         _missing_scores(model, settings["method"], options),
     ]
     return [text for text in missing if text is not None]
 
 
-def missing_data(data: Path, judged: bool) -> list[str]:
+def missing_data(data: Path, judged: bool, tasks: Sequence[str]) -> list[str]:
     """The task files that are not in `data`, by benchmark, with the command that makes them."""
     lines = []
-    wanted = [each for each in published_data_sets().values() if judged or not each.left_out]
+    of_tasks = [each for each in published_data_sets().values() if each.task in tasks]
+    wanted = [each for each in of_tasks if judged or not each.left_out]
     absent = [each for each in wanted if not (data / each.task / f"{each.name}.jsonl").is_file()]
     for benchmark in dict.fromkeys(each.benchmark for each in absent):
-        mine = [each for each in absent if each.benchmark == benchmark]
+        mine = [each for each in absent if each.benchmark == benchmark and not each.left_out]
+        if not mine:
+            continue
         tasks = ",".join(dict.fromkeys(each.task for each in mine))
         lines.append(
             f"task files in {data}: {', '.join(each.name for each in mine)}; make them with "
             f"'kvbench convert {benchmark} CHECKOUT --task {tasks} --out {data}'"
+        )
+    if judged_ones := [f"{each.task}/{each.name}.jsonl" for each in absent if each.left_out]:
+        lines.append(
+            f"task files in {data} for the judge: {', '.join(judged_ones)}; kvbench convert leaves "
+            "them out, so write them with the metric 'judged' (docs/reproduce.md)"
         )
     return lines
 

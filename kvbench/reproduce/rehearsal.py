@@ -115,9 +115,9 @@ def rehearse(
     data = out / f"data-{model}-{samples}"
     with stand_in_judge() as url:
         use_judge(Judge(JUDGE, url))
-        if missing_data(data, judged=True):
+        if missing_data(data, True, settings["task"]):
             make_task_files(data, loaded.tokenizer, samples, settings["seed"])
-        if missing := missing_data(data, judged=True):
+        if missing := missing_data(data, True, settings["task"]):
             raise InputError(missing[0])
         options = {}
         for method in LEARNT:

@@ -17,6 +17,8 @@ from kvbench.reproduce.full import (
     workloads,
 )
 
+TASKS = list(dict.fromkeys(each.task for each in published_data_sets().values()))
+
 
 def test_missing_task_files_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
     for each in published_data_sets().values():
@@ -24,14 +26,16 @@ def test_missing_task_files_are_named_with_the_command_that_makes_them(tmp_path:
             file = tmp_path / each.task / f"{each.name}.jsonl"
             file.parent.mkdir(exist_ok=True)
             file.touch()
-    helmet, longproc = missing_data(tmp_path, judged=False)
+    helmet, longproc = missing_data(tmp_path, False, TASKS)
     assert (
         f"json_kv; make them with 'kvbench convert helmet CHECKOUT --task recall --out {tmp_path}"
         in helmet
     )
     assert "html_to_tsv_2k" in longproc
-    (judged, _) = missing_data(tmp_path, judged=True)
-    assert "narrativeqa_130772, infbench_sum_eng_129672, multi_lexsum_130372" in judged
+    assert missing_data(tmp_path, False, ["rag", "icl"]) == []
+    *_, judged = missing_data(tmp_path, True, TASKS)
+    assert "longqa/narrativeqa_130772.jsonl, summ/infbench_sum_eng_129672.jsonl" in judged
+    assert "metric 'judged'" in judged
 
 
 def test_data_sets_without_a_judge_are_named(tmp_path: Path) -> None:
@@ -68,8 +72,7 @@ def test_a_rehearsal_runs_all_eight_tasks(tmp_path: Path) -> None:
     out = tmp_path / "out"
     table = read_csv(out / "table.csv")
     ours = table[table["baseline"].notna()]
-    tasks = dict.fromkeys(each.task for each in published_data_sets().values())
-    assert set(ours["task"]) == set(tasks)
+    assert set(ours["task"]) == set(TASKS)
     # chunks are 1/128 of the paper's
     assert set(ours.loc[ours["method"] == "prulong", "prefill_chunk"]) == {256, 1024, 64}
     # what the embedded model cannot do has no critical footprint, not a made-up one
