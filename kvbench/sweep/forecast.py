@@ -262,7 +262,7 @@ def work_of(
     """
     works = {id(cell): Work(1) for cell in batch}
     for cells in by_sample(batch):
-        shared: dict[object, list[PlannedCell]] = {}  # by chunk and stream
+        shared: dict[tuple[int, object], list[PlannedCell]] = {}  # by chunk and stream
         for cell in cells:
             whole = cell.policy.keeps_whole_prompt and not cell.policy.evicts_late
             for number, chunk in enumerate(cell.policy.chunks):
