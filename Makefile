@@ -6,7 +6,7 @@ READY := .venv/ready
 DEMO := results/runs/demo
 DEMO_METHODS := recency,snapkv,snapkv-naive,snapkv-patched,pyramidkv-naive,pyramidkv-patched,duoattention,prulong,random
 
-.PHONY: demo test lint reproduce heads setup smollm2 clean
+.PHONY: demo test lint reproduce rehearse heads setup smollm2 clean
 
 demo: $(READY)
 	$(BIN)/kvbench run --out $(DEMO) --method $(DEMO_METHODS) --budgets 0.1,0.2,0.3,0.5,0.7,0.9 --samples 12
@@ -27,6 +27,10 @@ lint: $(READY)
 
 reproduce: $(READY)
 	$(BIN)/kvbench reproduce
+
+# The paper's scale, end to end, with made-up data on a CPU; its numbers mean nothing.
+rehearse: $(READY)
+	$(BIN)/kvbench reproduce --scale full --rehearse
 
 # Both files of head scores that come with the embedded model.
 heads: $(READY)

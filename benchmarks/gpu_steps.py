@@ -64,8 +64,14 @@ def made(name: str) -> LoadedModel:
         model = load_model("tiny", device="cuda", dtype="bfloat16")
         model.model.generation_config.eos_token_id = -1
         return model
+    model = LlamaForCausalLM(config_of(name)).eval().to("cuda", torch.bfloat16)
+    return wrap_model(model, None, name=name)
+
+
+def config_of(name: str) -> LlamaConfig:
+    """The configuration of one of the shapes."""
     vocabulary, hidden, wide, layers, heads, kv_heads = SHAPES[name]
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=wide,
@@ -76,7 +82,6 @@ def made(name: str) -> LoadedModel:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return wrap_model(LlamaForCausalLM(config).eval().to("cuda", torch.bfloat16), None, name=name)
 
 
 def step(model: LoadedModel, rows: list[Row], repeat: Repeat) -> float:

@@ -133,6 +133,14 @@ def read_scores(path: Path) -> list[ScoreSet]:
     return sets
 
 
+def equal_scores(folder: Path, shape: KVShape) -> Path:
+    """A file of head scores that are all equal, where only the number of heads matters."""
+    file = folder / "equal-scores.tsv"
+    row = "\t".join(["0"] * shape.kv_heads)
+    file.write_text("\n".join([row] * shape.layers) + "\n", encoding="utf-8")
+    return file
+
+
 def numbers(rows: Sequence[Sequence[Any]]) -> Table:
     """The rows as floats; ValueError or TypeError if a cell is not a number."""
     return [[float(cell) for cell in row] for row in rows]

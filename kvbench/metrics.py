@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 from kvbench.errors import InputError
+from kvbench.judge import JUDGED, current_judge
 from kvbench.registry import Registry
 
 Metric = Callable[[str, Any], float]
@@ -231,6 +232,16 @@ def plan_accuracy(prediction: str, reference: Any) -> float:
     stays = _stays(prediction[start + len("<Plan>") : end])
     right = list(zip(cities, map(int, days), strict=True))
     return float(stays[: len(right)] == right)
+
+
+@register_metric(JUDGED)
+def judged(prediction: str, reference: Any) -> float:
+    """What the judge that `--judge` names thinks of the prediction, 0..1 (`kvbench.judge`).
+
+    `reference` is a text, a list of texts of which one is enough, or {"question": a text,
+    "answer": one of these}.
+    """
+    return current_judge().score(prediction, reference)
 
 
 def _stays(plan: str) -> list[tuple[str, int]]:

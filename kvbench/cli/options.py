@@ -38,6 +38,12 @@ Model = Annotated[
 ]
 Device = Annotated[str, opt(MODEL, "Where the model runs: auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, opt(MODEL, "Precision: auto, float32, bfloat16 or float16.")]
+JudgeModel = Annotated[
+    str | None, opt(MODEL, "Model that judges what no metric scores.", "nothing is judged")
+]
+JudgeUrl = Annotated[
+    str | None, opt(MODEL, "The judge's OpenAI-compatible address, like http://host/v1.", "none")
+]
 Samples = Annotated[int, opt(HOW_MUCH, "Number of samples of each task.", min=1)]
 Seed = Annotated[int, opt(HOW_MUCH, "Seed for drawing the samples.", min=0)]
 Metric = Annotated[

@@ -1,13 +1,13 @@
 """`kvbench reproduce`: the paper's table and claims on this machine."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from kvbench.cli import options
 from kvbench.cli.messages import Terminal, say
-from kvbench.cli.options import FOLDER, OUTPUT, WHAT, opt
-from kvbench.cli.report import write_report
-from kvbench.cli.run import measure, print_plan
+from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, MODEL, OUTPUT, WHAT, comma_list, opt
+from kvbench.cli.run import print_plan
+from kvbench.errors import InputError
 
 if TYPE_CHECKING:
     from kvbench.reproduce.command import Reproduction
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 EXAMPLES = options.examples(
     "kvbench reproduce",
     "kvbench reproduce --samples 100 --out results/reproduce-100",
-    "kvbench reproduce --scale full --dry-run",
+    "kvbench reproduce --scale full --data results/data",
+    "kvbench reproduce --scale full --rehearse",
 )
+REHEARSE = "Run the full scale on a CPU with small made-up data; its numbers mean nothing."
 
 
 def reproduce(
@@ -24,44 +26,133 @@ def reproduce(
         Literal["small", "full"],
         opt(WHAT, "small: the embedded model. full: the paper's model, context and data."),
     ] = "small",
-    samples: options.Samples = 24,
+    rehearse: Annotated[bool, opt(WHAT, REHEARSE, names=["--rehearse"], metavar="")] = False,
+    data: Annotated[
+        Path, opt(WHAT, "Task files of the full scale, from 'kvbench convert'.", metavar=FOLDER)
+    ] = Path("results/data"),
+    method: Annotated[
+        str | None, opt(WHAT, "Some methods of the full scale.", "all of them", metavar=LIST)
+    ] = None,
+    task: Annotated[
+        str | None, opt(WHAT, "Some tasks of the full scale.", "all eight", metavar=LIST)
+    ] = None,
+    option: Annotated[
+        list[str] | None, opt(WHAT, options.METHOD_OPTION, metavar="KEY=VALUE")
+    ] = None,
+    budgets: Annotated[
+        str | None, opt(HOW_MUCH, "Budgets of the full scale.", "those of the paper", metavar=LIST)
+    ] = None,
+    samples: Annotated[
+        int | None,
+        opt(
+            HOW_MUCH,
+            "Samples of each task; in a rehearsal, of each data set.",
+            "24; full: all; 1",
+            min=1,
+        ),
+    ] = None,
     seed: options.Seed = 0,
+    model: Annotated[str, opt(MODEL, "Model of a rehearsal: tiny or smollm2-135m.")] = "tiny",
+    judge: options.JudgeModel = None,
+    judge_url: options.JudgeUrl = None,
     threshold: options.Threshold = 0.9,
     out: Annotated[
-        Path, opt(OUTPUT, "Folder for records, tables, figures and the page.", metavar=FOLDER)
-    ] = Path("results/reproduce"),
+        Path | None,
+        opt(
+            OUTPUT,
+            "Folder for records, tables, figures and the page.",
+            "results/reproduce, -full or -rehearsal",
+            metavar=FOLDER,
+        ),
+    ] = None,
     dry_run: options.DryRun = False,
 ) -> int:
     """Compare the paper's table and claims with new measurements.
 
     The same command continues an interrupted reproduction. With --scale
-    full, the numbers of samples and the seed are fixed.
+    full, what is missing is listed, and the seed is the paper's.
     """
     from kvbench.reproduce import command
 
     if scale == "small":
+        if rehearse:
+            raise InputError("--rehearse rehearses the full scale; add --scale full")
+        count, folder = samples or 24, out or Path("results/reproduce")
         if dry_run:
-            print_plan(command.small_choices(out / command.RUN, samples=samples, seed=seed))
+            print_plan(command.small_choices(folder / command.RUN, samples=count, seed=seed))
             return 0
         found = command.reproduce_small(
-            out, samples=samples, seed=seed, threshold=threshold, listener=Terminal()
+            folder, samples=count, seed=seed, threshold=threshold, listener=Terminal()
         )
         print_reproduction(found)
         return found.code
-    missing = command.missing_for_full_scale(command.full_scale_choices())
+    part: dict[str, Any] = {}
+    if method is not None:
+        part["method"] = comma_list(method, "methods", str)
+    if task is not None:
+        part["task"] = comma_list(task, "tasks", str)
+    if budgets is not None:
+        part["budgets"] = comma_list(budgets, "budgets", options.budget)
+    if rehearse:
+        from kvbench.reproduce.rehearsal import rehearse as run_rehearsal
+
+        found = run_rehearsal(
+            out or Path("results/reproduce-rehearsal"),
+            model,
+            samples=samples or 1,
+            threshold=threshold,
+            listener=Terminal(),
+            part=part,
+        )
+        print_reproduction(found)
+        return found.code
+    if samples is not None:
+        part["samples"] = samples
+    return full_scale(
+        data,
+        out or Path("results/reproduce-full"),
+        options.key_value(option),
+        (judge, judge_url) if judge and judge_url else None,
+        part,
+        threshold,
+        dry_run,
+    )
+
+
+def full_scale(
+    data: Path,
+    out: Path,
+    given: dict[str, str],
+    judge: tuple[str, str] | None,
+    part: dict[str, Any],
+    threshold: float,
+    dry_run: bool,
+) -> int:
+    """Run the full scale, or say what is missing for it and what it would cost; the exit code."""
+    from kvbench.reproduce import full
+
+    missing = full.missing_for_full_scale(data, given, judge is not None, part)
     if missing:
         lines = "".join(f"\n  - {text}" for text in missing)
-        say(f"the full scale ({command.FULL_SCALE}) cannot run here; missing:{lines}")
+        say(f"the full scale ({full.FULL_SCALE}) cannot run here; missing:{lines}")
+        say("its cost: kvbench plan --gpu h100", name="")
+        say("its path on this machine: kvbench reproduce --scale full --rehearse", name="")
         say("'kvbench reproduce' without --scale measures the embedded model", name="")
         return 2
-    choices = command.full_choices(out / "full-scale")
     if dry_run:
-        print_plan(choices)
+        print_plan(full.full_choices(out / "run", data, options=given, judge=judge, **part))
         return 0
-    code = measure(choices)
-    if code == 130:
-        return code
-    return write_report([out / "full-scale"], threshold=threshold) or code
+    found = full.reproduce_full(
+        out,
+        data,
+        threshold=threshold,
+        listener=Terminal(),
+        options=given,
+        judge=judge,
+        part=part,
+    )
+    print_reproduction(found)
+    return found.code
 
 
 def print_reproduction(found: "Reproduction") -> None:
@@ -70,7 +161,9 @@ def print_reproduction(found: "Reproduction") -> None:
 
     if found.report is None:
         return
-    print_table(found.table, found.claims, found.report.threshold)
-    for note in found.report.notes:
+    for note in found.notes:
+        print(note)
+    print_table(found.table, found.claims, found.report.threshold, found.paper)
+    for note in found.report.notes[len(found.notes) :]:
         say(note, name="note: ")
     say(f"wrote table.csv, table.md, claims.md, figures and report.html to {found.out}", name="")

@@ -25,6 +25,11 @@ EXAMPLES = options.examples(
 
 def read_config(ctx: typer.Context, value: Path | None) -> None:
     """Make a YAML file's values the defaults of the options that they name."""
+    use_config(ctx, value)
+
+
+def use_config(ctx: typer.Context, value: Path | None, also: Sequence[str] = ()) -> None:
+    """As `read_config`; options in `also`, which the command does not have, are passed over."""
     if value is None or ctx.resilient_parsing:
         return
     import yaml
@@ -42,6 +47,8 @@ def read_config(ctx: typer.Context, value: Path | None) -> None:
     defaults = {}
     for key, setting in config.items():
         name = str(key).replace("_", "-")
+        if name.replace("-", "_") in also and name not in known:
+            continue
         if name not in known:
             raise InputError(f"{value}: unknown key '{key}': {did_you_mean(name, known)}")
         defaults[name.replace("-", "_")] = _config_value(value, name, setting)
@@ -119,6 +126,8 @@ def run(
         Literal["prompt", "context"],
         opt(HOW_MUCH, "What methods evict from: the prompt, or what precedes its question."),
     ] = "prompt",
+    judge: options.JudgeModel = None,
+    judge_url: options.JudgeUrl = None,
     chat_template: Annotated[
         Literal["auto", "on", "off"],
         opt(MODEL, "Whether prompts go into the model's chat template."),
@@ -183,6 +192,8 @@ def run(
         metric=metric,
         max_new_tokens=max_new_tokens,
         too_long=too_long,
+        judge=judge,
+        judge_url=judge_url,
         template_date=template_date,
         template_option=options.key_value(template_option, "--template-option"),
         batch_rows=batch_rows,

@@ -2,16 +2,14 @@
 
 It runs a sweep, makes a report of it, and compares the report with the paper's Table 2. At small
 scale the embedded model measures what `kvbench run` measures by default, on the generated tasks.
-The full scale is described by `full-scale.yaml`; what a machine lacks for it is listed before
-anything is loaded.
+At full scale it measures what `full-scale.yaml` describes on task files (`full.py`); a rehearsal
+does the same on a CPU with small made-up ones (`rehearsal.py`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import yaml
 from pandas import DataFrame
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -38,21 +36,15 @@ from kvbench.reproduce.paper import THRESHOLD, paper_report, paper_table
 from kvbench.sweep.command import COMPARED, Choices, default_tasks, run_sweep
 from kvbench.sweep.progress import Listener
 
-FULL_SCALE = Path(__file__).parent / "full-scale.yaml"
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 CHUNKS = (4, 8)  # the context is divided by these into prefill chunks; the paper uses a quarter
 PAPER = {name: f"paper_{name}" for name in ("critical_footprint", "bound", "baseline")}
 RUN = "run"  # the folder of the records, inside the output folder
 
-# Llama-3.1-8B: parameters, and bytes of keys and values per token (32 layers of 8 KV heads of 128).
-PARAMETERS = 8_030_000_000
-KV_BYTES = 2 * 32 * 8 * 128 * 2
-WORKING_BYTES = 4 * 2**30  # activations of a prefill chunk of 32K tokens, in bfloat16
-
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The result of `reproduce_small`; all but the exit code is empty if the sweep was not made."""
+    """The result of a reproduction; all but the exit code is empty if the sweep was not made."""
 
     code: int  # exit code of the sweep
     out: Path
@@ -60,26 +52,44 @@ class Reproduction:
     table: DataFrame = field(default_factory=DataFrame)  # see `compare`
     claims: tuple[Claim, ...] = ()
     files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()  # what a reader must know first
+    paper: str = "paper"  # heading of the paper's column
 
 
 def reproduce_small(
     out: Path, *, samples: int, seed: int, threshold: float, listener: Listener | None = None
 ) -> Reproduction:
-    """Sweep the embedded model, or continue a sweep, and write tables, claims, pictures and page.
+    """Sweep the embedded model, or continue a sweep, and report it as `reproduced`."""
+    return reproduced(
+        small_choices(out / RUN, samples=samples, seed=seed), out, threshold, listener
+    )
 
-    The records are in `out`/run, so that the same command continues an unfinished sweep. Nothing is
-    written if the sweep is interrupted. Raises InputError.
+
+def reproduced(
+    choices: Choices,
+    out: Path,
+    threshold: float,
+    listener: Listener | None,
+    notes: Sequence[str] = (),
+    paper: str = "paper",
+) -> Reproduction:
+    """Make a sweep, or continue it, and write tables, claims, pictures and page to `out`.
+
+    The records are in a folder in `out`, so that the same command continues an unfinished sweep.
+    Nothing is written if the sweep is interrupted. Raises InputError.
     """
-    result = run_sweep(small_choices(out / RUN, samples=samples, seed=seed), listener)
+    result = run_sweep(choices, listener)
     if result.interrupted:
         return Reproduction(result.exit_code, out)
-    report = make_report([out / RUN], threshold, latest=True)
+    report = make_report([result.folder], threshold, latest=True)
+    report = replace(report, notes=(*notes, *report.notes))
     table = compare(report, paper_report(threshold))
     claims = judge(report)
+    head = "".join(f"**{escape_markdown(note)}**\n\n" for note in notes)
     texts = {
         "table.csv": table_csv(table),
-        "table.md": table_markdown(table, report),
-        "claims.md": claims_markdown(claims, report),
+        "table.md": head + table_markdown(table, report, paper),
+        "claims.md": head + claims_markdown(claims, report),
     }
     published = publish(report, out)
     try:
@@ -90,7 +100,9 @@ def reproduce_small(
             f"cannot write to {out}: {error.strerror}; choose another --out"
         ) from error
     files = (*(out / name for name in texts), *published.files)
-    return Reproduction(result.exit_code, out, report, table, tuple(claims), files)
+    return Reproduction(
+        result.exit_code, out, report, table, tuple(claims), files, tuple(notes), paper
+    )
 
 
 def small_choices(run: Path, *, samples: int, seed: int) -> Choices:
@@ -148,10 +160,12 @@ def _paper_text(critical_footprint: float, bound: str) -> str:
 
 def _ours_text(curve: Curve) -> str:
     found = curve.footprint
+    if found is None:
+        return "not measurable"
     return f"{critical_text(found)} ({interval_text(found)}) {mark(curve)}".strip()
 
 
-def _cells(table: DataFrame, task: str) -> tuple[list[str], list[list[str]]]:
+def _cells(table: DataFrame, task: str, paper: str) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of one task's table: a row per method, a column per prefill chunk."""
     of_task = table[table["task"] == task]
     chunks = sorted(of_task["prefill_chunk"].dropna().unique(), reverse=True)
@@ -160,10 +174,10 @@ def _cells(table: DataFrame, task: str) -> tuple[list[str], list[list[str]]]:
         by_chunk = dict(zip(cells["order"], cells["ours"], strict=True))
         ours = [by_chunk.get(-chunk, by_chunk.get(0, "")) for chunk in chunks]
         rows.append([str(method), *ours, cells["theirs"].iloc[0]])
-    return ["method", *(f"ours, chunk {chunk}" for chunk in chunks), "paper"], rows
+    return ["method", *(f"ours, chunk {chunk}" for chunk in chunks), paper], rows
 
 
-def table_markdown(table: DataFrame, report: Report) -> str:
+def table_markdown(table: DataFrame, report: Report, paper: str = "paper") -> str:
     """Return the paper's table of critical footprints with ours next to it, as Markdown."""
     parts = [
         "# Critical KV footprints, ours and the paper's\n",
@@ -173,9 +187,11 @@ def table_markdown(table: DataFrame, report: Report) -> str:
         escape_markdown(legend(report)) + "\n",
     ]
     for task in table["task"].unique():
-        header, rows = _cells(table, task)
+        header, rows = _cells(table, task, paper)
         ours = next((c for c in report.curves if c.setting.task == task), None)
         scores = f"full attention scores {ours.baseline:.3f} here" if ours else "not measured here"
+        if ours and ours.baseline <= 0:
+            scores += ", so that no critical footprint is measurable"
         parts.append(f"## {task}\n\n{scores}\n")
         escaped = [[escape_markdown(cell) for cell in row] for row in rows]
         parts += [markdown_table(header, escaped), ""]
@@ -224,11 +240,13 @@ def _setting_text(report: Report) -> str:
     )
 
 
-def print_table(table: DataFrame, claims: Sequence[Claim], threshold: float) -> None:
+def print_table(
+    table: DataFrame, claims: Sequence[Claim], threshold: float, paper: str = "paper"
+) -> None:
     """Print the table of each task, and the claims' verdicts, on stdout."""
     console = console_of_stdout()
     for task in table.loc[~table["not_ours"], "task"].unique():
-        header, rows = _cells(table, task)
+        header, rows = _cells(table, task, paper)
         shown = Table(
             box=SIMPLE_HEAD, title=f"{task}: critical KV footprint, %", title_justify="left"
         )
@@ -241,85 +259,3 @@ def print_table(table: DataFrame, claims: Sequence[Claim], threshold: float) -> 
     console.print("Claims of the paper, on these data:")
     for claim in claims:
         console.print(f"  {claim.verdict:12} {claim.text}", highlight=False)
-
-
-def full_scale_choices() -> dict[str, Any]:
-    """Return the configuration of the full scale, as `kvbench run --config` takes it."""
-    settings = yaml.safe_load(FULL_SCALE.read_text(encoding="utf-8"))
-    return dict(settings)
-
-
-def full_choices(out: Path) -> Choices:
-    """The full scale as a sweep into the folder `out`."""
-    settings = {key.replace("-", "_"): value for key, value in full_scale_choices().items()}
-    for name in ("method", "task", "budgets"):
-        settings[name] = tuple(settings[name])
-    settings["prefill_chunk"] = (settings["prefill_chunk"],)
-    settings["option"] = {key: str(value) for key, value in settings["option"].items()}
-    return Choices(out=out, **settings)
-
-
-def missing_for_full_scale(settings: dict[str, Any]) -> list[str]:
-    """Return what this machine lacks to run the full scale, one line each; empty if nothing.
-
-    A task whose samples are published data has a true attribute `published`.
-    """
-    missing = [_missing_gpu(int(settings["context"])), _missing_model(str(settings["model"]))]
-    known = task_registry.names()
-    unknown = [task for task in settings["task"] if task not in known]
-    if unknown:
-        missing.append(f"tasks that kvbench does not have: {', '.join(unknown)}")
-    generated = [
-        task
-        for task in settings["task"]
-        if task in known and not getattr(task_registry.get(task), "published", False)
-    ]
-    if generated:
-        missing.append(
-            f"the data of HELMET and LongProc: {', '.join(generated)} can only be generated here"
-        )
-    missing.append(_missing_scores(str(settings["model"]), settings))
-    return [text for text in missing if text is not None]
-
-
-def _missing_gpu(context: int) -> str | None:
-    needed = 2 * PARAMETERS + 2 * KV_BYTES * context + WORKING_BYTES
-    want = f"a CUDA GPU with {needed / 2**30:.0f} GiB of memory"
-    try:
-        import torch
-    except ModuleNotFoundError:
-        return f"{want}, and PyTorch to use it: pip install 'kvbench[run]'"
-    if not torch.cuda.is_available():
-        return f"{want}: there is none that PyTorch {torch.__version__} can use"
-    memory = max(
-        torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())
-    )
-    return None if memory >= needed else f"{want}: the largest here has {memory / 2**30:.0f} GiB"
-
-
-def _missing_model(name: str) -> str | None:
-    try:
-        from huggingface_hub import HfApi, try_to_load_from_cache
-    except ModuleNotFoundError:
-        return f"the model {name}: pip install 'kvbench[run]', to load it with"
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return None
-    try:
-        HfApi().auth_check(name)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        return f"the model {name}: it is not in the hub's cache, and the hub says: {reason}"
-    return None
-
-
-def _missing_scores(model: str, settings: dict[str, Any]) -> str | None:
-    """Return a line about head scores that no option names; models from the hub come with none."""
-    options = settings.get("option") or {}
-    splits = [m for m in ("duoattention", "prulong") if m in settings["method"]]
-    wanted = [m for m in splits if not Path(str(options.get(f"{m}.scores", ""))).is_file()]
-    if not wanted:
-        return None
-    return (
-        f"head scores of {model} for {', '.join(wanted)}: learn them with 'kvbench train', and "
-        "name the files as METHOD.scores under 'option'"
-    )

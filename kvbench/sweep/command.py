@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.arguments import LARGEST, MOST_SAMPLES, check_share, check_text, check_whole
 from kvbench.errors import InputError, did_you_mean
+from kvbench.judge import Judge, use_judge
 from kvbench.models.card import ModelCard, model_folder, read_card
 from kvbench.records import (
     BASELINE,
@@ -85,6 +86,8 @@ class Choices:
     metric: str | None = None  # of samples that are read and name none
     max_new_tokens: int | None = None  # the same, tokens of an answer
     too_long: str = "error"  # what becomes of samples that are read: error, cut or skip
+    judge: str | None = None  # a model that scores what only a judge can (`kvbench.judge`)
+    judge_url: str | None = None  # its OpenAI-compatible address
     batch_rows: int | None = None  # cells measured together, at most
     memory_limit: int | None = None  # bytes beside the model
 
@@ -117,6 +120,17 @@ class Choices:
             value = getattr(self, name)
             if value not in known:
                 raise InputError(f"unknown {name} '{value}': {did_you_mean(value, known)}")
+        if self.compress not in COMPRESS:
+            raise InputError(
+                f"unknown compress '{self.compress}': {did_you_mean(self.compress, COMPRESS)}"
+            )
+        if (self.judge is None) != (self.judge_url is None):
+            raise InputError("a judge needs a model and its address: give --judge and --judge-url")
+        if self.chat_template not in CHAT_TEMPLATES:
+            raise InputError(
+                f"unknown chat_template '{self.chat_template}': "
+                f"{did_you_mean(self.chat_template, CHAT_TEMPLATES)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -225,6 +239,7 @@ def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult
 
 def plan_sweep(choices: Choices) -> SweepPlan:
     """What `run_sweep` would measure. Raises InputError for choices that cannot be measured."""
+    use_judge(Judge(choices.judge, choices.judge_url or "") if choices.judge else None)
     tasks = ready_tasks(choices)
     folder = model_folder(choices.model)
     specs, left_out = choose_methods(choices, read_card(folder) if folder else ModelCard())
@@ -398,6 +413,7 @@ def choose_settings(choices: Choices, model: "LoadedModel", reads: bool = False)
         limit=choices.context or model.max_context if reads else None,
         too_long=choices.too_long,
         follow_data=choices.chat_template == "auto",
+        judge=choices.judge,
     )
 
 

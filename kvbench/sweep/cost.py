@@ -33,12 +33,9 @@ class Cost:
 
 
 def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) -> Cost:
-    """The cost of rows that run together; the memory is an upper bound, allocator not included.
+    """The cost of rows that run together, as `cost_of_policies` gives it.
 
-    It is the largest of two kinds of moments. While a prompt is read: its whole streams, the copies
-    that its rows keep, what the rows of earlier prompts keep, and the activations of one forward.
-    While all rows decode: everything they hold, and a copy of one layer. A row whose method gives
-    no usable windows costs nothing: it fails before anything is read.
+    A row whose method gives no usable windows costs nothing: it fails before anything is read.
     """
     groups: dict[Hashable, list[EvictionPolicy]] = {}
     for row in rows:
@@ -49,8 +46,21 @@ def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) 
             continue
         prompt = row.prompt if isinstance(row.prompt, Hashable) else tuple(row.prompt)
         groups.setdefault(prompt, []).append(policy)
+    return cost_of_policies(model, list(groups.values()), prefill_chunk)
+
+
+def cost_of_policies(
+    model: LoadedModel, groups: Sequence[Sequence[EvictionPolicy]], prefill_chunk: int | None
+) -> Cost:
+    """The cost of rows that run together, grouped by prompt; the memory is an upper bound.
+
+    It is the largest of two kinds of moments. While a prompt is read: its whole streams, the copies
+    that its rows keep, what the rows of earlier prompts keep, and the activations of one forward.
+    While all rows decode: everything they hold, and a copy of one layer. The allocator's own is not
+    included.
+    """
     prefill = attended = most = kept = 0
-    for policies in groups.values():
+    for policies in groups:
         n = policies[0].prompt
         first = min(n, prefill_chunk or n)
         late = [p for p in policies if p.keeps_whole_prompt and not p.evicts_late]
@@ -68,7 +78,8 @@ def cost_of(model: LoadedModel, rows: Sequence[Row], prefill_chunk: int | None) 
         kept += held + keeps
     moved = kept // len(model.shape.acting or model.layers)
     most = max(most, kept + moved)
-    return Cost(prefill, sum(row.max_new_tokens - 1 for row in rows), attended, most)
+    decoded = sum(policy.decoded for policies in groups for policy in policies)
+    return Cost(prefill, decoded, attended, most)
 
 
 def bytes_kept(model: LoadedModel, policy: EvictionPolicy) -> int:

@@ -31,6 +31,7 @@ MEASURING = (
     "sweep/runner.py",
     "heads.py",
     "method.py",
+    "judge.py",
     "metrics.py",
     "registry.py",
     "spec.py",

@@ -72,6 +72,7 @@ class Settings:
     template_date: str = TEMPLATE_DATE  # the day that a chat template takes for today, ISO 8601
     template_options: tuple[tuple[str, Any], ...] = ()  # what else the chat template is given
     compress: str = "prompt"  # what methods evict from (see `kvbench.records.COMPRESS`)
+    judge: str | None = None  # the model that judges answers
     limit: int | None = None  # tokens of samples that are read; None: `context`
     too_long: str = "error"  # what becomes of a longer one (see `kvbench.sweep.length`)
     follow_data: bool = True  # a sample that is not made for a chat template gets none
@@ -114,6 +115,7 @@ def common_settings(model: "LoadedModel", settings: Settings) -> dict[str, Any]:
         "chat_template": settings.chat_template,
         "template_date": settings.template_date if settings.chat_template else None,
         "compress": settings.compress,
+        **({"judge": settings.judge} if settings.judge else {}),
         "template_options": dict(settings.template_options) if settings.chat_template else {},
         "rope": None if model.long_rope is None else model.long_rope.name_for(settings.longest),
         "kvbench": f"{kvbench.__version__}+{measuring_code()}",
@@ -154,7 +156,7 @@ def make_plan(
                 "max_new_tokens": [sample.max_new_tokens, sample.stop, ready.most],
                 "scored_by": content_digest(scored_by(sample)),
             }
-            for spec, budget, chunk in _variants(specs, settings):
+            for spec, budget, chunk in variants(specs, settings):
                 given, method_error = options[spec.name]
                 how = {
                     "method": [spec.name, given, codes[spec.name]],
@@ -414,9 +416,10 @@ def task_code(task: Task) -> str:
     return digest([code, more])[:8] if more else code
 
 
-def _variants(
+def variants(
     specs: Sequence["MethodSpec"], settings: Settings
 ) -> Iterable[tuple["MethodSpec", float, int | None]]:
+    """Each method with its budgets and prefill chunks: the cells of one sample."""
     for spec in specs:
         budgets = (1.0,) if spec.name == BASELINE else settings.budgets
         for budget in budgets:

@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
+from typing import TypeVar
 
 import psutil
 import torch
@@ -20,10 +21,11 @@ from kvbench.sweep.cost import cost_of
 from kvbench.sweep.plan import PROMPT_TAIL, Cell, StoredPrompt, one_line
 from kvbench.task import Task
 
+MEMORY_SHARE = 0.75  # of the free memory, that a sweep takes by default
 MOST_ROWS = 64  # rows of several samples; more in a batch gain nothing on any machine seen so far
 
 RunRows = Callable[..., list[Outcome]]
-Bytes = Callable[[Sequence[Cell]], int]
+C = TypeVar("C", bound=Cell)
 
 
 @dataclass
@@ -70,22 +72,22 @@ class Sweep:
                 store(part, records)
         return self.failed
 
-    def batches(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+    def batches(self, cells: Sequence[C]) -> list[list[C]]:
         """The cells in the groups in which they are measured together; none with an `error`."""
         sound = [cell for cell in cells if not cell.error]
         return list(
             batches(sound, self.prefill_chunk, self.bytes, self.memory_limit, self.batch_rows)
         )
 
-    def bytes(self, batch: Sequence[Cell]) -> int:
+    def bytes(self, batch: Sequence[C]) -> int:
         """Peak bytes of a batch, beside the weights."""
         return cost_of(self.model, rows_of(batch), self.chunk(batch)).bytes
 
-    def chunk(self, batch: Sequence[Cell]) -> int:
+    def chunk(self, batch: Sequence[C]) -> int:
         """The prefill chunk of a batch, in tokens."""
         return _chunk(batch[-1], self.prefill_chunk)
 
-    def _measured(self, batch: Sequence[Cell]) -> Iterator[tuple[Sequence[Cell], list[Record]]]:
+    def _measured(self, batch: Sequence[C]) -> Iterator[tuple[Sequence[C], list[Record]]]:
         needed = self.bytes(batch)
         if len(batch) == 1 and needed > self.memory_limit:
             error = f"needs {gib(needed)} beside the model, the memory limit is "
@@ -162,7 +164,7 @@ class Sweep:
         )
 
 
-def _parts(batch: Sequence[Cell], guilty: str) -> list[Sequence[Cell]]:
+def _parts(batch: Sequence[C], guilty: str) -> list[Sequence[C]]:
     """The two parts in which a failed batch is retried: by the guilty method if it is known."""
     part = [cell for cell in batch if cell.spec.name == guilty]
     if 0 < len(part) < len(batch):
@@ -191,7 +193,7 @@ def with_prompts(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def rows_of(batch: Sequence[Cell]) -> list[Row]:
+def rows_of(batch: Sequence[C]) -> list[Row]:
     """The engine's rows of some cells; of a stored prompt, only its length is known."""
     return [
         Row(
@@ -208,21 +210,21 @@ def rows_of(batch: Sequence[Cell]) -> list[Row]:
 
 
 def batches(
-    cells: Sequence[Cell],
+    cells: Sequence[C],
     prefill_chunk: int,
-    bytes_of: Bytes,
+    bytes_of: Callable[[Sequence[C]], int],
     memory_limit: int,
     batch_rows: int | None,
-) -> Iterator[list[Cell]]:
+) -> Iterator[list[C]]:
     """Cut cells into batches that fit into memory, each of one task and one prefill chunk.
 
     The cells of a sample share a prompt, so they stay together if they fit. Samples are added up to
     `batch_rows` cells (None: MOST_ROWS). Cells that do not depend on the prefill chunk join those
     of `prefill_chunk`. A cell that does not fit is a batch by itself.
     """
-    open_batches: dict[tuple[str, int], list[Cell]] = {}
+    open_batches: dict[tuple[str, int], list[C]] = {}
     for _, same_sample in groupby(cells, key=lambda c: (c.sample.task, c.sample.index)):
-        by_kind: dict[tuple[str, int], list[Cell]] = {}
+        by_kind: dict[tuple[str, int], list[C]] = {}
         for cell in same_sample:
             kind = cell.sample.task, _chunk(cell, prefill_chunk)
             by_kind.setdefault(kind, []).append(cell)
@@ -243,8 +245,8 @@ def batches(
 
 
 def _fitting(
-    cells: list[Cell], bytes_of: Bytes, memory_limit: int, most: int
-) -> Iterator[list[Cell]]:
+    cells: list[C], bytes_of: Callable[[Sequence[C]], int], memory_limit: int, most: int
+) -> Iterator[list[C]]:
     """Cells in order, in pieces of at most `most` cells and `memory_limit` bytes."""
     if len(cells) == 1 or (len(cells) <= most and bytes_of(cells) <= memory_limit):
         yield cells
@@ -260,7 +262,7 @@ def free_bytes(model: LoadedModel) -> int:
         free = int(torch.cuda.mem_get_info(model.device)[0])
     else:
         free = psutil.virtual_memory().available
-    return free * 3 // 4
+    return int(free * MEMORY_SHARE)
 
 
 def gib(size: float) -> str:

@@ -19,8 +19,8 @@ from kvbench.cli.app import main
 from kvbench.convert.command import WORKER
 from kvbench.metrics import metrics
 from kvbench.registry import open_task
-from kvbench.reproduce.command import full_scale_choices
 from kvbench.reproduce.datasets import published_data_sets
+from kvbench.reproduce.full import full_settings
 
 # A loader as HELMET's: dictionaries of rows and templates, by name.
 HELMET = """
@@ -439,6 +439,6 @@ def test_the_worker_needs_an_old_python_alone() -> None:
 
 def test_the_table_is_whole() -> None:
     data_sets = published_data_sets().values()
-    assert list(dict.fromkeys(d.task for d in data_sets)) == full_scale_choices()["task"]
+    assert list(dict.fromkeys(d.task for d in data_sets)) == full_settings()["task"]
     assert all(d.left_out or d.metric in metrics.names() for d in data_sets)
     assert all(d.prompt_tokens + d.answer_limit <= d.input_limit for d in data_sets)

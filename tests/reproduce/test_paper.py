@@ -264,7 +264,7 @@ def test_the_full_scale_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from kvbench.cli.app import main
-    from kvbench.reproduce.command import FULL_SCALE, full_choices
+    from kvbench.reproduce.full import FULL_SCALE, full_choices
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
@@ -279,14 +279,24 @@ def test_the_full_scale_says_what_is_missing(
     lines = done.stderr.splitlines()
     assert "cannot run here; missing:" in lines[0]
     assert any("the model meta-llama/Llama-3.1-8B-Instruct" in line for line in lines)
-    assert any("HELMET and LongProc" in line for line in lines)
-    assert any("icl, longqa" in line for line in lines)
+    assert any("json_kv" in line and "kvbench convert helmet CHECKOUT" in line for line in lines)
+    assert any("kvbench convert longproc CHECKOUT" in line for line in lines)
+    assert any("--option prulong.scores=FILE" in line for line in lines)
+    assert "narrativeqa" not in done.stderr  # nobody judges it
     assert list(tmp_path.rglob("*.jsonl")) == []
     # the configuration holds options of kvbench run, and nothing else
     assert main(["run", "--config", str(FULL_SCALE), "--samples", "0"]) == 2
     errors = capsys.readouterr().err
     assert "--samples" in errors
     assert "unknown key" not in errors
-    choices = full_choices(tmp_path)
-    assert (choices.samples, choices.prefill_chunk) == (100, (32768,))
+    choices = full_choices(tmp_path, tmp_path / "data", options={}, judge=None)
+    assert (choices.seed, choices.prefill_chunk) == (42, (32768, 131072, 8192))
     assert choices.option["prulong.window"] == "1024"
+    assert choices.task is not None
+    assert str(tmp_path / "data" / "longqa") in choices.task
+    assert str(tmp_path / "data" / "summ") not in choices.task  # all of it is judged
+    judged = full_choices(
+        tmp_path, tmp_path, options={}, judge=("big", "http://host/v1"), method=("snapkv",)
+    )
+    assert len(judged.task or ()) == 8
+    assert judged.option == {"snapkv.window": "64"}
