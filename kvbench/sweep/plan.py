@@ -461,18 +461,21 @@ def context_tokens(
     """How many tokens of a prompt belong to its context, before the question starts.
 
     A token that holds the end of the context and the start of the question belongs to the
-    question. ContractError if the sample does not say where its question starts, or if nothing
-    comes before it.
+    question. InputError if the sample does not say where its question starts, ContractError if
+    nothing comes before it.
     """
     if sample.question_at is None:
-        raise ContractError("it does not say where its question starts; expected question_at")
-    text, before = sample.prompt, sample.prompt[: sample.question_at]
+        raise InputError(
+            f"sample {sample.index} of '{sample.task}' does not say where its question starts "
+            "(question_at), which --compress context needs; use --compress prompt"
+        )
+    before = sample.prompt[: sample.question_at]
     if chat is not None:
-        before = before.strip()
-        text = chat.text(tokenizer, text)
-        if before not in text:
+        text, content = chat.text(tokenizer, sample.prompt), sample.prompt.strip()
+        start = text.rfind(content)  # a system prompt before it may have the same words
+        if start < 0:
             raise ContractError("the model's chat template changes its context")
-        before = text[: text.index(before) + len(before)]
+        before = text[: start + len(before.strip())]
     ids = tokenizer.encode(before, add_special_tokens=chat is None)
     same = 0
     while same < min(len(ids), len(prompt) - 1) and ids[same] == prompt[same]:

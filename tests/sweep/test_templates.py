@@ -14,7 +14,7 @@ from kvbench.errors import InputError
 from kvbench.models.card import EMBEDDED
 from kvbench.sweep.chat import Chat
 from kvbench.sweep.command import template_date, template_options
-from kvbench.sweep.plan import Settings, common_settings, encode_prompt
+from kvbench.sweep.plan import Settings, common_settings, context_tokens, encode_prompt
 from kvbench.task import Sample
 
 MESSAGES = "{% for m in messages %}user: {{ m['content'] }}\n{% endfor %}assistant:\n"
@@ -121,6 +121,19 @@ def test_a_sample_may_say_what_its_turns_are(tokenizer_with: Callable[[str], Any
     no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer.chat_template = no_system + template
     assert text(system, question, start) == "<user>Who? <end><assistant>It is"
+
+
+def test_the_context_is_found_where_the_prompt_is(tokenizer_with: Callable[[str], Any]) -> None:
+    tokenizer = tokenizer_with("You are a helpful assistant.\n" + MESSAGES)
+    sample = Sample("t", "any", 0, "You are a cat. Meow?", "x", 4, question_at=8)
+    prompt = encode_prompt(tokenizer, sample, chat=Chat())
+    context = tokenizer.decode(prompt[: context_tokens(tokenizer, sample, prompt, chat=Chat())])
+    assert context == "You are a helpful assistant.\nuser: You are"
+
+
+def test_a_sample_must_say_where_its_question_starts() -> None:
+    with pytest.raises(InputError, match="where its question starts .* use --compress prompt"):
+        context_tokens(None, Sample("t", "any", 0, "Who?", "x", 4), [1, 2], chat=None)
 
 
 def test_a_day_is_checked() -> None:
