@@ -517,14 +517,14 @@ def _curves_of(
         notes.append(f"{where}: full attention scores 0, so there is nothing to lose")
     clusters = _codes(groups[0].cells, full, "cluster")
     subtasks = _codes(groups[0].cells, full, "subtask")
-    count = len(full) if clusters is None else len(np.unique(clusters))
+    units = len(full) if clusters is None else len(np.unique(clusters))
     one, many = "sample", "samples"
     if clusters is not None:
         one, many = "cluster of samples", "clusters of samples"
-    if count < FEW_SAMPLES:
+    if units < FEW_SAMPLES:
         notes.append(
-            f"{where}: intervals of {count} {many} are rough"
-            if count > 1
+            f"{where}: intervals of {units} {many} are rough"
+            if units > 1
             else f"{where}: one {one} only, so there are no intervals"
         )
     kept = []
