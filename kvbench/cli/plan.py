@@ -11,7 +11,6 @@ from kvbench.cli import options
 from kvbench.cli.messages import say
 from kvbench.cli.options import HOW_MUCH, LIST, MODEL, OUTPUT, WHAT, comma_list, opt
 from kvbench.cli.run import run, use_config
-from kvbench.reproduce.full import FULL_SCALE
 
 if TYPE_CHECKING:
     from kvbench.sweep.forecast import Forecast
@@ -25,6 +24,8 @@ EXAMPLES = options.examples(
 
 def read_scale(ctx: typer.Context, value: Path | None) -> None:
     """Take defaults from a configuration of `kvbench run`; without one, from the paper's."""
+    from kvbench.reproduce.full import FULL_SCALE
+
     use_config(ctx, value or FULL_SCALE, also=tuple(inspect.signature(run).parameters))
 
 

@@ -61,7 +61,7 @@ def reproduce(
         opt(
             OUTPUT,
             "Folder for records, tables, figures and the page.",
-            "results/reproduce, -full or -rehearsal",
+            "results/reproduce; full: results/runs/full-scale or rehearsal",
             metavar=FOLDER,
         ),
     ] = None,
@@ -97,7 +97,7 @@ def reproduce(
         from kvbench.reproduce.rehearsal import rehearse as run_rehearsal
 
         found = run_rehearsal(
-            out or Path("results/reproduce-rehearsal"),
+            out or Path("results/runs/rehearsal"),
             model,
             samples=samples or 1,
             threshold=threshold,
@@ -110,7 +110,7 @@ def reproduce(
         part["samples"] = samples
     return full_scale(
         data,
-        out or Path("results/reproduce-full"),
+        out or Path("results/runs/full-scale"),
         options.key_value(option),
         (judge, judge_url) if judge and judge_url else None,
         part,

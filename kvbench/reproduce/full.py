@@ -121,7 +121,7 @@ def missing_for_full_scale(
     data: Path, options: Mapping[str, str], judged: bool, part: Mapping[str, Any]
 ) -> list[str]:
     """What this machine lacks to run the full scale, or `part` of it, one line each."""
-    settings = full_settings() | part
+    settings = {**full_settings(), **part}
     model, context = str(settings["model"]), int(settings["context"])
     missing = [
         _missing_gpu(context),
