@@ -151,7 +151,8 @@ def method_names() -> list[str]:
         names.append(name)
         cls = methods.get(name)
         family = cls.family
-        by_head = cls.competition is not Competition.LAYER and cls.select is Method.select
+        competition: Any = cls.competition  # an attribute, or a property
+        by_head = competition is not Competition.LAYER and cls.select is Method.select
         if family is Family.POST_FILL and by_head:
             names.append(f"{ADA}{name}")
         if Need.REPLAY in cls.needs or cls.competition is not Method.competition:

@@ -92,7 +92,8 @@ def checked(model: LoadedModel) -> Check:
         lower = replace(lower, long_rope=rope)
         if rope is None:
             return worst_of(*differences(lower), lower)
-        found, rounding = [], 0.0
+        found: list[tuple[int, float]] = []
+        rounding = 0.0
         try:
             for length in (1, rope.threshold + 1):
                 rope.choose(length, fix=True)
