@@ -157,7 +157,9 @@ def test_commands_are_understood(
     (config,) = [b.text for b in blocks(ROOT / "docs/command-line.md") if b.language == "yaml"]
     Path("experiment.yaml").write_text(config)
     for block in (each for page in PAGES for each in blocks(page) if each.language == "jsonl"):
-        Path(block.mark.removeprefix("file: ")).write_text(block.text)
+        path = Path(block.mark.removeprefix("file: "))
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(block.text)
     needs_more = any(word == "--model" or "scores=" in word for word in command)
     if command[:1] == ["run"] and not needs_more:
         assert main([*command, "--samples", "1", "--budgets", "0.5", "--dry-run"]) == 0

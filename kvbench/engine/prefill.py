@@ -328,8 +328,8 @@ def move_kept(
         stay = iter(chosen)
         if chosen[0] is None and isinstance(scored[0].window, Visible):
             scored = []  # all that is visible stays, as under full attention
-        elif policy.gathers and chunk.last and not policy.interval:
-            state.drop_beside(layer.index)  # nothing reads it again
+        elif policy.gathers and policy.spec.uneven:
+            state.drop_beside(layer.index)  # nothing reads it again: entries are chosen once
         elif policy.gathers_after(chunk):
             gathered = scores.kept_of(policy, chosen)
             if policy.bounded:

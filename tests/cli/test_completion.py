@@ -32,7 +32,7 @@ def completed(
     [
         ("kvbench re", "report reproduce"),
         ("kvbench train ", "prulong duoattention tiny"),
-        ("kvbench run --met", "--method"),
+        ("kvbench run --meth", "--method"),
         (
             "kvbench run --method full,pyramidkv-",
             "full,pyramidkv-bounded full,pyramidkv-naive full,pyramidkv-patched",

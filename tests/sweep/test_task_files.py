@@ -206,7 +206,15 @@ def test_positions_move_with_what_is_cut() -> None:
 
 
 def test_an_edit_that_is_taken_back_counts_again(tmp_path: Path) -> None:
-    path = write(tmp_path / "my.jsonl", 2, 3, 4)
+    facts = "The secret word for grey owl is melon.\nThe secret word for red fox is banjo.\n"
+    path = write(
+        *(tmp_path / "my.jsonl", 2, 3, 4),
+        instruction="Each line below states one fact. Remember them all, then answer the question "
+        "at the end in the words of the text.\n\n",
+        context=facts,
+        question="\nQuestion: What is the secret word for grey owl?\n",
+        max_new_tokens=16,
+    )
     good = path.read_text()
     assert measured(choices(path))[0] == 6
     before = make_report([tmp_path / "out"]).points
