@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.process import KVBENCH, interrupted, kvbench
+from helpers.process import KVBENCH, interrupted, kvbench, kvbench_here
 
 from kvbench.cli.app import main
 from kvbench.errors import InputError
@@ -88,7 +88,7 @@ def test_bad_input_is_one_line_and_code_2(arguments: str, message: str, tmp_path
     (tmp_path / "other.tsv").write_text("0.1\t0.2\n")
     (tmp_path / "unknown.yaml").write_text("budgts: 0.3\n")
     before = sorted(tmp_path.rglob("*"))
-    done = kvbench(*arguments.split(), folder=tmp_path)
+    done = kvbench_here(*arguments.split(), folder=tmp_path)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1

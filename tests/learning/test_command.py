@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.process import interrupted, kvbench
+from helpers.process import interrupted, kvbench, kvbench_here
 
 from kvbench.heads import read_scores
 from kvbench.learning.command import HeadChoices, train_heads
@@ -155,7 +155,7 @@ def test_bad_input_is_one_line_and_code_2(arguments: str, message: str, tmp_path
     (tmp_path / "short").mkdir()
     (tmp_path / "short" / "a.txt").write_text("too few words to learn from")
     before = sorted(tmp_path.rglob("*"))
-    done = kvbench("train", *arguments.split(), folder=tmp_path)
+    done = kvbench_here("train", *arguments.split(), folder=tmp_path)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
