@@ -1,4 +1,4 @@
-"""Runs kvbench as a user does, in another process; or in this one, which takes a tenth of the time."""
+"""Runs kvbench as a user does, in another process, or in this one, which takes less time."""
 
 import contextlib
 import io
