@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import loaded_model, plain_model
+from helpers.process import interruptible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
@@ -316,6 +317,7 @@ def test_a_broken_training_goes_on_to_the_same_end(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_waits_until_a_step_is_whole() -> None:
+    interruptible()  # where a shell started the tests in the background
     done = []
 
     def step() -> None:
