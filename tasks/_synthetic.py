@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from kvbench.errors import InputError
 from kvbench.metrics import metrics
-from kvbench.task import Episode, Sample, Task, Tokenizer
+from kvbench.task import Episode, Sample, Task, Tokenizer, Turn
 
 from . import _metrics  # noqa: F401  registers the metrics that these tasks name
 
@@ -91,6 +91,16 @@ class SyntheticTask(GeneratedTask):
     def episode_for(self, rng: random.Random, subtask: str, units: int, context: int) -> Episode:
         """An episode with one turn; a task whose answer grows with `context` overrides this."""
         return self.episode(rng, subtask, units, turns=1)
+
+
+def table_turn(columns: Sequence[str], table: Sequence[tuple[str, ...]]) -> Turn:
+    """The turn that asks for all rows of a table as tab-separated values, after their header."""
+    return Turn(
+        f"\nThe table ({len(table)} items) as tab-separated values:\n",
+        "\t".join(columns) + "\n",
+        "\n".join("\t".join(row) for row in table),
+        [list(row) for row in table],
+    )
 
 
 def distinct(rng: random.Random, count: int, *parts: Sequence[str]) -> list[tuple[str, ...]]:

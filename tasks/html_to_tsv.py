@@ -3,9 +3,9 @@
 import random
 
 from kvbench.registry import register_task
-from kvbench.task import Episode, Sample, Turn
+from kvbench.task import Episode, Sample
 
-from ._synthetic import SyntheticTask, distinct
+from ._synthetic import SyntheticTask, distinct, table_turn
 from ._words import ADJECTIVES, CITIES, FILLER, NOUNS, TOPICS
 
 COLUMNS = ("no", "name", "price", "city", "ref")
@@ -59,14 +59,7 @@ class HtmlToTsv(SyntheticTask):
             + "</table>\n"
             + "".join(outside[before:])
             + "</body></html>\n",
-            (
-                Turn(
-                    f"\nThe table ({rows} items) as tab-separated values:\n",
-                    "\t".join(COLUMNS) + "\n",
-                    "\n".join("\t".join(row) for row in table),
-                    [list(row) for row in table],
-                ),
-            ),
+            (table_turn(COLUMNS, table),),
         )
 
     def smallest(self, subtask: str) -> int:

@@ -3,9 +3,9 @@
 import random
 
 from kvbench.registry import register_task
-from kvbench.task import Episode, Turn
+from kvbench.task import Episode
 
-from ._synthetic import SyntheticTask, code, distinct
+from ._synthetic import SyntheticTask, code, distinct, table_turn
 from ._words import ADJECTIVES, NOUNS
 
 COLUMNS = ("name", "code")
@@ -31,14 +31,7 @@ class YamlToTsv(SyntheticTask):
             "Write the YAML mapping below as tab-separated values: one line for each entry, in the "
             "same order, with the columns name and code.\n\n"
             + "".join(f"{name}: {value}\n" for name, value in table),
-            (
-                Turn(
-                    f"\nThe table ({units} items) as tab-separated values:\n",
-                    "\t".join(COLUMNS) + "\n",
-                    "\n".join("\t".join(row) for row in table),
-                    [list(row) for row in table],
-                ),
-            ),
+            (table_turn(COLUMNS, table),),
         )
 
     def smallest(self, subtask: str) -> int:

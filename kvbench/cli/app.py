@@ -60,6 +60,13 @@ def show_version(value: bool) -> None:
         raise typer.Exit
 
 
+def show_help(ctx: typer.Context) -> int:
+    """Show a group's help if no command of it is given."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help(), nl=False)
+    return 0
+
+
 def cli(
     ctx: typer.Context,
     version: Annotated[
@@ -70,7 +77,7 @@ def cli(
     ] = False,
 ) -> int:
     """Compare KV-cache eviction methods by KV footprint."""
-    return train.train(ctx)
+    return show_help(ctx)
 
 
 app = new_group(callback=cli, epilog=run.EXAMPLES)
@@ -80,14 +87,14 @@ app.command("list", epilog=listing.EXAMPLES)(listing.list_command)
 app.command("check", epilog=check.EXAMPLES)(check.check)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("reproduce", epilog=reproduce.EXAMPLES)(reproduce.reproduce)
-training = new_group(callback=train.train, epilog=train.EXAMPLES)
+training = new_group(callback=show_help, help=train.ABOUT, epilog=train.EXAMPLES)
 prulong = "Train masks with a next-token loss and a target sparsity (arXiv 2506.17121)."
 duoattention = "Train gates by distillation on passkeys (arXiv 2410.10819)."
 training.command("prulong", help=prulong, epilog=train.EXAMPLES)(train.heads)
 training.command("duoattention", help=duoattention, epilog=train.EXAMPLES)(train.heads)
 training.command("tiny", epilog=train.EXAMPLES)(train.tiny)
 app.add_typer(training, name="train")
-converting = new_group(callback=convert.group, epilog=convert.EXAMPLES)
+converting = new_group(callback=show_help, help=convert.ABOUT, epilog=convert.EXAMPLES)
 for name, text in convert.COMMANDS.items():
     converting.command(name, help=text, epilog=convert.EXAMPLES)(convert.convert)
 app.add_typer(converting, name="convert")

@@ -11,6 +11,7 @@ from kvbench.cli.messages import say
 from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, OUTPUT, WHAT, opt
 from kvbench.errors import InputError
 
+ABOUT = "Make task files of published data with the project's own loader."
 EXAMPLES = options.examples(
     "kvbench convert longproc LongProc --task html_to_tsv --length 0.5k",
     "kvbench convert helmet HELMET --task recall,rag --python HELMET/env/bin/python",
@@ -24,13 +25,6 @@ COMMANDS = {
     "helmet": "Task files of HELMET (arXiv 2410.02694): recall, rag, rerank, icl, longqa.",
     "longproc": "Task files of LongProc (arXiv 2501.05414): html_to_tsv, travel_planning.",
 }
-
-
-def group(ctx: typer.Context) -> int:
-    """Make task files of published data with the project's own loader."""
-    if ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help(), nl=False)
-    return 0
 
 
 def convert(

@@ -11,6 +11,7 @@ from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, OUTPUT, TRAINING, WHAT, 
 from kvbench.errors import InputError
 
 TRAININGS = Path("results/training")
+ABOUT = "Train head scores, or the embedded model."
 EXAMPLES = options.examples(
     "kvbench train prulong --model tiny --target 0.5,0.7",
     "kvbench train duoattention --steps 200 --option sinks=16",
@@ -22,13 +23,6 @@ DATA = (
     "tiny), a folder of text or code, or datasets:NAME@CONFIG#SPLIT."
 )
 TARGET = "Sparsity to reach. With several, each budget uses the nearest one. PruLong only."
-
-
-def train(ctx: typer.Context) -> int:
-    """Train head scores, or the embedded model."""
-    if ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help(), nl=False)
-    return 0
 
 
 def heads(
