@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.engine.accounting import chunks, full_rows
-from kvbench.records import Record, RunWriter
+from kvbench.records import Record
+from kvbench.run_folder import RunWriter
 
 TASKS = ("recall", "rag", "rerank", "html_to_tsv")
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)

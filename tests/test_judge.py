@@ -14,7 +14,8 @@ from kvbench.cli.app import main
 from kvbench.errors import InputError
 from kvbench.judge import Judge, use_judge
 from kvbench.metrics import metrics
-from kvbench.records import read_records, read_settings
+from kvbench.records import read_records
+from kvbench.run_folder import read_settings
 
 
 class Server(ThreadingHTTPServer):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from kvbench.models.card import EMBEDDED
 from kvbench.models.wheel import WHEELS
-from kvbench.records import find_runs
 from kvbench.registry import PLUGIN_GROUP
+from kvbench.run_folder import find_runs
 from kvbench.sweep.command import ALL, RUNS
 
 

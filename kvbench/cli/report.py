@@ -42,7 +42,7 @@ def report(
     ] = None,
 ) -> int:
     """Show critical footprints; write tables, figures and a page."""
-    from kvbench.records import find_run_folders
+    from kvbench.run_folder import find_run_folders
 
     folders = find_run_folders(runs or (), RUNS)
     return write_report(folders, threshold=threshold, latest=latest, form=form, out=out)

@@ -10,7 +10,8 @@ from kvbench.cli import complete, options
 from kvbench.cli.messages import Terminal, say
 from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, MEMORY, MODEL, OUTPUT, WHAT, comma_list, opt
 from kvbench.errors import InputError, did_you_mean
-from kvbench.records import Record, current_codes, read_records, read_settings
+from kvbench.records import Record, read_records
+from kvbench.run_folder import current_codes, read_settings
 from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.command import Choices, plan_sweep, run_sweep
 from kvbench.sweep.progress import duration

@@ -18,6 +18,7 @@ import torch
 import kvbench
 from kvbench.engine.self_check import self_check
 from kvbench.errors import InputError
+from kvbench.files import write_atomically
 from kvbench.heads import Table
 from kvbench.learning.corpus import STANDARD_LIBRARY
 from kvbench.learning.duoattention import DuoAttention
@@ -27,7 +28,6 @@ from kvbench.learning.prulong import PruLong
 from kvbench.learning.recipe import HeadRecipe, make_recipe
 from kvbench.learning.rows import Rows, make_rows
 from kvbench.models.load import LoadedModel, load_model
-from kvbench.records import write_atomically
 
 LONGEST = 8192  # tokens of a row, for a model whose card gives no length
 SECONDS_BETWEEN_LINES = 10.0

@@ -19,15 +19,7 @@ from numpy.typing import NDArray
 from pandas import DataFrame, Series, concat, isna
 
 from kvbench.errors import InputError
-from kvbench.records import (
-    BASELINE,
-    RUN_FILE,
-    SAMPLE_FILES,
-    Record,
-    current_codes,
-    find_run_folders,
-    read_settings,
-)
+from kvbench.records import BASELINE, SAMPLE_FILES, Record
 from kvbench.report.frames import SETTING, code_name, frame_of, load_records, select
 from kvbench.report.statistics import (
     ROUNDING,
@@ -42,6 +34,7 @@ from kvbench.report.statistics import (
     resampled_means,
     weighted_means,
 )
+from kvbench.run_folder import RUN_FILE, current_codes, find_run_folders, read_settings
 
 FEWEST_SHARE = 0.5  # a budget with a smaller share of its curve's samples is no point of it
 FEW_SAMPLES = 10  # an interval from fewer samples is rough

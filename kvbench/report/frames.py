@@ -21,7 +21,8 @@ from pandas import DataFrame, Series
 
 from kvbench.arguments import check_paths
 from kvbench.errors import InputError
-from kvbench.records import BASELINE, END, Record, find_run_folders, read_values
+from kvbench.records import BASELINE, Record, read_values
+from kvbench.run_folder import END, find_run_folders
 
 SETTING = ["model", "task", "context", "seed", "compress"]  # what the curves of one picture share
 CURVE = [*SETTING, "method", "options_text", "prefill_chunk", "method_code"]  # what a curve shares
@@ -88,10 +89,9 @@ def select(
 
     Failed cells are left out. If a cell was measured more than once with the same code of its
     method, the latest counts. `codes` are the current codes of methods and tasks, as
-    `kvbench.records.current_codes` gives them; where they say nothing, the code that was measured
-    last is current. Two columns are added: `options_text`, and `older`, whether a cell is of other
-    than the current code of its method. Older cells are separate curves, or
-    are left out if `latest`. Those of the baseline are always left out: a setting has one baseline.
+    `kvbench.run_folder.current_codes` gives them; where they say nothing, the code that was
+    measured last is current. Two columns are added: `options_text`, and `older`, whether a cell is
+    of other than the current code of its method. Older cells are separate curves, or are left out if `latest`. Those of the baseline are always left out: a setting has one baseline.
     Cells of older code of a task are left out too: their samples or scores may differ.
     """
     notes = []

@@ -11,8 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import kvbench.records
+import kvbench.run_folder
 from kvbench.errors import InputError
-from kvbench.records import write_atomically
+from kvbench.files import write_atomically
 from kvbench.report.build import Report
 from kvbench.report.figures import draw_pictures
 from kvbench.report.page import Image, render
@@ -78,7 +79,8 @@ def _made_from(report: Report) -> str | None:
     if not report.source:
         return None
     total = hashlib.sha256(report.source.encode())
-    code = [Path(kvbench.records.__file__), *Path(__file__).parent.rglob("*.*")]
+    code = [Path(kvbench.records.__file__), Path(kvbench.run_folder.__file__)]
+    code += Path(__file__).parent.rglob("*.*")
     for path in sorted(path for path in code if path.suffix in (".py", ".jinja", ".js")):
         total.update(path.name.encode() + path.read_bytes())
     for library in LIBRARIES:

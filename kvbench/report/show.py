@@ -7,10 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from kvbench.arguments import check_paths, check_share
-from kvbench.records import find_run_folders
 from kvbench.report import build
 from kvbench.report.page import render_notebook
 from kvbench.report.publish import publish
+from kvbench.run_folder import find_run_folders
 from kvbench.sweep.command import RUNS
 
 

@@ -330,7 +330,7 @@ def print_report(report: Report, form: str) -> None:
 def print_summary(records: Sequence[Record], codes: Mapping[str, str]) -> None:
     """Print score and footprint of every method and budget, one table per task, on stdout.
 
-    Only the current code of each method and task counts; see `kvbench.records.current_codes`.
+    Only the current code of each method and task counts; see `kvbench.run_folder.current_codes`.
     """
     console = console_of_stdout()
     cells, _ = select(frame_of(records), True, codes)

@@ -16,8 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvbench.errors import InputError
+from kvbench.files import write_atomically
 from kvbench.models.card import EMBEDDED, read_card
-from kvbench.records import BASELINE, write_atomically
+from kvbench.records import BASELINE
 from kvbench.registry import tasks as task_registry
 from kvbench.report.build import Curve, Report, make_report
 from kvbench.report.publish import publish

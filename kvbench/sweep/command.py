@@ -20,20 +20,17 @@ from kvbench.arguments import LARGEST, MOST_SAMPLES, check_share, check_text, ch
 from kvbench.errors import InputError, did_you_mean
 from kvbench.judge import Judge, use_judge
 from kvbench.models.card import ModelCard, model_folder, read_card
-from kvbench.records import (
-    BASELINE,
-    COMPRESS,
+from kvbench.records import BASELINE, COMPRESS, Record, read_records
+from kvbench.registry import tasks as task_registry
+from kvbench.run_folder import (
     END,
-    Record,
     RunWriter,
     check_common,
     current_codes,
     is_run,
     newer_codes,
-    read_records,
     read_settings,
 )
-from kvbench.registry import tasks as task_registry
 from kvbench.spec import MethodSpec, check_option_names, method_names, of_method, parse_method
 from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.folder import experiment, find_folder
@@ -164,7 +161,7 @@ class SweepPlan:
     left_out: list[str]  # methods, each with the reason
     notes: list[str]  # for the user
     self_check: dict[str, Any]  # how far full attention is from the model's own
-    codes: dict[str, str]  # see `kvbench.records.current_codes`
+    codes: dict[str, str]  # see `kvbench.run_folder.current_codes`
     skipped: dict[str, list[int]]  # by task, samples that are too long and left out
 
     @cached_property

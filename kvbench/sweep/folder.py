@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import InputError
-from kvbench.records import find_runs, is_run, read_settings
+from kvbench.run_folder import find_runs, is_run, read_settings
 
 MOST_NAMED_TASKS = 3  # in the name of a folder
 

@@ -15,7 +15,8 @@ from kvbench.engine.row import Outcome, Row
 from kvbench.engine.run import run_rows
 from kvbench.engine.stop import cut
 from kvbench.models.load import LoadedModel
-from kvbench.records import BASELINE, Record, RunWriter
+from kvbench.records import BASELINE, Record
+from kvbench.run_folder import RunWriter
 from kvbench.spec import parse_method
 from kvbench.sweep.cost import cost_of
 from kvbench.sweep.plan import PROMPT_TAIL, Cell, StoredPrompt, one_line

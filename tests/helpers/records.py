@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from kvbench.records import Record, RunWriter
+from kvbench.records import Record
+from kvbench.run_folder import RunWriter
 
 
 def record(method: str, budget: float, sample: int, score: float | None, **changes: Any) -> Record:

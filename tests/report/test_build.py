@@ -9,10 +9,11 @@ from helpers.records import record, store
 
 import kvbench
 from kvbench.errors import InputError
-from kvbench.records import Record, RunWriter, find_run_folders, from_line, read_records, to_line
+from kvbench.records import Record, from_line, read_records, to_line
 from kvbench.report.build import make_report, report_records
 from kvbench.report.statistics import Status
 from kvbench.report.tables import percent, score_text, to_csv, to_json, to_latex, to_markdown
+from kvbench.run_folder import RunWriter, find_run_folders
 
 
 def curve_of(folder: Path, method: str, threshold: float = 0.9) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers.records import record, store
 
-from kvbench.records import write_atomically
+from kvbench.files import write_atomically
 from kvbench.report import publish as module
 from kvbench.report.build import make_report, report_records
 from kvbench.report.publish import publish

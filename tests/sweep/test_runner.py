@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from kvbench.engine.row import Outcome, Row
-from kvbench.records import RunWriter, read_records
+from kvbench.records import read_records
+from kvbench.run_folder import RunWriter
 from kvbench.spec import parse_method
 from kvbench.sweep.plan import Cell
 from kvbench.sweep.runner import Sweep, batches

@@ -9,9 +9,10 @@ import pytest
 
 from kvbench.errors import InputError
 from kvbench.models.load import load_model
-from kvbench.records import Record, read_records, read_settings
+from kvbench.records import Record, read_records
 from kvbench.registry import open_task
 from kvbench.report.build import make_report
+from kvbench.run_folder import read_settings
 from kvbench.sweep.command import Choices, SweepPlan, invocation, plan_sweep, run_sweep
 from kvbench.sweep.length import token_starts, without
 from kvbench.sweep.plan import StoredPrompt

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 
-from kvbench.records import write_atomically
+from kvbench.files import write_atomically
 from kvbench.report.build import Curve, Report, Setting
 from kvbench.report.figures.bytes import draw_bytes
 from kvbench.report.figures.chunks import draw_chunks
