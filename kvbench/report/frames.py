@@ -91,8 +91,9 @@ def select(
     method, the latest counts. `codes` are the current codes of methods and tasks, as
     `kvbench.run_folder.current_codes` gives them; where they say nothing, the code that was
     measured last is current. Two columns are added: `options_text`, and `older`, whether a cell is
-    of other than the current code of its method. Older cells are separate curves, or are left out if `latest`. Those of the baseline are always left out: a setting has one baseline.
-    Cells of older code of a task are left out too: their samples or scores may differ.
+    of other than the current code of its method. Older cells are separate curves, or are left out
+    if `latest`. Those of the baseline are always left out: a setting has one baseline. Cells of
+    older code of a task are left out too: their samples or scores may differ.
     """
     notes = []
     cells = records[records["error"].isna()]
