@@ -299,7 +299,13 @@ def _prepare_sample(model: "LoadedModel", task: Task, index: int, settings: Sett
 
     Raises whatever the task raises, or says what is wrong.
     """
-    sample = check_sample(make_sample(model, task, index, settings), task, index)
+    return _prepare(model, task, make_sample(model, task, index, settings), index, settings)
+
+
+def _prepare(
+    model: "LoadedModel", task: Task, made: Sample, index: int, settings: Settings
+) -> Prepared:
+    sample = check_sample(made, task, index)
     chat = settings.chat_of(sample)
     sample = replace(sample, chat=chat is not None)
     most = cut_tokens = None
@@ -329,13 +335,13 @@ def _read_sample(model: "LoadedModel", task: Task, index: int, settings: Setting
 
     A sample that is too long is marked if it is to be left out. Raises as `_prepare_sample`.
     """
+    whole = make_sample(model, task, index, settings)
     try:
-        ready = _prepare_sample(model, task, index, settings)
+        ready = _prepare(model, task, whole, index, settings)
     except TooLong:
         if settings.too_long != "skip":
             raise
-        ready = Prepared(make_sample(model, task, index, settings), [], skipped=True)
-    whole = make_sample(model, task, index, settings)
+        ready = Prepared(whole, [], skipped=True)
     told = scored_by(replace(whole, metadata={}))
     code = content_digest([whole.prompt, whole.max_new_tokens, whole.stop, *told])[:8]
     sample = replace(ready.sample, prompt=ready.sample.prompt[-PROMPT_TAIL:], metadata={})
