@@ -7,6 +7,7 @@ only the lines that a run uses are read and checked.
 
 import stat
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -36,6 +37,10 @@ class Lines:
         if len(self.ends) - 1 <= index and not self.complete:
             self.find(index + 1)
         return len(self.ends) - 1 > index
+
+    def has_more(self, count: int) -> bool:
+        """Whether anything comes after the first `count` lines, which have been found."""
+        return self.ends[count] < self.path.stat().st_size
 
     def find(self, count: int) -> None:
         """Find the ends of at least `count` lines, or of all."""
@@ -98,7 +103,7 @@ class ReadTask(Task):
         if metric is not None:
             metrics.get(metric)
         self.given_metric, self.given_limit = metric, max_new_tokens
-        self.order += islice(self.turns, count - len(self.order))
+        self.order += islice(self.turns, max(0, count - len(self.order)))
         self.size = min(count, len(self.order))
         if not self.size:
             raise InputError(f"{self.source} has no lines; a line is a JSON object (one sample)")
@@ -118,9 +123,15 @@ class ReadTask(Task):
                     "question have the same cluster, not the same id",
                 )
         self.metric = ", ".join(sorted(named))
+        remarks = []
+        used = Counter(lines for lines, _ in self.order[: self.size])
+        if any(lines.has_more(used[lines]) for lines in self.files):
+            taken = "the first sample" if count == 1 else f"the first {count} samples"
+            remarks.append(f"{self.name}: {taken}; there are more")
         if unknown:
             keys = ", ".join(shown(key, '"') for key in sorted(unknown))
-            self.remarks = (f"{self.name}: keys that are not used: {keys}",)
+            remarks.append(f"{self.name}: keys that are not used: {keys}")
+        self.remarks = tuple(remarks)
 
     def sample(self, index: int, *, seed: int, context: int, tokenizer: Tokenizer) -> Sample:
         """Sample `index`, as long as it is."""

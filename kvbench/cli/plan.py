@@ -11,6 +11,7 @@ from kvbench.cli import options
 from kvbench.cli.messages import say
 from kvbench.cli.options import HOW_MUCH, LIST, MODEL, OUTPUT, WHAT, comma_list, opt
 from kvbench.cli.run import run, use_config
+from kvbench.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from kvbench.sweep.forecast import Forecast
@@ -30,6 +31,7 @@ def read_scale(ctx: typer.Context, value: Path | None) -> None:
 
 
 def plan(
+    ctx: typer.Context,
     method: Annotated[
         str | None, opt(WHAT, "Methods, or 'all'.", "the paper's", metavar=LIST)
     ] = None,
@@ -92,11 +94,33 @@ def plan(
         prefill_chunk=comma_list(prefill_chunk, "sizes", options.tokens),
         option=options_for(names or (), options.key_value(option)),
     )
-    tasks = None if task is None else comma_list(task, "tasks", str)
+    tasks = None if task is None else comma_list(task, "tasks", planned)
     loads = workloads(tasks, context=context, samples=samples, answer=answer)
-    found = forecast(choices, shapes(model, model_config, dtype), chosen, loads)
+    given = ctx.get_parameter_source("model")
+    own_name = model_config is None or (given is not None and given.name == "COMMANDLINE")
+    name = model if own_name else str(model_config)
+    shape = shapes(name, model_config, dtype)
+    if context > shape.max_context:
+        say(f"{name} takes {shape.max_context} tokens at most; 'kvbench run' refuses {context}")
+    found = forecast(choices, shape, chosen, loads)
     PRINT[form](found)
     return int(any(line.left_out for line in found.lines))
+
+
+def planned(name: str) -> str:
+    """A task of the paper or of kvbench; InputError for what is not told without being read."""
+    from kvbench.registry import source_of
+    from kvbench.registry import tasks as registry
+    from kvbench.reproduce.datasets import published_data_sets
+
+    known = {each.task for each in published_data_sets().values()} | set(registry.names())
+    if name in known:
+        return name
+    if source_of(name) is not None:
+        raise InputError(
+            f"plan does not read the task '{name}'; 'kvbench run --dry-run' tells what it costs"
+        )
+    raise InputError(f"unknown task '{name}': {did_you_mean(name, known)}")
 
 
 def print_text(found: "Forecast") -> None:
@@ -112,15 +136,20 @@ def print_text(found: "Forecast") -> None:
     tasks = list(dict.fromkeys(line.task for line in found.lines))
     room = f"leaves a run {gib(found.free)}" if found.free > 0 else "is too small for the weights"
     console.print(f"{found.model}: weights {gib(found.weights)}; {gpu.name} {room}", markup=False)
+    places = 1 if total.seconds >= 36_000 else 3
+
+    def as_hours(seconds: float) -> str:
+        return "<0.001" if 0 < seconds < 1.8 else f"{seconds / 3600:,.{places}f}"
+
     hours = Table("method", *tasks, "all", box=SIMPLE_HEAD, title="GPU-hours", title_justify="left")
     for column in hours.columns[1:]:
         column.justify = "right"
     for method in dict.fromkeys(line.method for line in found.lines):
         mine = {line.task: line for line in found.lines if line.method == method}
-        cells = [f"{mine[t].seconds / 3600:.1f}" + "*" * bool(mine[t].left_out) for t in tasks]
-        hours.add_row(method, *cells, f"{sum(x.seconds for x in mine.values()) / 3600:.1f}")
+        cells = [as_hours(mine[t].seconds) + "*" * bool(mine[t].left_out) for t in tasks]
+        hours.add_row(method, *cells, as_hours(sum(x.seconds for x in mine.values())))
     sums = [sum(line.seconds for line in found.lines if line.task == task) for task in tasks]
-    hours.add_row("all", *(f"{each / 3600:.1f}" for each in sums), f"{total.seconds / 3600:.1f}")
+    hours.add_row("all", *map(as_hours, sums), as_hours(total.seconds))
     console.print(hours)
     costs = Table(
         *("task", "samples", "prompt", "answer", "cells", "tokens", "PFLOP", "PB moved", "KV peak"),
@@ -147,7 +176,7 @@ def print_text(found: "Forecast") -> None:
     console.print(costs)
     console.print(
         f"all: {total.cells:,.0f} cells, {total.tokens:.3g} tokens, {total.flops:.3g} FLOP, "
-        f"{total.bytes_moved:.3g} bytes moved, {total.seconds / 3600:,.0f} GPU-hours; answers are "
+        f"{total.bytes_moved:.3g} bytes moved, {as_hours(total.seconds)} GPU-hours; answers are "
         "as long as their limit, memory is beside the weights (docs/cost.md)",
         markup=False,
     )

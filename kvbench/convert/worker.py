@@ -113,7 +113,7 @@ def helmet(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "question_at": spans["context"][1],
             "answer_prefix": prefix,
             "reference": grades or row["answer"],
-            "cluster": None if question is None else str(row[question]),
+            "cluster": None if question is None else f"{request['name']}/{row[question]}",
             "metadata": short_fields(row),
         }
 

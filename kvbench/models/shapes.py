@@ -52,6 +52,8 @@ def read_shapes(name: str, config: Path | None, dtype: str) -> LoadedModel:
             f"the configuration {source} has no key {error}; give a model's config.json"
         ) from None
     except Exception as error:
+        if isinstance(error, IsADirectoryError):
+            raise InputError(f"{source} is a folder; give the config.json in it") from None
         hint = "give its config.json with --model-config" if source is None else "is it a model's?"
         raise InputError(
             f"cannot read the configuration {source or name} ({hint}): {told(error)}"

@@ -174,15 +174,18 @@ def parts_of(
     """Return what is resampled: the unit of each of `count` samples, and the part of each unit.
 
     A unit is a cluster, or a sample where there are none. Units are drawn within their part. A
-    subtask is a part if subtasks are of unequal sizes and each has two clusters at least; otherwise
-    all samples are one part, in which a resample's mean over subtasks is one over samples.
+    subtask is a part if subtasks are of unequal sizes, each has two clusters at least, and none
+    shares one with another; otherwise all samples are one part, in which a resample's mean over
+    subtasks is one over samples.
     """
     each = np.arange(count) if clusters is None else clusters
     part = np.zeros(count, dtype=np.intp)
     if subtasks is not None:
         rows = [np.flatnonzero(subtasks == name) for name in np.unique(subtasks)]
         unequal = len({len(inside) for inside in rows}) > 1
-        if unequal and all(len(np.unique(each[inside])) > 1 for inside in rows):
+        found = [np.unique(each[inside]) for inside in rows]
+        shared = sum(map(len, found)) > len(np.unique(each))
+        if unequal and not shared and all(len(inside) > 1 for inside in found):
             for number, inside in enumerate(rows):
                 part[inside] = number
     pairs, units = np.unique(np.stack([part, each]), axis=1, return_inverse=True)

@@ -330,7 +330,7 @@ def check_task(
         read = f"its {task.size} samples are read, not made"
         faults.skipped |= dict.fromkeys(("length", "different", "subtasks"), read)
         _check_samples(task, again, tokenizer, LONG_CONTEXT, faults)
-        return faults.findings()
+        return [*faults.findings(), *(Finding("keys", "", (), text) for text in task.remarks)]
     fitting = [context for context in CONTEXTS if _long_enough(task, tokenizer, context)]
     for context in fitting or [LONG_CONTEXT]:
         _check_samples(task, again, tokenizer, context, faults)
@@ -437,7 +437,11 @@ def _check_reference(task: Task, sample: Sample, faults: Faults, where: str) -> 
         faults.add("reference", f"scoring the reference raises {one_line(error)}", where)
         return
     if best < 1:
-        faults.skipped["reference"] = f"texts made of the reference score {best:g} at most"
+        tried = " and ".join(repr(text[:40]) for text in _texts(sample.reference)[:2])
+        faults.skipped["reference"] = (
+            f"the reference of sample {sample.index} as text ({tried}) scores {best:g} at most; if "
+            "a right answer is written otherwise, score one by hand"
+        )
 
 
 def _texts(reference: Any) -> list[str]:

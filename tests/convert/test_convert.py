@@ -199,7 +199,7 @@ def test_all_rows_of_the_drawn_questions_are_clusters(helmet: Path) -> None:
         assert sorted(clusters.count(each) for each in set(clusters)) == [depths] * 3
     row = read(out / "rag", "kilt_nq")[0]
     assert "shown 0?!\nshown 1?!\nAsked" in row["prompt"]  # as many demonstrations as published
-    assert row["cluster"].startswith("nq-dev")
+    assert row["cluster"].startswith("kilt_nq/nq-dev")
     assert read(out / "rag", "kilt_popqa_3")[0]["cluster"].isdecimal()  # its id
     assert "stop" not in row
 

@@ -50,6 +50,15 @@ def test_intervals_of_questions_at_several_depths_cover_the_truth(groups: list[G
     assert 372 <= covered <= 388  # 93 to 97 %
 
 
+def test_a_cluster_in_two_subtasks_of_unequal_sizes_is_drawn_once() -> None:
+    """The same questions at two lengths, one of them with a question more."""
+    subtasks = np.array([0, 0, 0, 1, 1, 1, 1])
+    clusters = np.array([0, 1, 2, 0, 1, 2, 3])
+    there = np.ones((7, 1), dtype=bool)
+    assert independent(there, clusters, subtasks) == [(4,)]
+    assert independent(there, np.arange(7), subtasks) == [(3, 4)]
+
+
 def test_two_questions_at_six_depths_are_two_clusters() -> None:
     """Twelve rows of two questions say as much as two samples, and no more."""
 

@@ -16,6 +16,7 @@ from kvbench.cli.app import main
 from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
 from kvbench.errors import InputError
+from kvbench.models.card import EMBEDDED
 from kvbench.models.load import wrap_model
 from kvbench.models.shapes import parameters, shapes_of
 from kvbench.sweep import forecast as cost
@@ -159,6 +160,24 @@ def test_plan_says_what_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_pat
     broken.write_text("{}")
     assert main(["plan", "--model-config", str(broken)]) == 2
     assert "has no key 'model_type'" in capsys.readouterr().err
+    assert main(["plan", "--model-config", str(tmp_path)]) == 2
+    assert "is a folder; give the config.json in it" in capsys.readouterr().err
+
+
+def test_plan_says_what_it_tells_the_cost_of(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(EMBEDDED["tiny"] / "config.json")
+    short = ["plan", "--task", "recall", "--samples", "1", "--method", "recency"]
+    assert main([*short, "--model-config", config]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{config}: weights")
+    assert "takes 8192 tokens at most" in printed.err
+    assert main([*short, "--model-config", config, "--model", "mine", "--context", "4096"]) == 0
+    printed = capsys.readouterr()
+    assert (printed.out.partition(":")[0], printed.err) == ("mine", "")
+    assert "<0.001" in printed.out
+    for task, message in (("recal", "did you mean 'recall'"), ("my.jsonl", "does not read")):
+        assert main(["plan", "--task", task]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_committed_comparison_is_what_its_script_prints(

@@ -355,6 +355,28 @@ def test_keys_that_mean_nothing_are_named_once(tmp_path: Path) -> None:
     assert samples(task)[1].metadata == {"length": 4, "depth": 1}
 
 
+def test_lines_that_a_run_does_not_use_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "my.jsonl"
+    path.write_bytes(line() + line(stops=["x"]) + b"damaged")
+    task = ready(path, 2)
+    assert task.remarks == (
+        "my: the first 2 samples; there are more",
+        "my: keys that are not used: stops",
+    )
+    assert ready(path, 1).remarks == ("my: the first sample; there are more",)
+    path.write_bytes(line() + line(stops=["x"]))
+    assert ready(path, 2).remarks == ("my: keys that are not used: stops",)
+
+
+def test_check_names_keys_that_mean_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "my.jsonl"
+    path.write_bytes(line(answer="red fox", stops=["x"]))
+    assert main(["check", str(path)]) == 0
+    assert "keys        my: keys that are not used: stops" in capsys.readouterr().out
+
+
 def test_the_start_of_an_answer_is_scored_with_it_but_in_a_chat(tmp_path: Path) -> None:
     """ "label:" before the output, and its line is the answer; as in HELMET."""
     path = tmp_path / "my.jsonl"
