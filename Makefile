@@ -6,7 +6,7 @@ READY := .venv/ready
 DEMO := results/runs/demo
 DEMO_METHODS := recency,snapkv,snapkv-naive,snapkv-patched,pyramidkv-naive,pyramidkv-patched,duoattention,prulong,random
 
-.PHONY: demo test lint reproduce rehearse heads setup smollm2 clean
+.PHONY: demo test lint reproduce rehearse gpu-check heads setup smollm2 clean
 
 demo: $(READY)
 	$(BIN)/kvbench run --out $(DEMO) --method $(DEMO_METHODS) --budgets 0.1,0.2,0.3,0.5,0.7,0.9 --samples 12
@@ -31,6 +31,10 @@ reproduce: $(READY)
 # The paper's scale, end to end, with made-up data on a CPU; its numbers mean nothing.
 rehearse: $(READY)
 	$(BIN)/kvbench reproduce --scale full --rehearse
+
+# What only a GPU shows, in at most eight minutes; the same command continues it.
+gpu-check: $(READY)
+	$(BIN)/python benchmarks/gpu_check.py
 
 # Both files of head scores that come with the embedded model.
 heads: $(READY)

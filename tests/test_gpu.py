@@ -143,6 +143,25 @@ def test_a_captured_step_gives_what_a_plain_one_does(monkeypatch: pytest.MonkeyP
         assert a.tokens == b.tokens
 
 
+def test_rows_end_at_stop_strings_and_limits_as_on_a_cpu() -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        model = load_model("tiny", device=device, dtype="float32")
+        prompt = model.tokenizer.encode("The river is green. The stone is")
+        spec = parse_method("full", {})
+        free = run_rows(model, [Row(prompt, 40, spec, 1.0)], prefill_chunk=None)[0]
+        word = model.tokenizer.decode(free.tokens[12:14]).strip()
+        ends = [(40, (word,)), (40, ()), (3, ()), (25, ("never seen",)), (40, ("\n", word))]
+        several = [
+            Row(prompt, limit, parse_method(name, {}, model.card.options), 0.5, stop=stop)
+            for limit, stop in ends
+            for name in ("full", "recency", "snapkv-patched")
+        ]
+        found.append([outcome.tokens for outcome in run_rows(model, several, prefill_chunk=4)])
+    assert found[0] == found[1]
+    assert len({len(tokens) for tokens in found[0]}) > 2
+
+
 def test_a_step_that_cannot_be_captured_goes_on_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     model, several = on_gpu(), rows(new=20)
     expected = run_rows(model, several, prefill_chunk=25)

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import kvbench
-from kvbench.cli import check, convert, plan, report, reproduce, run, train
+from kvbench.cli import check, convert, plan, report, reproduce, run, slurm, train
 from kvbench.cli import list as listing
 from kvbench.cli.messages import say
 from kvbench.errors import InputError, did_you_mean
@@ -86,6 +86,7 @@ app.command("report", epilog=report.EXAMPLES)(report.report)
 app.command("list", epilog=listing.EXAMPLES)(listing.list_command)
 app.command("check", epilog=check.EXAMPLES)(check.check)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
+app.command("slurm", epilog=slurm.EXAMPLES)(slurm.slurm)
 app.command("reproduce", epilog=reproduce.EXAMPLES)(reproduce.reproduce)
 training = new_group(callback=show_help, help=train.ABOUT, epilog=train.EXAMPLES)
 prulong = "Train masks with a next-token loss and a target sparsity (arXiv 2506.17121)."
