@@ -15,6 +15,7 @@ import kvbench
 from kvbench.cli import check, convert, plan, report, reproduce, run, train
 from kvbench.cli import list as listing
 from kvbench.cli.messages import say
+from kvbench.cli.options import Command
 from kvbench.errors import InputError, did_you_mean
 
 # The extra of kvbench that installs a missing package.
@@ -81,22 +82,22 @@ def cli(
 
 
 app = new_group(callback=cli, epilog=run.EXAMPLES)
-app.command("run", epilog=run.EXAMPLES)(run.run)
-app.command("report", epilog=report.EXAMPLES)(report.report)
-app.command("list", epilog=listing.EXAMPLES)(listing.list_command)
-app.command("check", epilog=check.EXAMPLES)(check.check)
-app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
-app.command("reproduce", epilog=reproduce.EXAMPLES)(reproduce.reproduce)
+app.command("run", cls=Command, epilog=run.EXAMPLES)(run.run)
+app.command("report", cls=Command, epilog=report.EXAMPLES)(report.report)
+app.command("list", cls=Command, epilog=listing.EXAMPLES)(listing.list_command)
+app.command("check", cls=Command, epilog=check.EXAMPLES)(check.check)
+app.command("plan", cls=Command, epilog=plan.EXAMPLES)(plan.plan)
+app.command("reproduce", cls=Command, epilog=reproduce.EXAMPLES)(reproduce.reproduce)
 training = new_group(callback=show_help, help=train.ABOUT, epilog=train.EXAMPLES)
 prulong = "Train masks with a next-token loss and a target sparsity (arXiv 2506.17121)."
 duoattention = "Train gates by distillation on passkeys (arXiv 2410.10819)."
-training.command("prulong", help=prulong, epilog=train.EXAMPLES)(train.heads)
-training.command("duoattention", help=duoattention, epilog=train.EXAMPLES)(train.heads)
-training.command("tiny", epilog=train.EXAMPLES)(train.tiny)
+training.command("prulong", help=prulong, cls=Command, epilog=train.EXAMPLES)(train.heads)
+training.command("duoattention", help=duoattention, cls=Command, epilog=train.EXAMPLES)(train.heads)
+training.command("tiny", cls=Command, epilog=train.EXAMPLES)(train.tiny)
 app.add_typer(training, name="train")
 converting = new_group(callback=show_help, help=convert.ABOUT, epilog=convert.EXAMPLES)
 for name, text in convert.COMMANDS.items():
-    converting.command(name, help=text, epilog=convert.EXAMPLES)(convert.convert)
+    converting.command(name, help=text, cls=Command, epilog=convert.EXAMPLES)(convert.convert)
 app.add_typer(converting, name="convert")
 
 
