@@ -27,7 +27,7 @@ from kvbench.method import (
     Need,
     option_name,
 )
-from kvbench.registry import methods
+from kvbench.registry import hint, methods
 
 T = TypeVar("T")
 
@@ -282,7 +282,7 @@ def parse_method(
                 f"nothing; use {base}-{Chunking.NAIVE}"
             )
         return checked(MethodSpec(name, method, Chunking(variant)))
-    raise InputError(f"unknown method '{name}': {did_you_mean(name, method_names())}")
+    raise InputError(f"unknown method '{name}': {hint(name, method_names())}")
 
 
 def checked(spec: MethodSpec) -> MethodSpec:

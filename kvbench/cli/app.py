@@ -4,8 +4,9 @@ Exit codes: 0 done, 1 some cells failed, 2 bad input, 130 interrupted. Every err
 stderr; KVBENCH_DEBUG=1 shows the traceback.
 """
 
-import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,8 @@ from kvbench.cli import check, convert, plan, report, reproduce, run, train
 from kvbench.cli import list as listing
 from kvbench.cli.messages import say
 from kvbench.cli.options import Command
-from kvbench.errors import InputError, did_you_mean
+from kvbench.errors import InputError, debugging, did_you_mean
+from kvbench.registry import PluginWarning
 
 # The extra of kvbench that installs a missing package.
 EXTRAS = {
@@ -103,16 +105,33 @@ app.add_typer(converting, name="convert")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return its exit code."""
-    debug = os.environ.get("KVBENCH_DEBUG", "") not in ("", "0")
     try:
         args = None if argv is None else list(argv)
-        return int(app(args=args, prog_name="kvbench", standalone_mode=False) or 0)
+        with plugins_named():
+            return int(app(args=args, prog_name="kvbench", standalone_mode=False) or 0)
     except Exception as error:
-        if debug:
+        if debugging():
             raise
         text, code = describe(error)
         say(" ".join(text.split()))
         return code
+
+
+@contextmanager
+def plugins_named() -> Iterator[None]:
+    """Say what is wrong with a plug-in in one line, as everything else; other warnings as ever."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def say_or_show(message: Any, category: Any, *where: Any, **more: Any) -> None:
+            if issubclass(category, PluginWarning):
+                say(str(message))
+            else:
+                show(message, category, *where, **more)
+
+        warnings.filterwarnings("always", category=PluginWarning)
+        warnings.showwarning = say_or_show
+        yield
 
 
 def describe(error: Exception) -> tuple[str, int]:
