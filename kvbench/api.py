@@ -70,7 +70,7 @@ def run(
     metric: str | None = None,
     max_new_tokens: int | None = None,
     too_long: str = "error",
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     out: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -92,8 +92,9 @@ def run(
         methods: names of methods, `["all"]` for every one; None for those that the paper compares.
         tasks: names of tasks, paths of task files, or tasks; None for the default ones.
         budgets: shares of the KV cache, above 0 and at most 1.
-        samples: samples of each task.
-        options: options of methods, such as `{"window": 32}` or `{"snapkv.window": 32}`.
+        samples: samples of each task, for each seed.
+        options: options of methods, such as `{"window": 32}` or `{"snapkv.window": 32}`. The values
+            of a list, as in `{"snapkv.window": [8, 32]}`, are compared.
         context: tokens of a prompt and its answer; None for the model's own. Samples from files may
             then be as long as the model takes.
         prefill_chunk: tokens of a prefill chunk, or several sizes to compare; None for the model's.
@@ -103,7 +104,7 @@ def run(
         max_new_tokens: the answer limit of samples from files that say none, in tokens.
         too_long: what becomes of samples from files that are longer than `context`, or than the
             model takes: `error`, `cut` (the end of their context) or `skip`.
-        seed: seed of the samples.
+        seed: seed of the samples, or several; the report pools them.
         out: the run folder; None for one in `results/runs`, named after model, tasks and date.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
@@ -121,9 +122,9 @@ def run(
     """
     check_options("options", options)
     check_options("template_options", template_options)
-    if out is not None and not isinstance(out, str | Path):
+    if out is not None and (not isinstance(out, str | Path) or not str(out).strip()):
         raise InputError(f"out must be a path, not {out!r}")
-    chunks = None if prefill_chunk is None else _several(prefill_chunk)
+    chunks = None if prefill_chunk is None else _several("prefill_chunk", prefill_chunk, least=1)
     choices = Choices(
         model=model,
         method=_names(methods, "methods"),
@@ -132,12 +133,12 @@ def run(
         samples=samples,
         context=context,
         prefill_chunk=chunks,
-        seed=seed,
+        seed=_several("seed", seed, least=0),
         out=None if out is None else Path(out),
         device=device,
         dtype=dtype,
         attention=attention,
-        option={name: str(value) for name, value in (options or {}).items()},
+        option={name: _swept(name, value) for name, value in (options or {}).items()},
         chat_template=chat_template,
         compress=compress,
         metric=metric,
@@ -176,12 +177,22 @@ def _shares(budgets: Any) -> tuple[float, ...]:
     return tuple(dict.fromkeys(map(float, budgets)))
 
 
-def _several(chunks: Any) -> tuple[int, ...]:
-    several = chunks if isinstance(chunks, Iterable) and not isinstance(chunks, str) else [chunks]
+def _several(name: str, given: Any, least: int) -> tuple[int, ...]:
+    several = given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
     several = list(several)
-    for chunk in several:
-        check_whole("prefill_chunk", chunk)
+    for each in several:
+        check_whole(name, each, least, LARGEST)
     return tuple(dict.fromkeys(map(int, several)))
+
+
+def _swept(name: str, value: Any) -> str | tuple[str, ...]:
+    """An option as text, or as several texts where a list gives several values."""
+    if not isinstance(value, list | tuple):
+        return str(value)
+    if not value:
+        raise InputError(f"options: {name} has no value: give one, or a list of some")
+    texts = tuple(dict.fromkeys(map(str, value)))
+    return texts if len(texts) > 1 else texts[0]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The exceptions whose messages are for users, and the hint for a misspelt name."""
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -28,3 +29,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
+
+
+def debugging() -> bool:
+    """Whether the user asked for tracebacks, by KVBENCH_DEBUG=1."""
+    return os.environ.get("KVBENCH_DEBUG", "") not in ("", "0")

@@ -2,17 +2,21 @@
 
 The core imports no method and no task. They register themselves when `load_plugins` imports the
 entry points of the group `kvbench.plugins`: the built-in ones and those of other packages alike
-(`docs/architecture.md`).
+(`docs/architecture.md`). A plug-in that cannot be loaded is named and left out.
 """
 
 import importlib
 import pkgutil
+import traceback
+import warnings
 from collections.abc import Callable, Iterable
-from importlib.metadata import entry_points
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from kvbench.errors import InputError, did_you_mean
+from kvbench.errors import InputError, debugging, did_you_mean
 
 if TYPE_CHECKING:
     from kvbench.method import Method
@@ -24,12 +28,17 @@ T = TypeVar("T")
 C = TypeVar("C", bound=Any)
 
 
+class PluginWarning(UserWarning):
+    """A plug-in could not be loaded and is left out."""
+
+
 class Registry(Generic[T]):
     """The classes, or functions, of one kind (methods, tasks, metrics) by the name a user types."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._known: dict[str, T] = {}
+        _registries.append(self)
 
     def register(self, name: str) -> Callable[[C], C]:
         """Decorator that sets `name`; raises ValueError if something else already has the name."""
@@ -50,14 +59,16 @@ class Registry(Generic[T]):
         try:
             return self._known[name]
         except KeyError:
-            hint = did_you_mean(name, self._known)
-            raise InputError(f"unknown {self.kind} '{name}': {hint}") from None
+            raise InputError(f"unknown {self.kind} '{name}': {hint(name, self._known)}") from None
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
         load_plugins()
         return sorted(self._known)
 
+
+_registries: list[Registry[Any]] = []
+_left_out: dict[str, str] = {}  # plug-ins that could not be loaded, each with the reason
 
 methods: "Registry[type[Method]]" = Registry("method")
 tasks: "Registry[type[Task]]" = Registry("task")
@@ -72,19 +83,63 @@ _loaded = False
 
 
 def load_plugins() -> None:
-    """Import every package of the entry-point group `kvbench.plugins`, once."""
+    """Import every package of the entry-point group `kvbench.plugins`, once.
+
+    kvbench's own come first. One of another package that fails, with whatever it raises, registers
+    nothing, and a PluginWarning names it. InputError if kvbench's own lack a package.
+    """
     global _loaded
     if _loaded:
         return
     _loaded = True
-    for entry in entry_points(group=PLUGIN_GROUP):
-        try:
-            entry.load()
-        except ImportError as error:
-            raise InputError(
-                f"plug-in '{entry.name}' ({entry.value}) cannot be imported: {error}; "
-                "install what it needs (for kvbench itself: pip install 'kvbench[run]')"
-            ) from error
+    try:
+        for entry in sorted(entry_points(group=PLUGIN_GROUP), key=lambda entry: not _is_own(entry)):
+            if _is_own(entry):
+                entry.load()
+            else:
+                _load(f"{entry.name} ({entry.value})", entry.load)
+    except BaseException as error:
+        _loaded = False
+        if not isinstance(error, ImportError):
+            raise
+        raise InputError(
+            f"kvbench's own {entry.name} cannot be imported: {error}; install what they need: "
+            "pip install 'kvbench[run]'"
+        ) from error
+    for name, reason in _left_out.items():
+        warnings.warn(
+            f"plug-in {name} cannot be loaded and is left out: {reason}; mend or uninstall it "
+            "(KVBENCH_DEBUG=1 shows where)",
+            PluginWarning,
+            stacklevel=2,
+        )
+
+
+def _load(name: str, load: Callable[[], Any]) -> None:
+    """Load a plug-in; if it fails, whatever it raises, it registers nothing and is left out."""
+    before = [dict(registry._known) for registry in _registries]
+    try:
+        load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        for registry, known in zip(_registries, before, strict=False):
+            registry._known = known
+        if debugging():
+            traceback.print_exception(error)
+        _left_out[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _is_own(entry: EntryPoint) -> bool:
+    return entry.value.startswith("kvbench.")
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """`did_you_mean`, with the plug-ins that could not be loaded and may have had the name."""
+    text = did_you_mean(name, known)
+    if _left_out:
+        text += f"; not loaded: {', '.join(f'{each}: {why}' for each, why in _left_out.items())}"
+    return text
 
 
 def open_task(text: str) -> "Task":
@@ -112,10 +167,16 @@ def source_of(text: str) -> tuple[str, str] | None:
     return (PATHS, text) if is_path else None
 
 
-def import_submodules(package: str, path: Iterable[str]) -> list[Any]:
-    """Import every module of a package, so that a new file in it registers itself."""
-    return [
-        importlib.import_module(f"{package}.{module.name}")
-        for module in pkgutil.iter_modules(path)
-        if not module.name.startswith("_")
-    ]
+def import_submodules(package: str, path: Iterable[str]) -> None:
+    """Import every module of a package, so that a new file in it registers itself.
+
+    A file that fails is left out, as a plug-in is. ImportError without PyTorch, which most need.
+    """
+    for module in pkgutil.iter_modules(path):
+        name = f"{package}.{module.name}"
+        if module.name.startswith("_"):
+            continue
+        if find_spec("torch") is None:
+            importlib.import_module(name)
+        else:
+            _load(name, partial(importlib.import_module, name))

@@ -5,15 +5,18 @@ whose retrieval heads are evicted by a post-fill method.
 """
 
 import hashlib
+import itertools
 import json
+import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kvbench.arguments import LARGEST
 from kvbench.errors import InputError, did_you_mean
 from kvbench.method import (
     EVERY_QUERY,
@@ -24,7 +27,7 @@ from kvbench.method import (
     Need,
     option_name,
 )
-from kvbench.registry import methods
+from kvbench.registry import hint, methods
 
 T = TypeVar("T")
 
@@ -118,9 +121,17 @@ class MethodSpec:
     @property
     def options(self) -> dict[str, Any]:
         """All options, for the record; a file as its name and a hash of its content."""
-        options = recorded(self.method)
+        return self._options(recorded)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All options as the methods hold them; a file as its path."""
+        return self._options(option_values)
+
+    def _options(self, of: Callable[[Method], dict[str, Any]]) -> dict[str, Any]:
+        options = of(self.method)
         if self.post_fill is not None:
-            options |= {f"post_fill.{key}": v for key, v in recorded(self.post_fill).items()}
+            options |= {f"post_fill.{key}": value for key, value in of(self.post_fill).items()}
             options[POST_FILL_BUDGET] = self.post_fill_budget
         if self.ada_share is not None:
             options[HEAD_SHARE] = self.ada_share
@@ -133,15 +144,33 @@ class MethodSpec:
         return streams or self.chunking is not Chunking.NONE
 
 
+def option_values(method: Method) -> dict[str, Any]:
+    """A method's options by the names that users type."""
+    return {option_name(field): getattr(method, field.name) for field in fields(method)}
+
+
 def recorded(method: Method) -> dict[str, Any]:
-    """A method's options, JSON-serialisable."""
-    options = {}
-    for field in fields(method):
-        value = getattr(method, field.name)
+    """A method's options and remarks, JSON-serialisable."""
+    options = option_values(method)
+    for name, value in options.items():
         if isinstance(value, Path):
-            value = f"{value.name} sha256:{hashlib.sha256(value.read_bytes()).hexdigest()[:12]}"
-        options[option_name(field)] = value
+            digest = hashlib.sha256(value.read_bytes()).hexdigest()[:12]
+            options[name] = f"{value.name} sha256:{digest}"
     return options | method.remarks()
+
+
+def labels_of(specs: Sequence[MethodSpec]) -> list[str]:
+    """A label for each method: its name, and the options that tell it from others of that name."""
+    labels = []
+    for spec in specs:
+        same = [each.values for each in specs if each.name == spec.name]
+        parts = [
+            f"{name}={value}"
+            for name, value in spec.values.items()
+            if any(each.get(name) != value for each in same)
+        ]
+        labels.append(f"{spec.name} ({', '.join(parts)})" if parts else spec.name)
+    return labels
 
 
 def method_names() -> list[str]:
@@ -170,6 +199,31 @@ def has_observation_window(name: str) -> bool:
     """Whether the post-fill method `name` uses the prompt's last queries, and not all of them."""
     cls = methods.get(name)
     return cls.observation_window is not Method.observation_window and cls.gather is Method.gather
+
+
+def parse_methods(
+    name: str,
+    options: Mapping[str, Any],
+    card_options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[MethodSpec]:
+    """The method called `name`, once for each combination of the options that are tuples of values.
+
+    Options that change nothing for this method add nothing. InputError as in `parse_method`.
+    """
+    first = {key: each[0] if isinstance(each, tuple) else each for key, each in options.items()}
+    specs = [parse_method(name, first, card_options)]
+    axes = {}
+    for key, values in options.items():
+        if isinstance(values, tuple):
+            tried = [parse_method(name, {**first, key: value}, card_options) for value in values]
+            if any(spec != specs[0] for spec in tried):
+                axes[key] = values
+    for combination in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, combination, strict=True))
+        spec = parse_method(name, {**first, **chosen}, card_options)
+        if spec not in specs:
+            specs.append(spec)
+    return specs
 
 
 def parse_method(
@@ -228,7 +282,7 @@ def parse_method(
                 f"nothing; use {base}-{Chunking.NAIVE}"
             )
         return checked(MethodSpec(name, method, Chunking(variant)))
-    raise InputError(f"unknown method '{name}': {did_you_mean(name, method_names())}")
+    raise InputError(f"unknown method '{name}': {hint(name, method_names())}")
 
 
 def checked(spec: MethodSpec) -> MethodSpec:
@@ -253,7 +307,7 @@ def checked(spec: MethodSpec) -> MethodSpec:
     return spec
 
 
-def check_option_names(options: Mapping[str, Any], specs: list[MethodSpec]) -> None:
+def check_option_names(options: Mapping[str, Any], specs: Sequence[MethodSpec]) -> None:
     """InputError for an option that none of the methods has."""
     used: set[str] = set()
     for spec in specs:
@@ -341,7 +395,12 @@ def convert(kind: Any, value: Any, where: str) -> Any:
             return {"true": True, "false": False}[str(value).lower()]
         if kind is int and isinstance(value, float):
             raise ValueError
-        return kind(value)
+        converted = kind(value)
+        if isinstance(converted, float) and not math.isfinite(converted):
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         name = getattr(kind, "__name__", str(kind))
         raise InputError(f"{where} must be {name}, not {json.dumps(value, default=str)}") from None
+    if kind is int and abs(converted) > LARGEST:
+        raise InputError(f"{where} is too large: give at most {LARGEST}")
+    return converted

@@ -45,16 +45,21 @@ print("works")
 
 
 def python(code: str, folder: Path) -> str:
-    """Run code that imports from `folder` first."""
+    """What code that imports from `folder` first prints."""
+    return run(code, folder)[0]
+
+
+def run(code: str, folder: Path, **environment: str) -> tuple[str, str]:
+    """What code that imports from `folder` first prints on stdout and on stderr."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=folder,
-        env={"PYTHONPATH": f"{folder}:{ROOT / 'tests'}", "PATH": "/usr/bin"},
+        env={"PYTHONPATH": f"{folder}:{ROOT / 'tests'}", "PATH": "/usr/bin", **environment},
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout, done.stderr
 
 
 def test_a_new_file_beside_the_methods_is_enough(tmp_path: Path) -> None:
@@ -67,32 +72,112 @@ def test_a_new_file_beside_the_methods_is_enough(tmp_path: Path) -> None:
     assert python(USE, tmp_path) == "works\n"
 
 
-def test_a_third_party_package_is_enough(tmp_path: Path) -> None:
-    (tmp_path / "kv_oldest.py").write_text(OLDEST)
-    info = tmp_path / "kv_oldest-1.0.dist-info"
+def install(folder: Path, name: str, code: str) -> None:
+    """A package of one module, as pip installs it."""
+    (folder / f"kv_{name}.py").write_text(code)
+    info = folder / f"kv_{name}-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kv-oldest\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[kvbench.plugins]\noldest = kv_oldest\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kv-{name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[kvbench.plugins]\n{name} = kv_{name}\n")
+
+
+def test_a_third_party_package_is_enough(tmp_path: Path) -> None:
+    install(tmp_path, "oldest", OLDEST)
     assert python(USE, tmp_path) == "works\n"
 
 
-def test_a_broken_plugin_is_named(tmp_path: Path) -> None:
-    (tmp_path / "kv_broken.py").write_text("import no_such_module\n")
-    info = tmp_path / "kv_broken-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kv-broken\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[kvbench.plugins]\nbroken = kv_broken\n")
+BROKEN = {
+    "module": ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+    "syntax": ("def (:", "SyntaxError: "),
+    "attribute": ("import json; json.no", "AttributeError: module 'json' has no attribute 'no'"),
+    "exit": ("raise SystemExit(3)", "SystemExit: 3"),
+    "other": ("class Odd(BaseException): pass\nraise Odd('a\\nb')", "Odd: a b"),
+    "twice": (
+        OLDEST.replace('"oldest"', '"snapkv"'),
+        "ValueError: two methods are called 'snapkv'",
+    ),
+    "half": (f"{OLDEST.replace('oldest', 'half-made')}\n1 / 0\n", "ZeroDivisionError: division"),
+}
+
+
+def test_broken_plugins_are_named_once_and_left_out(tmp_path: Path) -> None:
+    for name, (code, _) in BROKEN.items():
+        install(tmp_path, name, code)
+    install(tmp_path, "oldest", OLDEST)
     code = """
-from kvbench.errors import InputError
-from kvbench.spec import method_names
-try:
-    method_names()
-except InputError as error:
-    print(error)
+import sys, warnings
+from kvbench.cli.app import main
+assert main(["list", "methods", "--format", "json"]) == 0
+assert main(["list", "tasks", "--format", "json"]) == 0
+assert main(["check", "half-mad"]) == 2
+assert main(["run", "--method", "half-made", "--task", "rag"]) == 2
+assert main(["run", "--task", "half-made"]) == 2
+assert main(["report", "no-such-run"]) == 2
+small = ["--task", "rag", "--context", "256", "--samples", "1", "--budgets", "0.5"]
+assert main(["run", "--method", "oldest", *small, "--dry-run"]) == 0
 """
-    message = python(code, tmp_path)
-    assert "kv_broken" in message
-    assert "no_such_module" in message
+    out, errors = run(code, tmp_path)
+    assert '"oldest"' in out
+    assert '"half-made"' not in out
+    lines = errors.splitlines()
+    for name, (_, reason) in BROKEN.items():
+        (line,) = [line for line in lines if line.startswith(f"kvbench: plug-in {name} ")]
+        assert f"({f'kv_{name}'}) cannot be loaded and is left out: {reason}" in line
+    hints = [line for line in lines if "not loaded: " in line]
+    assert len(hints) == 3
+    for line in hints:
+        assert "half-mad" in line
+        assert "half (kv_half): ZeroDivisionError: division by zero" in line
+    assert len(lines) == len(BROKEN) + 4
+    assert "Traceback" not in errors
+
+
+def test_a_script_is_warned_and_the_traceback_is_there_for_the_asking(tmp_path: Path) -> None:
+    install(tmp_path, "syntax", "def (:")
+    code = """
+import warnings
+from kvbench.registry import PluginWarning, methods
+with warnings.catch_warnings(record=True) as caught:
+    assert "snapkv" in methods.names()
+    assert "snapkv" in methods.names()
+(one,) = caught
+assert one.category is PluginWarning
+print(one.message)
+"""
+    out, errors = run(code, tmp_path)
+    assert out.startswith("plug-in syntax (kv_syntax) cannot be loaded and is left out: Syntax")
+    assert errors == ""
+    _, errors = run(code, tmp_path, KVBENCH_DEBUG="1")
+    assert "Traceback" in errors
+    assert "kv_syntax.py" in errors
+
+
+def test_without_pytorch_the_message_says_what_to_install(tmp_path: Path) -> None:
+    code = """
+import importlib.util, sys
+sys.modules["torch"] = None
+find = importlib.util.find_spec
+import kvbench.registry as registry
+registry.find_spec = lambda name: None
+from kvbench.cli.app import main
+assert main(["list"]) == 2
+"""
+    _, errors = run(code, tmp_path)
+    assert "kvbench's own methods cannot be imported: " in errors
+    assert "pip install 'kvbench[run]'" in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_a_broken_file_beside_the_methods_is_left_out_too(tmp_path: Path) -> None:
+    package = tmp_path / "kvbench"
+    shutil.copytree(ROOT / "kvbench", package)
+    shutil.copytree(ROOT / "methods", package / "methods")
+    shutil.copytree(ROOT / "tasks", package / "tasks")
+    (package / "methods" / "oldest.py").write_text(OLDEST)
+    (package / "methods" / "broken.py").write_text("def (:")
+    out, errors = run(USE, tmp_path)
+    assert out == "works\n"
+    assert "plug-in kvbench.methods.broken cannot be loaded" in errors
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "methods").glob("[a-z]*.py")), ids=lambda f: f.stem)

@@ -4,8 +4,9 @@ Exit codes: 0 done, 1 some cells failed, 2 bad input, 130 interrupted. Every err
 stderr; KVBENCH_DEBUG=1 shows the traceback.
 """
 
-import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,9 @@ import kvbench
 from kvbench.cli import check, convert, plan, report, reproduce, run, slurm, train
 from kvbench.cli import list as listing
 from kvbench.cli.messages import say
-from kvbench.errors import InputError, did_you_mean
+from kvbench.cli.options import Command
+from kvbench.errors import InputError, debugging, did_you_mean
+from kvbench.registry import PluginWarning
 
 # The extra of kvbench that installs a missing package.
 EXTRAS = {
@@ -81,38 +84,55 @@ def cli(
 
 
 app = new_group(callback=cli, epilog=run.EXAMPLES)
-app.command("run", epilog=run.EXAMPLES)(run.run)
-app.command("report", epilog=report.EXAMPLES)(report.report)
-app.command("list", epilog=listing.EXAMPLES)(listing.list_command)
-app.command("check", epilog=check.EXAMPLES)(check.check)
-app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
-app.command("slurm", epilog=slurm.EXAMPLES)(slurm.slurm)
-app.command("reproduce", epilog=reproduce.EXAMPLES)(reproduce.reproduce)
+app.command("run", cls=Command, epilog=run.EXAMPLES)(run.run)
+app.command("report", cls=Command, epilog=report.EXAMPLES)(report.report)
+app.command("list", cls=Command, epilog=listing.EXAMPLES)(listing.list_command)
+app.command("check", cls=Command, epilog=check.EXAMPLES)(check.check)
+app.command("plan", cls=Command, epilog=plan.EXAMPLES)(plan.plan)
+app.command("slurm", cls=Command, epilog=slurm.EXAMPLES)(slurm.slurm)
+app.command("reproduce", cls=Command, epilog=reproduce.EXAMPLES)(reproduce.reproduce)
 training = new_group(callback=show_help, help=train.ABOUT, epilog=train.EXAMPLES)
 prulong = "Train masks with a next-token loss and a target sparsity (arXiv 2506.17121)."
 duoattention = "Train gates by distillation on passkeys (arXiv 2410.10819)."
-training.command("prulong", help=prulong, epilog=train.EXAMPLES)(train.heads)
-training.command("duoattention", help=duoattention, epilog=train.EXAMPLES)(train.heads)
-training.command("tiny", epilog=train.EXAMPLES)(train.tiny)
+training.command("prulong", help=prulong, cls=Command, epilog=train.EXAMPLES)(train.heads)
+training.command("duoattention", help=duoattention, cls=Command, epilog=train.EXAMPLES)(train.heads)
+training.command("tiny", cls=Command, epilog=train.EXAMPLES)(train.tiny)
 app.add_typer(training, name="train")
 converting = new_group(callback=show_help, help=convert.ABOUT, epilog=convert.EXAMPLES)
 for name, text in convert.COMMANDS.items():
-    converting.command(name, help=text, epilog=convert.EXAMPLES)(convert.convert)
+    converting.command(name, help=text, cls=Command, epilog=convert.EXAMPLES)(convert.convert)
 app.add_typer(converting, name="convert")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return its exit code."""
-    debug = os.environ.get("KVBENCH_DEBUG", "") not in ("", "0")
     try:
         args = None if argv is None else list(argv)
-        return int(app(args=args, prog_name="kvbench", standalone_mode=False) or 0)
+        with plugins_named():
+            return int(app(args=args, prog_name="kvbench", standalone_mode=False) or 0)
     except Exception as error:
-        if debug:
+        if debugging():
             raise
         text, code = describe(error)
         say(" ".join(text.split()))
         return code
+
+
+@contextmanager
+def plugins_named() -> Iterator[None]:
+    """Say what is wrong with a plug-in in one line, as everything else; other warnings as ever."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def say_or_show(message: Any, category: Any, *where: Any, **more: Any) -> None:
+            if issubclass(category, PluginWarning):
+                say(str(message))
+            else:
+                show(message, category, *where, **more)
+
+        warnings.filterwarnings("always", category=PluginWarning)
+        warnings.showwarning = say_or_show
+        yield
 
 
 def describe(error: Exception) -> tuple[str, int]:

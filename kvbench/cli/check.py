@@ -7,9 +7,9 @@ import typer
 from kvbench.cli import complete, options
 from kvbench.cli.messages import say
 from kvbench.cli.options import WHAT, comma_list, opt
-from kvbench.errors import InputError, did_you_mean
+from kvbench.errors import InputError
 from kvbench.models.card import EMBEDDED, read_card
-from kvbench.registry import methods, source_of, tasks
+from kvbench.registry import hint, methods, source_of, tasks
 from kvbench.spec import MethodSpec, check_option_names, method_names, parse_method
 
 EXAMPLES = options.examples(
@@ -51,7 +51,7 @@ def check(
     for name in named:
         split = name.partition("+")[0]
         if name not in known and not ("+" in name and split in methods.names()):
-            raise InputError(f"no method or task '{name}': {did_you_mean(name, known)}")
+            raise InputError(f"no method or task '{name}': {hint(name, known)}")
     card = read_card(EMBEDDED[MODEL])
     specs = {
         name: parse_method(name, given, card.options) for name in named if name not in tasks.names()

@@ -73,7 +73,7 @@ def plugin_classes() -> list[ast.ClassDef]:
     """The classes at the top of every module of the plug-ins; broken plug-ins are passed over."""
     classes = []
     for entry in entry_points(group=PLUGIN_GROUP):
-        with suppress(ImportError, OSError, SyntaxError, ValueError):
+        with suppress(Exception, SystemExit):
             spec = find_spec(entry.module)
             if spec is None or spec.origin is None:
                 continue

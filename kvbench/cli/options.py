@@ -1,10 +1,13 @@
 """What the commands share: options, the panels of their help, and texts turned into values."""
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from kvbench.cli import complete
 from kvbench.errors import InputError
@@ -14,7 +17,43 @@ T = TypeVar("T")
 WHAT, HOW_MUCH, MODEL = "What to measure", "How much", "Model"
 MEMORY, OUTPUT, TRAINING = "Memory", "Output", "Training"
 METHOD_OPTION = "Option of a method, like window=32 or snapkv.window=32; repeatable."
+SWEPT_OPTION = "Option of a method, like snapkv.window=32, or window=8,32 to try both; repeatable."
 LIST, FOLDER = "A,B,...", "FOLDER"  # placeholders of values
+
+
+class Command(TyperCommand):
+    """A command that refuses what would be accepted in silence.
+
+    An option that is given twice, an empty text, and numbers that are none (nan, inf).
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse a command line; InputError for what is refused."""
+        given: dict[str, Any] = {}
+        if not ctx.resilient_parsing:
+            given, _, order = self.make_parser(ctx).parse_args(list(args))
+            for param, times in Counter(order).items():
+                single = isinstance(param, TyperOption) and not (param.multiple or param.is_flag)
+                if single and times > 1:
+                    raise InputError(f"{param.opts[0]} is given {times} times; give it once")
+            for param in self.params:
+                values = given.get(param.name)
+                for value in values if isinstance(values, list | tuple) else [values]:
+                    if isinstance(value, str) and not value.strip():
+                        name = param.opts[0] if isinstance(param, TyperOption) else param.metavar
+                        raise InputError(f"{name} is empty; give a value, or leave it out")
+        try:
+            rest = super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            name = "" if error.param is None else error.param.name
+            if name in given or name not in (ctx.default_map or {}):
+                raise
+            raise InputError(f"{ctx.params['config']}: {error.format_message()}") from None
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{param.opts[0]} must be a number, not {value}")
+        return rest
 
 
 def opt(panel: str, help: str, default: str | bool = True, **how: Any) -> Any:
@@ -46,6 +85,8 @@ JudgeUrl = Annotated[
 ]
 Samples = Annotated[int, opt(HOW_MUCH, "Number of samples of each task.", min=1)]
 Seed = Annotated[int, opt(HOW_MUCH, "Seed for drawing the samples.", min=0)]
+SEEDS = "Seed for drawing the samples; several are pooled in the report."
+Seeds = Annotated[str, opt(HOW_MUCH, SEEDS, metavar=LIST)]
 Metric = Annotated[
     str | None, opt(WHAT, "Metric of task files that name none; see 'list metrics'.", "theirs")
 ]
@@ -62,22 +103,38 @@ DryRun = Annotated[
 
 
 def comma_list(text: str, name: str, item: Callable[[str], T]) -> tuple[T, ...]:
-    """`a,b,c` as a tuple of items, repeated ones once; InputError for an empty or wrong entry."""
-    texts = [part.strip() for part in text.split(",")]
+    r"""`a,b,c` as a tuple of items, repeated ones once; InputError for an empty or wrong entry.
+
+    A comma that belongs to an item is written with a backslash before it.
+    """
+    texts = [part.strip().replace(r"\,", ",") for part in re.split(r"(?<!\\),", text)]
     if not all(texts):
         raise InputError(f"'{text}' has an empty entry; write {name} with commas between")
     return tuple(dict.fromkeys(item(part) for part in texts))
 
 
 def key_value(texts: Sequence[str] | None, option: str = "--option") -> dict[str, str]:
-    """`key=value` texts as a dictionary; the last of equal keys wins."""
-    values = {}
+    """`key=value` texts as a dictionary; InputError for other texts and for a repeated key."""
+    values: dict[str, str] = {}
     for text in texts or ():
-        name, equals, value = text.partition("=")
-        if not name.strip() or not equals:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not name or not equals:
             raise InputError(f"{option} '{text}' is not key=value, like window=32")
-        values[name.strip()] = value.strip()
+        if name in values:
+            raise InputError(
+                f"{option} {name} is given twice, as {values[name]} and as {value}; give it once"
+            )
+        values[name] = value
     return values
+
+
+def swept(options: Mapping[str, str]) -> dict[str, str | tuple[str, ...]]:
+    """Options of methods, with a tuple where there are several values, as in `window=8,32`."""
+    found: dict[str, str | tuple[str, ...]] = {}
+    for name, text in options.items():
+        values = comma_list(text, f"values of {name}", str) if text else (text,)
+        found[name] = values if len(values) > 1 else values[0]
+    return found
 
 
 def number(kind: Callable[[str], T], what: str) -> Callable[[str], T]:
@@ -94,6 +151,7 @@ def number(kind: Callable[[str], T], what: str) -> Callable[[str], T]:
 
 budget = number(float, "a budget: a share of the cache, like 0.3")
 tokens = number(int, "a number of tokens, like 4096")
+seed = number(int, "a seed: a whole number, like 0")
 
 
 def sparsity(text: str) -> float:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kvbench.cli import options
+from kvbench.cli.config import use_config
 from kvbench.cli.messages import say
 from kvbench.cli.options import HOW_MUCH, LIST, MODEL, OUTPUT, WHAT, comma_list, opt
-from kvbench.cli.run import run, use_config
+from kvbench.cli.run import run
 from kvbench.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ EXAMPLES = options.examples(
 )
 
 
-def read_scale(ctx: typer.Context, value: Path | None) -> None:
+def read_scale(ctx: typer.Context, value: Path | None) -> Path | None:
     """Take defaults from a configuration of `kvbench run`; without one, from the paper's."""
     from kvbench.reproduce.full import FULL_SCALE
 
-    use_config(ctx, value or FULL_SCALE, also=tuple(inspect.signature(run).parameters))
+    return use_config(ctx, value or FULL_SCALE, also=tuple(inspect.signature(run).parameters))
 
 
 def plan(
@@ -37,7 +38,7 @@ def plan(
     ] = None,
     task: Annotated[str | None, opt(WHAT, "Tasks.", "the paper's", metavar=LIST)] = None,
     option: Annotated[
-        list[str] | None, opt(WHAT, options.METHOD_OPTION, metavar="KEY=VALUE")
+        list[str] | None, opt(WHAT, options.SWEPT_OPTION, metavar="KEY=VALUE")
     ] = None,
     config: Annotated[
         Path | None,
@@ -65,6 +66,7 @@ def plan(
     answer: Annotated[
         int, opt(HOW_MUCH, "Tokens of an answer, for tasks that the paper does not have.", min=1)
     ] = 128,
+    seed: options.Seeds = "0",
     model: options.Model = "tiny",
     model_config: Annotated[
         Path | None, opt(MODEL, "The model's config.json.", "found by --model", metavar="FILE")
@@ -92,7 +94,8 @@ def plan(
         method=names,
         budgets=comma_list(budgets, "budgets", options.budget),
         prefill_chunk=comma_list(prefill_chunk, "sizes", options.tokens),
-        option=options_for(names or (), options.key_value(option)),
+        seed=comma_list(seed, "seeds", options.seed),
+        option=options_for(names or (), options.swept(options.key_value(option))),
     )
     tasks = None if task is None else comma_list(task, "tasks", planned)
     loads = workloads(tasks, context=context, samples=samples, answer=answer)

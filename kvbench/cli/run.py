@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import typer
+from typing import Annotated, Literal
 
 from kvbench.cli import complete, options
+from kvbench.cli.config import read_config
 from kvbench.cli.messages import Terminal, say
 from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, MEMORY, MODEL, OUTPUT, WHAT, comma_list, opt
-from kvbench.errors import InputError, did_you_mean
+from kvbench.errors import InputError
 from kvbench.records import Record, read_records
 from kvbench.run_folder import current_codes, read_settings
+from kvbench.spec import labels_of
 from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.command import Choices, plan_sweep, run_sweep
 from kvbench.sweep.progress import duration
@@ -22,52 +22,6 @@ EXAMPLES = options.examples(
     "kvbench run --task my.jsonl --metric exact_match --max-new-tokens 32",
     "kvbench run --model meta-llama/Llama-3.2-1B --context 32768 --dry-run",
 )
-
-
-def read_config(ctx: typer.Context, value: Path | None) -> None:
-    """Make a YAML file's values the defaults of the options that they name."""
-    use_config(ctx, value)
-
-
-def use_config(ctx: typer.Context, value: Path | None, also: Sequence[str] = ()) -> None:
-    """As `read_config`; options in `also`, which the command does not have, are passed over."""
-    if value is None or ctx.resilient_parsing:
-        return
-    import yaml
-
-    try:
-        config = yaml.safe_load(value.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the configuration {value}: {error}") from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"the configuration {value} is not YAML: {reason}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"the configuration {value} is not a list of 'option: value' lines")
-    known = [p.name.replace("_", "-") for p in ctx.command.params if p.name not in ("config", None)]
-    defaults = {}
-    for key, setting in config.items():
-        name = str(key).replace("_", "-")
-        if name.replace("-", "_") in also and name not in known:
-            continue
-        if name not in known:
-            raise InputError(f"{value}: unknown key '{key}': {did_you_mean(name, known)}")
-        defaults[name.replace("-", "_")] = _config_value(value, name, setting)
-    ctx.default_map = defaults
-
-
-def _config_value(file: Path, name: str, value: Any) -> Any:
-    if name in ("option", "template-option"):
-        if not isinstance(value, dict):
-            raise InputError(f"{file}: {name} must be a mapping, like 'option: {{window: 32}}'")
-        return [f"{key}={item}" for key, item in value.items()]
-    if isinstance(value, list) and value and not any(isinstance(v, list | dict) for v in value):
-        return ",".join(str(item) for item in value)
-    if isinstance(value, list | dict) or value is None:
-        raise InputError(f"{file}: {name} has no usable value")
-    if isinstance(value, bool) and name != "dry-run":
-        return "on" if value else "off"  # YAML reads these words as booleans
-    return value
 
 
 TEMPLATE_VALUE = "Value for the chat template, like enable_thinking=false; repeatable."
@@ -96,7 +50,7 @@ def run(
     ] = None,
     option: Annotated[
         list[str] | None,
-        opt(WHAT, options.METHOD_OPTION, metavar="KEY=VALUE"),
+        opt(WHAT, options.SWEPT_OPTION, metavar="KEY=VALUE"),
     ] = None,
     config: Annotated[
         Path | None,
@@ -118,7 +72,7 @@ def run(
             metavar=LIST,
         ),
     ] = None,
-    seed: options.Seed = 0,
+    seed: options.Seeds = "0",
     model: options.Model = "tiny",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -182,12 +136,12 @@ def run(
         samples=samples,
         context=context,
         prefill_chunk=chunks,
-        seed=seed,
+        seed=comma_list(seed, "seeds", options.seed),
         out=out,
         device=device,
         dtype=dtype,
         attention=attention,
-        option=options.key_value(option),
+        option=options.swept(options.key_value(option)),
         chat_template=chat_template,
         compress=compress,
         metric=metric,
@@ -242,7 +196,7 @@ def failures(failed: Sequence[Record]) -> list[str]:
     for (task, error), records in reasons.items():
         methods = dict.fromkeys(record.method for record in records)
         budgets = dict.fromkeys(f"{record.budget:g}" for record in records)
-        samples = {record.sample for record in records}
+        samples = {(record.sample_seed, record.sample) for record in records}
         what = f"{', '.join(methods)} at budget {', '.join(budgets)} on {task}"
         lines.append(f"failed: {what}, {len(samples)} samples: {error}")
     return lines
@@ -262,8 +216,9 @@ def print_plan(choices: Choices) -> None:
     console = Console()
     methods = Table("methods", "budgets", "prefill chunks", "tasks", "cells each", box=None)
     alike: dict[tuple[str, ...], list[str]] = {}  # methods that are measured on the same
-    for method in dict.fromkeys(cell.spec.name for cell in plan.cells):
-        cells = [cell for cell in plan.cells if cell.spec.name == method]
+    specs = list({id(cell.spec): cell.spec for cell in plan.cells}.values())
+    for spec, method in zip(specs, labels_of(specs), strict=True):
+        cells = [cell for cell in plan.cells if cell.spec is spec]
         chunks = sorted({c.prefill_chunk for c in cells if c.prefill_chunk is not None})
         row = (
             ", ".join(f"{b:g}" for b in sorted({c.budget for c in cells})),

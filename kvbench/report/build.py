@@ -20,7 +20,15 @@ from pandas import DataFrame, Series, concat, isna
 
 from kvbench.errors import InputError
 from kvbench.records import BASELINE, SAMPLE_FILES, Record
-from kvbench.report.frames import SETTING, code_name, frame_of, load_records, select
+from kvbench.report.frames import (
+    POOLED,
+    SAMPLE,
+    SETTING,
+    code_name,
+    frame_of,
+    load_records,
+    select,
+)
 from kvbench.report.statistics import (
     ROUNDING,
     Floats,
@@ -87,8 +95,13 @@ class Setting:
     model: str
     task: str
     context: int  # tokens
-    seed: int
+    seed: int | str  # a number, or several with commas between, which are pooled
     compress: str = "prompt"  # what methods evict from (see `kvbench.records.COMPRESS`)
+
+    @property
+    def seeds(self) -> str:
+        """What a label says of the seeds."""
+        return f"seed {self.seed}" if isinstance(self.seed, int) else f"seeds {self.seed}"
 
     @property
     def question(self) -> str:
@@ -313,10 +326,15 @@ def _hash_of_files(folders: Sequence[Path], more: str) -> str:
 
 
 def _against_baseline(cells: DataFrame) -> DataFrame:
-    """Add `footprint_of_full`, by the answer that full attention gave to the same sample."""
-    baseline = cells.loc[cells["method"] == BASELINE].drop_duplicates("sample")
-    rows = baseline.set_index("sample")["full_rows"].astype(float)
-    share = cells["resident_rows"].astype(float) / cells["sample"].map(rows)
+    """Add `drawn` and `footprint_of_full` to the cells of a setting.
+
+    `drawn` numbers the samples, which a seed and an index name, in order. The other is by the
+    answer that full attention gave to the same sample.
+    """
+    cells = cells.assign(drawn=cells.groupby(SAMPLE).ngroup())
+    baseline = cells.loc[cells["method"] == BASELINE].drop_duplicates("drawn")
+    rows = baseline.set_index("drawn")["full_rows"].astype(float)
+    share = cells["resident_rows"].astype(float) / cells["drawn"].map(rows)
     return cells.assign(footprint_of_full=share)
 
 
@@ -336,8 +354,10 @@ def report_records(
     notes = [*_notes_on_runs(runs), *notes, *_notes_on_lengths(cells, runs)]
     curves: list[Curve] = []
     groups: dict[Setting, list[CellGroup]] = {}
-    for key, in_setting in cells.groupby(["task", "model", "context", "seed", "compress"]):
-        task, model, context, seed, compress = cast(tuple[str, str, int, int, str], key)
+    for key, in_setting in cells.groupby(["task", *(name for name in POOLED if name != "task")]):
+        task, model, context, compress = cast(tuple[str, str, int, str], key)
+        seeds = sorted(in_setting["seed"].unique().tolist())
+        seed = int(seeds[0]) if len(seeds) == 1 else ",".join(map(str, seeds))
         compared = _against_baseline(in_setting)
         groups[Setting(model, task, context, seed, compress)] = group_cells(compared)
     for setting, of_setting in groups.items():
@@ -400,8 +420,8 @@ def _notes_on_lengths(cells: DataFrame, runs: Sequence[dict[str, Any]]) -> list[
 
 def _notes_on_runs(runs: Sequence[dict[str, Any]]) -> list[str]:
     """Return a note on how runs differ, beyond what the report keeps apart."""
-    kept_apart = {"model", "context", "seed", "compress"}
-    commons = [run["common"] for run in runs]
+    kept_apart = {"model", "context", "compress"}
+    commons = [{k: v for k, v in run["common"].items() if k != "seed"} for run in runs]
     for key in ("kvbench", "model_fingerprint"):
         measured: dict[str, Any] = {}
         for run in runs:
@@ -505,11 +525,11 @@ def _curves_of(
             "the run with 'kvbench run'"
         )
         return []
-    full = groups[0].cells.set_index("sample")["score"].sort_index()
+    full = groups[0].cells.set_index("drawn")["score"].sort_index()
     if not full.any():
         notes.append(f"{where}: full attention scores 0, so there is nothing to lose")
-    clusters = _codes(groups[0].cells, full, "cluster")
-    subtasks = _codes(groups[0].cells, full, "subtask")
+    clusters = _codes(_clusters(groups[0].cells), full)
+    subtasks = _codes(groups[0].cells.set_index("drawn")["subtask"], full)
     units = len(full) if clusters is None else len(np.unique(clusters))
     one, many = "sample", "samples"
     if clusters is not None:
@@ -547,7 +567,7 @@ def _curves_of(
 
 def _usable(cells: DataFrame, full: set[int], where: str, notes: list[str]) -> DataFrame:
     """Return the cells of samples that the baseline has too, of budgets with enough of them."""
-    shared = cells[cells["sample"].isin(full)]
+    shared = cells[cells["drawn"].isin(full)]
     counts = shared["budget"].value_counts().reindex(sorted(cells["budget"].unique()), fill_value=0)
     most = counts.max()
     if most == 0:
@@ -580,7 +600,7 @@ def _by_sample(cells: DataFrame, full: "Series[float]") -> DataFrame:
     """
     less = cells[READS].astype(float) < cells["kv_footprint"] - ROUNDING
     measures = [*MEASURES, READS] if less.any() else list(MEASURES)
-    wide = cells.pivot(index="sample", columns="budget", values=measures)
+    wide = cells.pivot(index="drawn", columns="budget", values=measures)
     wide[BASELINE, 1.0] = full.reindex(wide.index)
     return wide.reindex(full.index)
 
@@ -593,15 +613,31 @@ def means_over_subtasks(cells: DataFrame, columns: list[str]) -> DataFrame:
     return of_subtasks[columns].mean().groupby("budget").mean()
 
 
-def _codes(cells: DataFrame, full: "Series[float]", what: str) -> NDArray[np.intp] | None:
-    """Return the number of each baseline sample's cluster or subtask [S]; None if none is named.
+def _clusters(cells: DataFrame) -> "Series[Any]":
+    """Return the cluster of each sample of the baseline, by `drawn`; missing for one by itself.
 
-    A record that names none is one of its own.
+    Other seeds make other samples, and so other clusters. A sample that was read is the same under
+    every seed: its rows are one cluster, or belong to that of its question.
     """
-    if what not in cells or cells[what].isna().all():
+    names = cells.set_index("drawn")["cluster"].astype(object)
+    if cells["seed"].nunique() == 1:
+        return names
+    read = (cells["sample_code"].fillna("") != "").to_numpy()
+    own = Series(list(zip(cells["sample"], cells["sample_code"], strict=True)), names.index)
+    names = names.where(names.notna() | ~read, own)
+    seeds = Series(cells["seed"].to_numpy(), names.index).where(~read, -1)
+    pairs = Series(list(zip(seeds, names, strict=True)), names.index, dtype=object)
+    return pairs.where(names.notna(), None)
+
+
+def _codes(names: "Series[Any]", full: "Series[float]") -> NDArray[np.intp] | None:
+    """Return the number of each baseline sample's name [S], by `drawn`; None if none has one.
+
+    A sample without a name is one of its own.
+    """
+    if names.isna().all():
         return None
-    named = cells.groupby("sample")[what].first().reindex(full.index)
-    codes = named.factorize()[0]
+    codes = names.reindex(full.index).factorize()[0]
     return np.where(codes < 0, codes.max() + 1 + np.arange(len(codes)), codes)
 
 

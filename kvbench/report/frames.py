@@ -25,7 +25,9 @@ from kvbench.records import BASELINE, Record, read_values
 from kvbench.run_folder import END, find_run_folders
 
 SETTING = ["model", "task", "context", "seed", "compress"]  # what the curves of one picture share
-CURVE = [*SETTING, "method", "options_text", "prefill_chunk", "method_code"]  # what a curve shares
+POOLED = [name for name in SETTING if name != "seed"]  # what their records share
+CURVE = [*POOLED, "method", "options_text", "prefill_chunk", "method_code"]  # what a curve shares
+SAMPLE = ["seed", "sample"]  # what is measured once for each budget of a curve
 CODE_DIGITS = 4  # of a hash of a method's source, where a label names it
 
 _ENCODER = json.JSONEncoder(sort_keys=True)
@@ -128,7 +130,7 @@ def select(
         )
     cells = cells[~left_out]
     cells = cells.assign(options_text=cells["options"].map(as_text))
-    again = cells.duplicated([*CURVE, "budget", "sample"])
+    again = cells.duplicated([*CURVE, "budget", *SAMPLE])
     if again.any():
         notes.append(f"{again.sum()} cells were measured more than once; the latest counts")
     return cells[~again].sort_index(), notes
@@ -141,7 +143,7 @@ def _current(
 
     The code that was asked for last counts only where it was measured.
     """
-    by = [*SETTING, *keys]
+    by = [*POOLED, *keys]
     latest = cells.groupby(by)[f"{kind}_code"].transform("first")
     asked = cells[kind].map(lambda name: codes.get(f"{kind} {name}"))
     measured = cells.assign(same=cells[f"{kind}_code"] == asked).groupby(by)["same"]
@@ -166,7 +168,7 @@ def _edited(cells: DataFrame, codes: Mapping[str, str]) -> "Series[bool]":
     )
     known = wanted.notna() & (cells["sample_code"].fillna("") != "")
     same = cells.assign(same=cells["sample_code"] == wanted)
-    measured = same.groupby([*SETTING, "sample"])["same"].transform("any")
+    measured = same.groupby([*POOLED, "sample"])["same"].transform("any")
     gone = wanted == END
     return known & ~same["same"] & (measured | gone)
 

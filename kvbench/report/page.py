@@ -170,9 +170,9 @@ def _samples(report: Report) -> tuple[dict[str, Any], str, bool]:
     settings = report.settings()
     sizes = []
     for number, setting in enumerate(settings):
-        cells = concat([curve.cells[["sample", "prediction"]] for curve in report.of(setting)])
+        cells = concat([curve.cells[["drawn", "prediction"]] for curve in report.of(setting)])
         length = cells["prediction"].fillna("").str.len().clip(upper=MOST_OF_A_TEXT) + 60
-        size = (length.groupby(cells["sample"]).sum() + 600).reset_index(name="size")
+        size = (length.groupby(cells["drawn"]).sum() + 600).reset_index(name="size")
         sizes.append(size.assign(setting=number, turn=range(len(size))))
     order = concat(sizes).sort_values(["turn", "setting"])
     taken = order[order["size"].cumsum() - order["size"] < MOST_TEXT]
@@ -182,7 +182,7 @@ def _samples(report: Report) -> tuple[dict[str, Any], str, bool]:
         shown = f"the first {len(taken)} of {total} samples"
     cutter = _Cutter()
     data = [
-        _setting_data(report, setting, set(taken.loc[taken["setting"] == number, "sample"]), cutter)
+        _setting_data(report, setting, set(taken.loc[taken["setting"] == number, "drawn"]), cutter)
         for number, setting in enumerate(settings)
     ]
     return {"settings": data}, shown, cutter.used
@@ -203,13 +203,16 @@ class _Cutter:
 def _setting_data(
     report: Report, setting: Setting, wanted: set[int], cut: _Cutter
 ) -> dict[str, Any]:
-    samples: dict[int, dict[str, Any]] = {}
+    samples: dict[int | str, dict[str, Any]] = {}
     data = []
-    names = ["budget", "sample", "score", "prediction", "subtask", "prompt_tail", "reference"]
+    names = ["budget", "sample", "seed", "score", "prediction", "subtask", "prompt_tail"]
+    names.append("reference")
     for curve in report.of(setting):
         rows: dict[float, list[Any]] = {point.budget: [] for point in curve.points}
-        cells = curve.cells.loc[curve.cells["sample"].isin(wanted), names].sort_values("sample")
-        for budget, index, score, text, subtask, tail, reference in cells.itertuples(False, None):
+        cells = curve.cells[curve.cells["drawn"].isin(wanted)].sort_values("drawn")[names]
+        for cell in cells.itertuples(False, None):
+            budget, index, seed, score, text, subtask, tail, reference = cell
+            index = index if isinstance(setting.seed, int) else f"{index}, seed {seed}"
             rows[budget].append([index, score, cut(text)])
             if index not in samples:
                 if not isinstance(reference, str):

@@ -82,7 +82,7 @@ def title(report: Report, setting: Setting) -> str:
     """Return one line for a table or picture: task, model, context, seed, baseline."""
     curve = report.of(setting)[0]
     return (
-        f"{setting.task}: {setting.model}, {setting.context:,} tokens, seed {setting.seed}"
+        f"{setting.task}: {setting.model}, {setting.context:,} tokens, {setting.seeds}"
         f"{setting.question}, "
         f"full attention scores {curve.baseline:.3f}"
     )

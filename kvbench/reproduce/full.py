@@ -107,11 +107,11 @@ def full_choices(
     return Choices(out=out, **settings)
 
 
-def options_for(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, str]:
+def options_for(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, without the full scale's own ones of methods that are not in `names`."""
     own = full_settings()["option"]
     return {
-        key: str(value)
+        key: value if isinstance(value, tuple) else str(value)
         for key, value in options.items()
         if key not in own or any(key.partition(".")[0] in name for name in names)
     }

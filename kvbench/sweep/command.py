@@ -31,7 +31,14 @@ from kvbench.run_folder import (
     newer_codes,
     read_settings,
 )
-from kvbench.spec import MethodSpec, check_option_names, method_names, of_method, parse_method
+from kvbench.spec import (
+    MethodSpec,
+    check_option_names,
+    method_names,
+    of_method,
+    parse_method,
+    parse_methods,
+)
 from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.folder import experiment, find_folder
 from kvbench.sweep.length import TOO_LONG
@@ -70,12 +77,13 @@ class Choices:
     samples: int = 32  # of each task
     context: int | None = None  # tokens of a prompt and its answer
     prefill_chunk: tuple[int, ...] | None = None  # tokens
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0  # of the samples; several are swept
     out: Path | None = None
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "auto"
-    option: dict[str, Any] = field(default_factory=dict)  # of methods, by name or METHOD.name
+    # Of methods, by name or METHOD.name; the values of a tuple are swept.
+    option: dict[str, Any] = field(default_factory=dict)
     chat_template: str = "auto"  # auto, on or off
     template_date: str = TEMPLATE_DATE  # what a chat template takes for today, ISO 8601
     template_option: dict[str, Any] = field(default_factory=dict)  # more for the chat template
@@ -92,13 +100,16 @@ class Choices:
         """Raise InputError for a value that no sweep can have."""
         for name in ("model", "device", "dtype", "attention", "chat_template", "template_date"):
             check_text(name, getattr(self, name))
-        for name in ("method", "task", "budgets", "prefill_chunk"):
+        for name in ("method", "task", "budgets", "prefill_chunk", "seed"):
             if getattr(self, name) == ():
                 raise InputError(f"{name} is empty: give at least one")
         for budget in self.budgets:
             check_share("a budget", budget)
         check_whole("samples", self.samples, most=MOST_SAMPLES)
-        check_whole("seed", self.seed, least=0, most=LARGEST)
+        for seed in self.seeds:
+            check_whole("seed", seed, least=0, most=LARGEST)
+        if len(self.seeds) == 1:
+            object.__setattr__(self, "seed", self.seeds[0])  # one is a number, however it is given
         for chunk in self.prefill_chunk or ():
             check_whole("prefill_chunk", chunk)
         for name in ("context", "batch_rows", "max_new_tokens"):
@@ -117,17 +128,13 @@ class Choices:
             value = getattr(self, name)
             if value not in known:
                 raise InputError(f"unknown {name} '{value}': {did_you_mean(value, known)}")
-        if self.compress not in COMPRESS:
-            raise InputError(
-                f"unknown compress '{self.compress}': {did_you_mean(self.compress, COMPRESS)}"
-            )
         if (self.judge is None) != (self.judge_url is None):
             raise InputError("a judge needs a model and its address: give --judge and --judge-url")
-        if self.chat_template not in CHAT_TEMPLATES:
-            raise InputError(
-                f"unknown chat_template '{self.chat_template}': "
-                f"{did_you_mean(self.chat_template, CHAT_TEMPLATES)}"
-            )
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds, each once."""
+        return tuple(dict.fromkeys(self.seed)) if isinstance(self.seed, tuple) else (self.seed,)
 
 
 @dataclass(frozen=True)
@@ -257,19 +264,20 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     if model.long_rope is not None:
         model.long_rope.choose(settings.longest, fix=True)
     common = common_settings(model, settings)
+    if len(choices.seeds) > 1:
+        common["seed"] = list(choices.seeds)
     sources = {task.name: task.source for task in tasks if task.source}
     wanted = experiment([task.name for task in tasks], choices.method, choices.option, sources)
     out = choices.out or find_folder(RUNS, common, wanted)
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file; name a folder")
     check_common(out, common)
-    every = make_plan(model, tasks, specs, settings)
+    every = make_plan(model, tasks, specs, settings, choices.seeds)
     cells = [cell for cell in every if not cell.skipped]
     known = {r.fingerprint: r for r in read_records(out)} if out.is_dir() else {}
     sweep = Sweep(
         model=model,
         tasks={task.name: task for task in tasks},
-        seed=settings.seed,
         context=settings.context,
         prefill_chunk=settings.prefill_chunks[0],
         memory_limit=choices.memory_limit or free_bytes(model),
@@ -367,16 +375,16 @@ def choose_methods(choices: Choices, card: ModelCard) -> tuple[list[MethodSpec],
     specs = [parse_method(BASELINE, {}, card.options)]
     left_out = []
     for name in names:
-        spec = parse_method(name, choices.option, card.options)
-        missing = of_method(name, spec.method.missing)
+        several = parse_methods(name, choices.option, card.options)
+        missing = of_method(name, several[0].method.missing)
         if missing:
             if name in (choices.method or ()):
                 raise InputError(
                     f"{name} needs {missing}; model '{choices.model}' does not come with it"
                 )
             left_out.append(f"{name} needs {missing}")
-        elif spec.name != BASELINE:
-            specs.append(spec)
+        elif name != BASELINE:
+            specs += several
     check_option_names(choices.option, specs)
     return specs, left_out
 
@@ -399,7 +407,7 @@ def choose_settings(choices: Choices, model: "LoadedModel", reads: bool = False)
         raise InputError(f"model '{model.name}' has no chat template; use --chat-template off")
     return Settings(
         context=context,
-        seed=choices.seed,
+        seed=choices.seeds[0],
         samples=choices.samples,
         prefill_chunks=choices.prefill_chunk or (default or max(1, context // 4),),
         budgets=choices.budgets,

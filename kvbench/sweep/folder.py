@@ -32,7 +32,10 @@ def experiment(
         "tasks": sorted(tasks),
         **({"sources": dict(sources)} if sources else {}),
         "methods": "all" if methods is None else sorted(methods),
-        "options": {name: str(value) for name, value in options.items()},
+        "options": {
+            name: [str(each) for each in value] if isinstance(value, tuple) else str(value)
+            for name, value in options.items()
+        },
     }
 
 

@@ -24,7 +24,7 @@ from kvbench.method import Limit, Pages, Window
 from kvbench.models.load import LoadedModel
 from kvbench.models.shapes import parameters
 from kvbench.registry import methods
-from kvbench.spec import MethodSpec
+from kvbench.spec import MethodSpec, labels_of
 from kvbench.sweep.command import Choices, choose_methods
 from kvbench.sweep.cost import cost_of_policies
 from kvbench.sweep.plan import Cell, Settings, variants
@@ -176,13 +176,15 @@ def forecast(
 ) -> Forecast:
     """The cost of measuring `choices` on `workloads`, without cells that do not fit in memory.
 
-    Answers are as long as their limit. Head scores that are not given are taken as known, since
-    only the number of retrieval heads matters. Raises InputError for methods that cannot be
-    measured.
+    Answers are as long as their limit. Each seed counts as samples of its own, as it is where tasks
+    make their samples; where tasks read them, seeds share prefills and cost less. Head scores that
+    are not given are taken as known, since only the number of retrieval heads matters. Raises
+    InputError for methods that cannot be measured.
     """
     weights = parameters(model)[0] * model.dtype.itemsize
     free = round(MEMORY_SHARE * (gpu.memory * 2**30 - weights))
     specs, roofline = specs_of(choices, model), roofline_of(model, gpu)
+    labels = dict(zip(map(id, specs), labels_of(specs), strict=True))
     lines: dict[tuple[str, str], Line] = {}
 
     def needed(batch: Sequence[PlannedCell]) -> int:
@@ -193,15 +195,16 @@ def forecast(
     for load in workloads:
         alike.setdefault((load.task, load.prompt, load.answer), []).append(load)
     for loads in alike.values():
-        load = replace(loads[0], samples=sum(each.samples for each in loads))
+        drawn = len(choices.seeds) * sum(each.samples for each in loads)
+        load = replace(loads[0], samples=drawn)
         cells, samples = cells_of(choices, model, specs, load)
         default = choices.prefill_chunk[0] if choices.prefill_chunk else load.prompt
         for batch in batches(cells, default, needed, max(free, 1), choices.batch_rows):
             size, times = needed(batch), load.samples / samples
             works = work_of(model, roofline, batch) if size <= free else [None] * len(batch)
             for cell, work in zip(batch, works, strict=True):
-                key = load.task, cell.spec.name
-                line = lines.setdefault(key, Line(task=load.task, method=cell.spec.name))
+                key = load.task, labels[id(cell.spec)]
+                line = lines.setdefault(key, Line(task=load.task, method=key[1]))
                 if work is None:
                     line.left_out += times
                 else:
@@ -231,7 +234,7 @@ def cells_of(
     """The cells of as many samples as a batch may hold, and the number of these samples."""
     sizes = choices.prefill_chunk or (load.prompt,)
     settings = Settings(0, 0, 1, sizes, choices.budgets, False)
-    each = list(variants(specs, settings))
+    each = [(spec, *how) for spec in specs for how in variants(spec, settings)]
     samples = min(load.samples, max(1, MOST_ROWS // len(each)))
     sample = Sample(load.task, load.data_set, 0, "", None, load.answer)
 

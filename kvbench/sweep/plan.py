@@ -8,8 +8,9 @@ these carry the reason in `error`, and the runner records them as failed. But a 
 samples is the user's to mend: what is wrong with one of them is raised before anything is measured.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ class Cell:
     cut_tokens: int | None = None  # of a prompt that was too long; None: its task makes it fit
     skipped: bool = False  # the sample is too long and is left out
     sample_code: str = ""  # a hash of a sample that is read
+    sample_seed: int = 0  # of the sweep, that the sample was made with
 
     @property
     def tokens(self) -> int:
@@ -64,8 +66,8 @@ class Settings:
     """The settings of all cells of a sweep."""
 
     context: int  # tokens
-    seed: int
-    samples: int
+    seed: int  # one of the sweep's
+    samples: int  # of each task and seed
     prefill_chunks: tuple[int, ...]
     budgets: tuple[float, ...]
     chat_template: bool
@@ -129,24 +131,26 @@ def make_plan(
     tasks: Sequence[Task],
     specs: Sequence["MethodSpec"],
     settings: Settings,
+    seeds: Sequence[int] = (),
 ) -> list[Cell]:
-    """All cells of a sweep: sample by sample, and for each the tasks in turn.
+    """All cells of a sweep: sample by sample, for each the tasks in turn, and for each the seeds.
 
+    `seeds` are instead of that of the settings; a cell is the same whatever other seeds there are.
     The baseline has one cell per sample, whatever the budgets. A method that does not depend on the
     prefill chunk has one cell per budget. Raises InputError if no sample of a task can be made with
     these settings, for example because the context is too short for it.
     """
-    common = common_settings(model, settings)
-    codes = {spec.name: method_code(spec) for spec in specs}
-    options = {spec.name: recorded_options(spec) for spec in specs}
+    of_seeds = [replace(settings, seed=seed) for seed in seeds or (settings.seed,)]
+    commons = [common_settings(model, each) for each in of_seeds]
+    methods = [(spec, method_code(spec), *recorded_options(spec)) for spec in specs]
     task_codes = {task.name: task_code(task) for task in tasks}
-    prepared = {task.name: _prepared_samples(model, task, settings) for task in tasks}
+    prepared = {task.name: _samples_of_seeds(model, task, of_seeds) for task in tasks}
     cells = []
-    for index in range(settings.samples):
-        for task in tasks:
-            if index >= len(prepared[task.name]):
+    for index, task in itertools.product(range(settings.samples), tasks):
+        for one, common, samples in zip(of_seeds, commons, prepared[task.name], strict=True):
+            if index >= len(samples):
                 continue
-            ready = prepared[task.name][index]
+            ready = samples[index]
             sample, prompt = ready.sample, ready.prompt
             what = {
                 "common": common,
@@ -156,34 +160,35 @@ def make_plan(
                 "max_new_tokens": [sample.max_new_tokens, sample.stop, ready.most],
                 "scored_by": content_digest(scored_by(sample)),
             }
-            for spec, budget, chunk in variants(specs, settings):
-                given, method_error = options[spec.name]
-                how = {
-                    "method": [spec.name, given, codes[spec.name]],
-                    "budget": budget,
-                    "prefill_chunk": chunk,
-                    "read_chunk": chunk or settings.prefill_chunks[0],
-                }
-                cells.append(
-                    Cell(
-                        fingerprint=digest({**what, **how}),
-                        sample=sample,
-                        prompt=prompt,
-                        spec=spec,
-                        budget=budget,
-                        prefill_chunk=chunk,
-                        seed=int(digest([settings.seed, task.name, index])[:8], 16),
-                        method_code=codes[spec.name],
-                        task_code=task_codes[task.name],
-                        options=given,
-                        error=ready.error or method_error,
-                        context=ready.context,
-                        most=ready.most,
-                        cut_tokens=ready.cut_tokens,
-                        skipped=ready.skipped,
-                        sample_code=ready.sample_code,
+            for spec, code, given, method_error in methods:
+                for budget, chunk in variants(spec, settings):
+                    how = {
+                        "method": [spec.name, given, code],
+                        "budget": budget,
+                        "prefill_chunk": chunk,
+                        "read_chunk": chunk or settings.prefill_chunks[0],
+                    }
+                    cells.append(
+                        Cell(
+                            fingerprint=digest({**what, **how}),
+                            sample=sample,
+                            prompt=prompt,
+                            spec=spec,
+                            budget=budget,
+                            prefill_chunk=chunk,
+                            seed=int(digest([one.seed, task.name, index])[:8], 16),
+                            method_code=code,
+                            task_code=task_codes[task.name],
+                            options=given,
+                            error=ready.error or method_error,
+                            context=ready.context,
+                            most=ready.most,
+                            cut_tokens=ready.cut_tokens,
+                            skipped=ready.skipped,
+                            sample_code=ready.sample_code,
+                            sample_seed=one.seed,
+                        )
                     )
-                )
     return cells
 
 
@@ -255,6 +260,24 @@ class Prepared:
     cut_tokens: int | None = None
     skipped: bool = False
     sample_code: str = ""
+
+
+def _samples_of_seeds(
+    model: "LoadedModel", task: Task, of_seeds: Sequence[Settings]
+) -> list[list[Prepared]]:
+    """All samples of a task, for each seed. Samples that are read are the same for every seed."""
+    first = _prepared_samples(model, task, of_seeds[0])
+    if task.reads or len(of_seeds) == 1:
+        return [first for _ in of_seeds]
+    prepared = [first, *(_prepared_samples(model, task, each) for each in of_seeds[1:])]
+    asked = [[asked_of(r.sample) for r in each if not r.error] for each in prepared[:2]]
+    if asked[0] and asked[0] == asked[1]:
+        seeds = f"{of_seeds[0].seed} and {of_seeds[1].seed}"
+        raise InputError(
+            f"task '{task.name}' makes the same samples with the seeds {seeds}, so several seeds "
+            "would count them several times; give one --seed"
+        )
+    return prepared
 
 
 def _prepared_samples(model: "LoadedModel", task: Task, settings: Settings) -> list[Prepared]:
@@ -422,15 +445,11 @@ def task_code(task: Task) -> str:
     return digest([code, more])[:8] if more else code
 
 
-def variants(
-    specs: Sequence["MethodSpec"], settings: Settings
-) -> Iterable[tuple["MethodSpec", float, int | None]]:
-    """Each method with its budgets and prefill chunks: the cells of one sample."""
-    for spec in specs:
-        budgets = (1.0,) if spec.name == BASELINE else settings.budgets
-        for budget in budgets:
-            for chunk in settings.prefill_chunks if spec.depends_on_chunk else (None,):
-                yield spec, budget, chunk
+def variants(spec: "MethodSpec", settings: Settings) -> Iterator[tuple[float, int | None]]:
+    """The budgets and prefill chunks of a method: its cells of one sample."""
+    for budget in (1.0,) if spec.name == BASELINE else settings.budgets:
+        for chunk in settings.prefill_chunks if spec.depends_on_chunk else (None,):
+            yield budget, chunk
 
 
 def make_sample(model: "LoadedModel", task: Task, index: int, settings: Settings) -> Sample:

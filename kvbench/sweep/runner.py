@@ -35,7 +35,6 @@ class Sweep:
 
     model: LoadedModel
     tasks: Mapping[str, Task]
-    seed: int
     context: int
     prefill_chunk: int  # tokens; for methods that do not depend on it
     memory_limit: int  # bytes beside the weights
@@ -149,7 +148,7 @@ class Sweep:
             prefill_chunk=cell.prefill_chunk,
             read_chunk=_chunk(cell, self.prefill_chunk),
             sample=cell.sample.index,
-            sample_seed=self.seed,
+            sample_seed=cell.sample_seed,
             context=cell.most or self.context,
             finished=datetime.now(UTC).isoformat(timespec="milliseconds"),
             prompt_tail=cell.sample.prompt[-PROMPT_TAIL:],
@@ -224,9 +223,9 @@ def batches(
     of `prefill_chunk`. A cell that does not fit is a batch by itself.
     """
     open_batches: dict[tuple[str, int], list[C]] = {}
-    for _, same_sample in groupby(cells, key=lambda c: (c.sample.task, c.sample.index)):
+    for _, same_prompt in groupby(cells, key=lambda c: (c.sample.task, c.sample.index, c.prompt)):
         by_kind: dict[tuple[str, int], list[C]] = {}
-        for cell in same_sample:
+        for cell in same_prompt:
             kind = cell.sample.task, _chunk(cell, prefill_chunk)
             by_kind.setdefault(kind, []).append(cell)
         for kind, group in by_kind.items():

@@ -48,7 +48,6 @@ def sweep(
     return Weighed(
         model=model,
         tasks={"echo": task},
-        seed=0,
         context=16,
         prefill_chunk=8,
         memory_limit=memory_limit,

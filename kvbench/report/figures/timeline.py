@@ -54,7 +54,7 @@ def draw_timeline(curves: CurvesBySetting, styles: Styles) -> Figure | None:
     budgets = sorted({p.budget for c in methods for p in c.points if p.budget < 1})
     budget = min(budgets, key=lambda b: abs(b - BUDGET), default=BUDGET)
     most = max([1, *(entries for _, entries in whole["timeline"])])
-    panels = _find_panels(methods, budget, whole["sample"], most)
+    panels = _find_panels(methods, budget, whole["drawn"], most)
     if not panels:
         return None
     figure, axes_of_panels = make_grid(len(panels), 1.65, 1)
@@ -83,8 +83,9 @@ def draw_timeline(curves: CurvesBySetting, styles: Styles) -> Figure | None:
     label_axes(axes_of_panels, "rows (tokens processed)", "resident entries")
     sizes = chunk_sizes(methods)
     chunk = f", prefill chunk {sizes[0]:,}" if sizes else ""
+    seed = "" if isinstance(setting.seed, int) else f", seed {whole['seed']}"
     figure.suptitle(
-        f"{setting.task}, sample {whole['sample']}, budget {budget:g}{chunk} "
+        f"{setting.task}, sample {whole['sample']}{seed}, budget {budget:g}{chunk} "
         f"({Path(setting.model).name}). 100 %: full attention's last (grey); "
         "dotted: the prompt ends",
         fontsize=FONT + 0.5,
@@ -94,12 +95,12 @@ def draw_timeline(curves: CurvesBySetting, styles: Styles) -> Figure | None:
     return figure
 
 
-def _find_panels(methods: Sequence[Curve], budget: float, sample: int, most: float) -> list[Panel]:
+def _find_panels(methods: Sequence[Curve], budget: float, drawn: int, most: float) -> list[Panel]:
     """Return the timelines of one sample at one budget, from the smallest footprint up."""
     panels: list[Panel] = []
     for curve in methods:
         timed = _timed(curve)
-        cells = timed[(timed["budget"] == budget) & (timed["sample"] == sample)]
+        cells = timed[(timed["budget"] == budget) & (timed["drawn"] == drawn)]
         for cell in cells.itertuples():
             line = _line(cell.timeline, most)
             same = next((panel for panel in panels if _alike(panel.line, line)), None)
@@ -113,7 +114,7 @@ def _find_panels(methods: Sequence[Curve], budget: float, sample: int, most: flo
 
 def _timed(curve: Curve) -> Any:
     """Return the cells of a curve that have a timeline, by sample."""
-    return curve.cells[curve.cells["timeline"].astype(bool)].sort_values("sample")
+    return curve.cells[curve.cells["timeline"].astype(bool)].sort_values("drawn")
 
 
 def _line(timeline: Sequence[Sequence[int]], most: float) -> Line:
