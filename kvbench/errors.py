@@ -1,5 +1,6 @@
 """The exceptions whose messages are for users, and the hint for a misspelt name."""
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -21,6 +22,11 @@ class ContractError(Exception):
     def __init__(self, message: str, method: str = "") -> None:
         super().__init__(message)
         self.method = method
+
+
+def debugging() -> bool:
+    """Whether a user asks for tracebacks, with KVBENCH_DEBUG=1."""
+    return os.environ.get("KVBENCH_DEBUG", "") not in ("", "0")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

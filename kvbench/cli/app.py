@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 some cells failed, 2 bad input, 130 interrupted. Every err
 stderr; KVBENCH_DEBUG=1 shows the traceback.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ import kvbench
 from kvbench.cli import check, convert, plan, report, reproduce, run, train
 from kvbench.cli import list as listing
 from kvbench.cli.messages import say
-from kvbench.errors import InputError, did_you_mean
+from kvbench.errors import InputError, debugging, did_you_mean
 
 # The extra of kvbench that installs a missing package.
 EXTRAS = {
@@ -102,12 +101,11 @@ app.add_typer(converting, name="convert")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return its exit code."""
-    debug = os.environ.get("KVBENCH_DEBUG", "") not in ("", "0")
     try:
         args = None if argv is None else list(argv)
         return int(app(args=args, prog_name="kvbench", standalone_mode=False) or 0)
     except Exception as error:
-        if debug:
+        if debugging():
             raise
         text, code = describe(error)
         say(" ".join(text.split()))
