@@ -47,6 +47,7 @@ class Claims:
         self._writer, self._added = writer, added
         self._path = writer.folder / f"claims-{writer.name}.json"
         self._cells: list[str] = []
+        self._left: list[frozenset[str]] = []  # of each mark, the cells without a record
 
     def take(self, batches: list[list[Cell]]) -> tuple[list[Cell], dict[str, bytes]]:
         """Take the cells of the first batch that has any which no other process measures.
@@ -59,7 +60,7 @@ class Claims:
             busy = self._look_at_others()
             # In this order: a process records its cells before it gives up its claim.
             new = dict(self._added.read(own=self._writer.path))
-            self.recorded |= new.keys()
+            self.recorded.update(new)
             self._forget_finished()
             if new:
                 left = [[c for c in batch if c.fingerprint not in new] for batch in batches]
@@ -85,9 +86,9 @@ class Claims:
         return sum(mark.cells == {cell.fingerprint} for mark in self.marks.values())
 
     def has_marked(self, group: Sequence[Cell]) -> bool:
-        """Whether a process ended while it measured this group, or a part of it."""
+        """Whether the group holds all that was left, at the last `take`, of one with a mark."""
         cells = {cell.fingerprint for cell in group}
-        return any(mark.cells <= cells for mark in self.marks.values())
+        return any(left <= cells for left in self._left)
 
     def suspects(self) -> list[Mark]:
         """The marks that may be due to a lack of memory.
@@ -120,6 +121,7 @@ class Claims:
         for path in [path for path, mark in self.marks.items() if mark.cells <= self.recorded]:
             path.unlink(missing_ok=True)
             del self.marks[path]
+        self._left = [mark.cells - self.recorded for mark in self.marks.values()]
 
     def _write(self, **measured: Any) -> None:
         if self._writer.has_locks:

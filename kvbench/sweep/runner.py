@@ -97,7 +97,7 @@ class Sweep:
                             finished(waiting.pop(cell.fingerprint))
                 elif batches:
                     if not waits:
-                        note(f"waiting for {len(waiting)} cells that other processes measure")
+                        note(f"waiting for {cells_text(len(waiting))} that other processes measure")
                     waits = True
                     time.sleep(POLL_SECONDS)
         return self.failed
@@ -335,12 +335,17 @@ def free_bytes(model: LoadedModel) -> int:
 
 def what_happened(mark: Mark) -> str:
     """A note on a mark that another process left."""
-    cells = "1 cell" if len(mark.cells) == 1 else f"{len(mark.cells)} cells"
-    how = "it is measured alone" if len(mark.cells) == 1 else "they are measured in smaller groups"
+    many = len(mark.cells) > 1
     return (
-        f"a process ended without a word while it measured {cells} of {mark.task} that "
-        f"{'needs' if len(mark.cells) == 1 else 'need'} {gib(mark.bytes)}; {how}"
+        f"a process ended without a word while it measured {cells_text(len(mark.cells))} of "
+        f"{mark.task} that {'need' if many else 'needs'} {gib(mark.bytes)}; "
+        + ("they are measured in smaller groups" if many else "it is measured alone")
     )
+
+
+def cells_text(count: int) -> str:
+    """A number of cells in words."""
+    return "1 cell" if count == 1 else f"{count} cells"
 
 
 def gib(size: float) -> str:
