@@ -1,37 +1,59 @@
 """The run folder: the settings that its records share, and the files that processes write to.
 
-It holds `run.json` (the settings that all its records share, and one entry for each process that
-wrote to it) and `samples-<host>-<pid>-<random>.jsonl`. No two processes share a file of records, so
-the store is safe on network file systems and after a kill at any moment. This module needs no
+It holds `run.json` (the settings that all its records share, written once) and for each process
+`samples-<host>-<pid>-<random>.jsonl` and `invocation-<host>-<pid>-<random>.json`. No two processes
+write to one file, so the store is safe on network file systems and after a kill at any moment.
+Which cells a process measures at the moment is in `kvbench/sweep/claims.py`. This module needs no
 torch. See `docs/records.md`.
 """
 
+import errno
 import json
 import os
 import re
 import secrets
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from kvbench.errors import InputError
 from kvbench.files import write_atomically
+from kvbench.locks import hold, locked, same_file
 from kvbench.records import SAMPLE_FILES, Record, to_line
 
 RUN_FILE = "run.json"
-RUN_FORMAT = 1
+RUN_FORMAT = 2  # in format 1, the invocations are in `run.json` too
+INVOCATION_FILES = "invocation-*.json"
+ATTEMPTS = 10  # to enter a folder that other processes make and remove at the same time
 END = "end"  # of the samples that a task reads
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Return the contents of `run.json`, None if there is none; InputError if it is damaged."""
-    path = folder / RUN_FILE
+    """Return what a run folder says of its run, None if it has no `run.json`.
+
+    The contents of `run.json`, and by `invocations` what each process that wrote to the folder says
+    of itself, in the order in which they started. InputError if a file is damaged.
+    """
+    run = _read_object(folder / RUN_FILE, "common")
+    if run is None:
+        return None
+    found = [_read_object(path, "codes") for path in sorted(folder.glob(INVOCATION_FILES))]
+    invocations = [*run.get("invocations", []), *(one for one in found if one is not None)]
+    invocations.sort(key=lambda each: str(each.get("started", "")))
+    return {**run, "invocations": invocations}
+
+
+def _read_object(path: Path, inside: str) -> dict[str, Any] | None:
+    """The JSON object of a file, which has an object `inside`; None if there is no such file."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-        each = [contents["common"], *contents["invocations"]]
-        each += [one.get("codes", {}) for one in contents["invocations"]]
+        each = [contents, *contents.get("invocations", [])]
+        each += [one.get("codes", {}) for one in each]
+        if inside == "common":
+            each.append(contents["common"])
         if not all(isinstance(one, dict) for one in each):
             raise TypeError
     except FileNotFoundError:
@@ -82,7 +104,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def _last_written(folder: Path) -> int:
-    files = [folder / RUN_FILE, *folder.glob(SAMPLE_FILES)]
+    files = [folder / RUN_FILE, *folder.glob(INVOCATION_FILES), *folder.glob(SAMPLE_FILES)]
     return max(file.stat().st_mtime_ns for file in files if file.exists())
 
 
@@ -120,36 +142,65 @@ class RunWriter:
 
     `common` holds the settings that all records of a run share (model, context, seed, ...); a
     folder whose `run.json` has other values is refused with InputError. `invocation` describes this
-    process (settings, versions, hardware) and is added to `run.json`. It is a context manager: a
-    new folder to which nothing was appended is removed at the end.
+    process (settings, versions, hardware). While the process lives it holds the lock of its file of
+    records, by which others see that it lives; `has_locks` says whether the file system has locks.
+    It is a context manager: a new folder to which nothing was appended is removed at the end.
     """
 
     def __init__(self, folder: Path, common: dict[str, Any], invocation: dict[str, Any]) -> None:
         self.folder = folder
-        known = check_common(folder, common)
-        invocations = [] if known is None else known["invocations"]
-        self._created = known is None
+        host = re.sub(r"[^A-Za-z0-9.]+", "-", socket.gethostname()) or "host"
+        self.name = f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.path = folder / f"samples-{self.name}.jsonl"
+        self.has_locks = False
+        self._invocation = folder / f"invocation-{self.name}.json"
+        self._length = 0
+        self._is_new = check_common(folder, common) is None
         self._new_folders = [f for f in (folder, *folder.parents) if not f.exists()]
-        name = re.sub(r"[^A-Za-z0-9.]+", "-", socket.gethostname()) or "host"
-        self.path = folder / f"samples-{name}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            settings = {
-                "format": RUN_FORMAT,
-                "common": common,
-                "invocations": [*invocations, invocation],
-            }
-            write_atomically(folder / RUN_FILE, json.dumps(settings, indent=2) + "\n")
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            self._file = self._open(common, invocation)
+        except InputError:  # another process was faster, with other settings
+            self._invocation.unlink(missing_ok=True)
+            raise
         except OSError as error:
+            with suppress(OSError):
+                self._invocation.unlink(missing_ok=True)
             self._remove_what_is_new()
             raise InputError(
                 f"cannot write to {folder}: {error.strerror}; choose another --out"
             ) from error
-        self._length = 0
+
+    def _open(self, common: dict[str, Any], invocation: dict[str, Any]) -> int:
+        """Make what is missing of the folder, and the files of this process.
+
+        Until this process has a file of records, the process that made the folder may remove it;
+        then all is made again.
+        """
+        run = self.folder / RUN_FILE
+        settings = json.dumps({"format": RUN_FORMAT, "common": common}, indent=2) + "\n"
+        removed: OSError | None = None
+        for _ in range(ATTEMPTS):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self._invocation, json.dumps(invocation, indent=2) + "\n")
+                write_once(run, settings)
+                check_common(self.folder, common)
+                with locked(run):
+                    os.stat(self._invocation)
+                    file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                    self.has_locks = hold(file)
+                    return file
+            except FileNotFoundError as error:
+                removed = error
+        assert removed is not None
+        raise removed
 
     def append(self, records: Iterable[Record]) -> None:
-        """Write records and wait until they are on disk; InputError if the disk is full."""
+        """Write records and wait until they are on disk.
+
+        InputError if they are not: the disk is full, or the folder is no longer at its path.
+        """
+        self.check()
         data = b"".join(to_line(record) for record in records)
         try:
             written = 0
@@ -157,12 +208,40 @@ class RunWriter:
                 written += os.write(self._file, data[written:])
             os.fsync(self._file)
         except OSError as error:
-            os.ftruncate(self._file, self._length)
+            with suppress(OSError):
+                os.ftruncate(self._file, self._length)
             raise InputError(
                 f"cannot write to {self.path}: {error.strerror}; what was finished before is kept, "
                 "free some space and give the same command again"
             ) from error
         self._length += len(data)
+        self.check()
+
+    def check(self) -> None:
+        """InputError if what this process wrote is no longer at its path."""
+        if not self._in_place() or os.fstat(self._file).st_size < self._length:
+            raise InputError(
+                f"{self.folder} has changed under the run: {self.path.name} was deleted, moved, "
+                "replaced or unmounted; put it back if it is elsewhere, and give the same command "
+                "again"
+            )
+
+    def check_stored(self, fingerprints: Set[str]) -> None:
+        """InputError unless the folder has a record of every cell of these fingerprints."""
+        self.check()
+        missing = len(fingerprints - {cell for cell, _ in read_fingerprints(self.folder)})
+        if missing:
+            raise InputError(
+                f"{missing} of {len(fingerprints)} finished cells cannot be read back from "
+                f"{self.folder}: something else deleted or changed files there; give the same "
+                "command again to measure them"
+            )
+
+    def _in_place(self) -> bool:
+        try:
+            return same_file(self._file, self.path)
+        except OSError:
+            return False
 
     def __enter__(self) -> "RunWriter":
         return self
@@ -174,21 +253,91 @@ class RunWriter:
         trace: TracebackType | None,
     ) -> None:
         # Ask the file itself: an interrupt may come between a write and the count of it.
-        empty = os.fstat(self._file).st_size == 0
+        unused = os.fstat(self._file).st_size == 0 and self._in_place()
         os.close(self._file)
-        if empty:
+        if unused:
             self.path.unlink(missing_ok=True)
             self._remove_what_is_new()
 
     def _remove_what_is_new(self) -> None:
-        """Remove `run.json` and the folders made for it, unless another process uses them."""
-        if self._created and not any(self.folder.glob(SAMPLE_FILES)):
-            (self.folder / RUN_FILE).unlink(missing_ok=True)
-            for folder in self._new_folders:
-                try:
-                    folder.rmdir()
-                except OSError:
+        """Remove what was made in a new folder, unless a process has a file of records there."""
+        if not self._is_new:
+            return
+        run = self.folder / RUN_FILE
+        with suppress(OSError):
+            with suppress(FileNotFoundError), locked(run):
+                if any(self.folder.glob(SAMPLE_FILES)):
                     return
+                for path in (*self.folder.glob(INVOCATION_FILES), run):
+                    path.unlink(missing_ok=True)
+            for folder in self._new_folders:
+                folder.rmdir()
+
+
+def write_once(path: Path, contents: str) -> bool:
+    """Write a file unless it is there; whether this process wrote it. Raises OSError.
+
+    A reader sees all of it or nothing, and of several processes one alone writes it.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # A file system without links: two processes that start at one instant may both write.
+        if path.exists():
+            return False
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
+
+
+def read_fingerprints(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """The fingerprint of each record that a run folder has now, with its line."""
+    return AddedRecords(folder, since_now=False).read()
+
+
+class AddedRecords:
+    """The records that are added to a run folder after this object is made, as they are written.
+
+    Without `since_now`, those that are there already are read too. A line that another process has
+    not finished is left for the next time, and one that is no record is passed over.
+    """
+
+    def __init__(self, folder: Path, *, since_now: bool = True) -> None:
+        self._folder = folder
+        self._read: dict[Path, int] = {}  # bytes of each file
+        if since_now:
+            for path in folder.glob(SAMPLE_FILES):
+                self._read[path] = sum(map(len, _whole_lines(path, 0)))
+
+    def read(self, own: Path | None = None) -> Iterator[tuple[str, bytes]]:
+        """Each new record's fingerprint and line, without those of the file `own`."""
+        for path in sorted(self._folder.glob(SAMPLE_FILES)):
+            if path == own:
+                continue
+            for line in _whole_lines(path, self._read.get(path, 0)):
+                self._read[path] = self._read.get(path, 0) + len(line)
+                try:
+                    yield str(json.loads(line)["fingerprint"]), line
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    continue
+
+
+def _whole_lines(path: Path, start: int) -> Iterator[bytes]:
+    """The lines of a file from byte `start` on, as far as they end with a newline."""
+    with suppress(OSError), path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size > start:
+            file.seek(start)
+            yield from (line for line in file if line.endswith(b"\n"))
 
 
 def check_common(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:

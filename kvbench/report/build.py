@@ -42,7 +42,13 @@ from kvbench.report.statistics import (
     resampled_means,
     weighted_means,
 )
-from kvbench.run_folder import RUN_FILE, current_codes, find_run_folders, read_settings
+from kvbench.run_folder import (
+    INVOCATION_FILES,
+    RUN_FILE,
+    current_codes,
+    find_run_folders,
+    read_settings,
+)
 
 FEWEST_SHARE = 0.5  # a budget with a smaller share of its curve's samples is no point of it
 FEW_SAMPLES = 10  # an interval from fewer samples is rough
@@ -315,7 +321,8 @@ def _hash_of_files(folders: Sequence[Path], more: str) -> str:
     """Return a hash of run folders: their names, settings and records."""
     total = hashlib.sha256(more.encode())
     for folder in folders:
-        for path in sorted([*folder.glob(RUN_FILE), *folder.glob(SAMPLE_FILES)]):
+        names = (RUN_FILE, INVOCATION_FILES, SAMPLE_FILES)
+        for path in sorted(path for name in names for path in folder.glob(name)):
             total.update(f"\n{folder.name}/{path.name} ".encode())
             try:
                 with path.open("rb") as file:

@@ -8,8 +8,11 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
 from functools import cached_property
@@ -24,6 +27,7 @@ from kvbench.records import BASELINE, COMPRESS, Record, read_records
 from kvbench.registry import tasks as task_registry
 from kvbench.run_folder import (
     END,
+    AddedRecords,
     RunWriter,
     check_common,
     current_codes,
@@ -145,9 +149,10 @@ class SweepResult:
     planned: int  # cells
     reused: int  # cells that were measured before
     measured: int = 0  # cells that were measured now, without the failed ones
-    failed: list[Record] = field(default_factory=list, repr=False)
+    failed: list[Record] = field(default_factory=list, repr=False)  # also of other processes
     left_out: list[str] = field(default_factory=list)  # methods, each with the reason
     interrupted: bool = False
+    elsewhere: int = 0  # cells that other processes recorded in the folder meanwhile
 
     @property
     def exit_code(self) -> int:
@@ -214,7 +219,7 @@ def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult
         known = current_codes([read_settings(out)])
         if newer_codes(known, plan.codes) != known:
             with RunWriter(out, plan.common, invocation(choices, plan)):
-                pass  # run.json learns which of several codes is the current one
+                pass  # the folder learns which of several codes is the current one
         return SweepResult(out, planned, reused, left_out=plan.left_out)
 
     from kvbench.sweep.runner import warm_up
@@ -223,22 +228,56 @@ def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult
     if not is_run(out):
         where = f"new run in {out}"
     progress = Progress(listener, len(cells), sum(cell.tokens for cell in cells))
-    interrupted = False
+    sweep, interrupted = plan.sweep, False
     with RunWriter(out, plan.common, invocation(choices, plan)) as writer:
         listener.note(where)
         try:
-            warm_up(plan.sweep.model)
-            progress.start(plan.seconds(TRIAL_SHARE))
-            plan.sweep.run(cells, writer, progress.finished, progress.starting)
+            with ended_by_signals():
+                warm_up(sweep.model)
+                progress.start(plan.seconds(TRIAL_SHARE))
+                sweep.run(cells, writer, progress.finished, progress.starting, listener.note)
         except KeyboardInterrupt:
             interrupted = True
         finally:
             listener.stopped()
+        writer.check_stored(sweep.recorded)
+    if sweep.elsewhere:
+        listener.note(f"other processes measured {sweep.elsewhere} of the {len(cells)} cells")
     if interrupted:
         listener.note(f"interrupted; what is finished is in {out}, the same command continues it")
-    failed = plan.sweep.failed
-    measured = progress.done - len(failed)
-    return SweepResult(out, planned, reused, measured, failed, plan.left_out, interrupted)
+    return SweepResult(
+        out,
+        planned,
+        reused,
+        sweep.measured,
+        sweep.failed,
+        plan.left_out,
+        interrupted,
+        sweep.elsewhere,
+    )
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP interrupt this process as Ctrl-C does, if they would kill it.
+
+    So a batch system, a container or a closed terminal that ends a sweep lets it give up its cells.
+    """
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # Python handles signals in the main thread only
+    numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def plan_sweep(choices: Choices) -> SweepPlan:
@@ -274,6 +313,7 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     check_common(out, common)
     every = make_plan(model, tasks, specs, settings, choices.seeds)
     cells = [cell for cell in every if not cell.skipped]
+    added = AddedRecords(out)  # before the others are read, so that none is missed in between
     known = {r.fingerprint: r for r in read_records(out)} if out.is_dir() else {}
     sweep = Sweep(
         model=model,
@@ -282,6 +322,8 @@ def plan_sweep(choices: Choices) -> SweepPlan:
         prefill_chunk=settings.prefill_chunks[0],
         memory_limit=choices.memory_limit or free_bytes(model),
         batch_rows=choices.batch_rows,
+        recorded={name for name, record in known.items() if record.error is None},
+        added=added,
     )
     missing = [c for c in cells if c.fingerprint not in known or known[c.fingerprint].error]
     notes = [f"left out: {'; '.join(left_out)}"] if left_out else []
@@ -470,14 +512,14 @@ def check_shapes(specs: Sequence[MethodSpec], model: "LoadedModel", settings: Se
 
 
 def invocation(choices: Choices, plan: SweepPlan) -> dict[str, Any]:
-    """This process, for `run.json`: experiment, settings, check, versions, hardware, commit."""
+    """This process, for the run folder: experiment, settings, check, versions, hardware, commit."""
     import torch
 
     given = choices.task and tuple(t.name if isinstance(t, Task) else t for t in choices.task)
     settings = json.loads(json.dumps(asdict(replace(choices, task=given)), default=str))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "experiment": plan.experiment,
         "settings": settings,
         "self_check": plan.self_check,

@@ -24,7 +24,7 @@ def experiment(
     options: Mapping[str, Any],
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What `run.json` says about the sweeps of a run, beside their common settings.
+    """What a run folder says about its sweeps, beside their common settings.
 
     `sources` says where tasks that read find their samples, by the names of the tasks.
     """

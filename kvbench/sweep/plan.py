@@ -10,12 +10,13 @@ samples is the user's to mend: what is wrong with one of them is raised before a
 
 import itertools
 import json
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import kvbench
-from kvbench.errors import ContractError, InputError
+from kvbench.errors import ContractError, InputError, debugging
 from kvbench.metrics import metrics
 from kvbench.records import BASELINE
 from kvbench.registry import open_task
@@ -427,7 +428,12 @@ def check_sample(sample: Any, task: Task, index: int) -> Sample:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as records hold it; the message alone if it is one of kvbench's own."""
+    """An exception as records hold it; the message alone if it is one of kvbench's own.
+
+    KVBENCH_DEBUG=1 shows its traceback.
+    """
+    if debugging():
+        traceback.print_exception(error)
     text = " ".join(str(error).split()) or "no message"
     own = isinstance(error, ContractError | InputError)
     return (text if own else f"{type(error).__name__}: {text}")[:400]

@@ -1,7 +1,9 @@
 """Measures the cells of a plan in batches, scores them, and stores records after each batch."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -15,14 +17,18 @@ from kvbench.engine.row import Outcome, Row
 from kvbench.engine.run import run_rows
 from kvbench.engine.stop import cut
 from kvbench.models.load import LoadedModel
-from kvbench.records import BASELINE, Record
-from kvbench.run_folder import RunWriter
+from kvbench.records import BASELINE, Record, from_line
+from kvbench.run_folder import AddedRecords, RunWriter
 from kvbench.spec import parse_method
+from kvbench.sweep.claims import Claims, Mark
 from kvbench.sweep.cost import cost_of
 from kvbench.sweep.plan import PROMPT_TAIL, Cell, StoredPrompt, one_line
 from kvbench.task import Task
 
 MEMORY_SHARE = 0.75  # of the free memory, that a sweep takes by default
+POLL_SECONDS = 1.0  # between looks at what other processes do, if they measure all that is left
+MOST_DEATHS = 2  # processes that one cell may end before it counts as failed
+ENDED = f"{MOST_DEATHS} processes ended without a word while they measured it (out of memory?)"
 MOST_ROWS = 64  # rows of several samples; more in a batch gain nothing on any machine seen so far
 
 RunRows = Callable[..., list[Outcome]]
@@ -40,8 +46,14 @@ class Sweep:
     memory_limit: int  # bytes beside the weights
     batch_rows: int | None = None  # at most; None: as many as memory allows
     run_rows: RunRows = run_rows
+    recorded: set[str] = field(default_factory=set)  # fingerprints of cells that have a record
+    added: AddedRecords | None = None  # what others record; None: from the start of `run` on
     failed: list[Record] = field(default_factory=list, init=False)
+    measured: int = field(default=0, init=False)  # cells, without those that failed
+    elsewhere: int = field(default=0, init=False)  # cells that other processes recorded meanwhile
     too_much: float = field(default=math.inf, init=False)  # bytes of the smallest batch that failed
+    fitted: int = field(default=0, init=False)  # bytes of the largest batch that did not
+    _noted: set[Mark] = field(default_factory=set, init=False)  # marks that were told of
 
     def run(
         self,
@@ -49,6 +61,7 @@ class Sweep:
         writer: RunWriter,
         finished: Callable[[Cell], None],
         starting: Callable[[Sequence[Cell]], None] = lambda batch: None,
+        note: Callable[[str], None] = lambda text: None,
     ) -> list[Record]:
         """Measure all cells; return `failed`, the records of those that failed.
 
@@ -56,21 +69,65 @@ class Sweep:
         once its record is stored. If a batch fails for any reason, it is split in two and retried:
         a failure costs only the cells that cause it, and a lack of memory only time. Cells with an
         `error` are not measured. KeyboardInterrupt passes through; finished cells are stored.
+
+        Other processes may measure cells of the same folder meanwhile (`claims.py`). Each takes
+        cells that no other has; what another records is finished here too, and what it leaves when
+        it is killed is taken over, in smaller batches. `note` is told of the latter.
         """
-
-        def store(part: Sequence[Cell], records: list[Record]) -> None:
-            writer.append(records)
-            self.failed += [record for record in records if record.error is not None]
-            for cell in part:
-                finished(cell)
-
-        broken = [cell for cell in cells if cell.error]
-        store(broken, [self._record(cell, error=cell.error) for cell in broken])
-        for batch in self.batches(cells):
-            starting(batch)
-            for part, records in self._measured(batch):
-                store(part, records)
+        waiting = {cell.fingerprint: cell for cell in cells}
+        batches = [[cell for cell in cells if cell.error], *self.batches(cells)]
+        batches = [batch for batch in batches if batch]
+        waits = False
+        if not writer.has_locks:
+            note(f"{writer.folder} is on a file system without locks; start no other run there")
+        with Claims(writer, self.added or AddedRecords(writer.folder), self.recorded) as claims:
+            while batches:
+                batch, new = claims.take(batches)
+                for name in new.keys() & waiting.keys():
+                    self._count_elsewhere(new[name])
+                    finished(waiting.pop(name))
+                self._heed(claims, waiting.keys(), note)
+                if batch:
+                    starting(batch)
+                    for part, records in self._measured(batch, claims):
+                        writer.append(records)
+                        for cell, record in zip(part, records, strict=True):
+                            self._count(record)
+                            finished(waiting.pop(cell.fingerprint))
+                elif batches:
+                    if not waits:
+                        note(f"waiting for {cells_text(len(waiting))} that other processes measure")
+                    waits = True
+                    time.sleep(POLL_SECONDS)
         return self.failed
+
+    def _count(self, record: Record) -> None:
+        """Count a cell that this process has recorded."""
+        self.recorded.add(record.fingerprint)
+        if record.error is None:
+            self.measured += 1
+        else:
+            self.failed.append(record)
+
+    def _count_elsewhere(self, line: bytes) -> None:
+        """Count a cell whose record, a line, another process wrote."""
+        self.elsewhere += 1
+        with suppress(ValueError):
+            record = from_line(line)
+            if record.error is not None:
+                self.failed.append(record)
+
+    def _heed(self, claims: Claims, waiting: Set[str], note: Callable[[str], None]) -> None:
+        """Measure no batch as large as one that ended its process, unless such a one did fit."""
+        suspects = claims.suspects()
+        for mark in claims.marks.values():
+            if not mark.cells & waiting:
+                continue
+            if mark not in self._noted:
+                note(what_happened(mark))
+            self._noted.add(mark)
+            if mark in suspects and mark.bytes > self.fitted:
+                self.too_much = min(self.too_much, mark.bytes)
 
     def batches(self, cells: Sequence[C]) -> list[list[C]]:
         """The cells in the groups in which they are measured together; none with an `error`."""
@@ -87,15 +144,24 @@ class Sweep:
         """The prefill chunk of a batch, in tokens."""
         return _chunk(batch[-1], self.prefill_chunk)
 
-    def _measured(self, batch: Sequence[C]) -> Iterator[tuple[Sequence[C], list[Record]]]:
+    def _measured(
+        self, batch: Sequence[Cell], claims: Claims
+    ) -> Iterator[tuple[Sequence[Cell], list[Record]]]:
+        if batch[0].error:
+            yield batch, [self._record(cell, error=cell.error) for cell in batch]
+            return
         needed = self.bytes(batch)
         if len(batch) == 1 and needed > self.memory_limit:
             error = f"needs {gib(needed)} beside the model, the memory limit is "
             error += f"{gib(self.memory_limit)} (--memory-limit)"
             yield batch, [self._record(batch[0], error=error)]
             return
+        if len(batch) == 1 and claims.deaths(batch[0]) >= MOST_DEATHS:
+            yield batch, [self._record(batch[0], error=ENDED)]
+            return
         failure, guilty = None, ""
-        if len(batch) == 1 or needed < self.too_much:
+        if len(batch) == 1 or (needed < self.too_much and not claims.has_marked(batch)):
+            claims.measuring(batch, needed)
             try:
                 outcomes = self.run_rows(
                     self.model, with_prompts(rows_of(batch)), prefill_chunk=self.chunk(batch)
@@ -107,6 +173,7 @@ class Sweep:
                 if len(batch) > 1 and is_out_of_memory(error):
                     self.too_much = min(self.too_much, needed)
             else:
+                self.fitted = max(self.fitted, needed)
                 pairs = zip(batch, outcomes, strict=True)
                 yield batch, [self._scored(cell, outcome) for cell, outcome in pairs]
                 return
@@ -116,7 +183,7 @@ class Sweep:
             yield batch, [self._record(batch[0], error=failure)]
             return
         for part in _parts(batch, guilty):
-            yield from self._measured(part)
+            yield from self._measured(part, claims)
 
     def _scored(self, cell: Cell, outcome: Outcome) -> Record:
         if outcome.failure is not None:
@@ -263,6 +330,21 @@ def free_bytes(model: LoadedModel) -> int:
     else:
         free = psutil.virtual_memory().available
     return int(free * MEMORY_SHARE)
+
+
+def what_happened(mark: Mark) -> str:
+    """A note on a mark that another process left."""
+    many = len(mark.cells) > 1
+    return (
+        f"a process ended without a word while it measured {cells_text(len(mark.cells))} of "
+        f"{mark.task} that {'need' if many else 'needs'} {gib(mark.bytes)}; "
+        + ("they are measured in smaller groups" if many else "it is measured alone")
+    )
+
+
+def cells_text(count: int) -> str:
+    """A number of cells in words."""
+    return "1 cell" if count == 1 else f"{count} cells"
 
 
 def gib(size: float) -> str:

@@ -1,0 +1,112 @@
+"""Kills processes at random moments while two of them share a run folder, and looks for losses.
+
+Two equal `kvbench run` commands measure in one folder. Each is killed (SIGKILL) at a random moment
+and started again, until all cells are there; then the next folder begins, until there were
+`--kills` kills. Every folder must then hold the same records as an unbroken run: each cell once in
+the report, none lost, none failed. Lines that were measured twice are counted, they do no harm.
+
+    python benchmarks/kills.py --kills 50
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from kvbench.records import read_records
+from kvbench.run_folder import read_fingerprints
+
+SWEEP = ("--method", "recency,random,snapkv", "--task", "rag", "--context", "256")
+KEPT = ("prediction", "score", "resident_rows", "full_rows", "kv_peak", "error")
+
+
+def start(folder: Path, samples: int) -> "subprocess.Popen[bytes]":
+    """One more process that measures the folder; what it says goes to a file beside it."""
+    sizes = ["--budgets", "0.3,0.6", "--samples", str(samples), "--batch-rows", "8"]
+    command = [sys.executable, "-m", "kvbench", "run", *SWEEP, *sizes, "--out", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with folder.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
+
+
+def measure(
+    folder: Path, samples: int, processes: int, kills: int, longest: float, draw: random.Random
+) -> Counter[int]:
+    """Let processes share a folder, and kill at most `kills` of them; how often each exit code.
+
+    Moments are counted in seconds of CPU time, so that they are random on a busy machine too.
+    """
+    codes: Counter[int] = Counter()
+    lives: list[tuple[subprocess.Popen[bytes], float]] = []
+    while codes[0] < processes:
+        while len(lives) + codes[0] < processes:
+            lives.append((start(folder, samples), draw.uniform(0, longest)))
+        time.sleep(0.005)
+        for process, ends in list(lives):
+            if codes[-9] < kills and process.poll() is None:
+                times = psutil.Process(process.pid).cpu_times()
+                if times.user + times.system > ends:
+                    process.kill()
+                    process.wait()
+            process.poll()
+            if process.returncode is not None:
+                codes[process.returncode] += 1
+                lives.remove((process, ends))
+    return codes
+
+
+def values(folder: Path) -> dict[str, list[Any]]:
+    """What was measured, by fingerprint."""
+    return {r.fingerprint: [getattr(r, name) for name in KEPT] for r in read_records(folder)}
+
+
+def main() -> None:
+    """Kill until there were enough, folder by folder, and compare each with an unbroken run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--samples", type=int, default=24)
+    parser.add_argument("--longest", type=float, default=8.0, help="CPU seconds of a process")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    draw = random.Random(arguments.seed)
+    left, wrong = arguments.kills, 0
+    with tempfile.TemporaryDirectory() as home:
+        whole = Path(home) / "whole"
+        measure(whole, arguments.samples, 1, 0, 0, draw)
+        expected = values(whole)
+        for number in range(arguments.kills):
+            folder = Path(home) / f"run-{number}"
+            began = time.monotonic()
+            codes = measure(folder, arguments.samples, 2, left, arguments.longest, draw)
+            seconds = time.monotonic() - began
+            left -= codes[-9]
+            lines = sum(1 for _ in read_fingerprints(folder))
+            found = values(folder)
+            equal = found == expected
+            wrong += not equal
+            said = folder.with_suffix(".log").read_text()
+            marks = said.count("ended without a word")
+            claims = len(list(folder.glob("claims-*")))
+            print(
+                f"folder {number}: {codes[-9]} kills, {len(found)} of {len(expected)} cells, "
+                f"{lines - len(found)} measured twice, {'equal' if equal else 'NOT EQUAL'} to the "
+                f"unbroken run; {marks} notes on killed groups, {claims} claims left, exit codes "
+                f"{dict(codes)}, {seconds:.0f} s",
+                flush=True,
+            )
+            if left <= 0:
+                break
+    print(f"{arguments.kills - left} kills, {wrong} folders that are wrong")
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()
