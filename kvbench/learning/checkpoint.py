@@ -187,12 +187,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
     """Write a model and its tokenizer so that each file is whole, also if it replaces another."""
     draft = folder / ".draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    model.save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
-    for file in sorted(draft.iterdir()):
-        os.replace(file, folder / file.name)
-    draft.rmdir()
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+    try:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        for file in sorted(draft.iterdir()):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def digest(tensors: Mapping[str, Tensor], about: str) -> str:
@@ -200,7 +202,7 @@ def digest(tensors: Mapping[str, Tensor], about: str) -> str:
     found = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        found.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -34,7 +34,7 @@ def trained(folder: Path, value: float = 0.0, steps: int = 3) -> Checkpoints:
     checkpoints = Checkpoints(folder, {"seed": 1, "stages": (1, 2)}, {"x": tensor}, [optimizer])
     start = (checkpoints.restore() or {"step": 0})["step"]
     for step in range(start, steps):
-        (tensor - 1).square().sum().backward()
+        torch.autograd.backward((tensor - 1).square().sum())
         optimizer.step()
         optimizer.zero_grad()
         checkpoints.save({"step": step + 1})
