@@ -96,6 +96,14 @@ BROKEN = {
         OLDEST.replace('"oldest"', '"snapkv"'),
         "ValueError: two methods are called 'snapkv'",
     ),
+    "function": (
+        "from kvbench import register_method\n@register_method('f')\ndef f(): pass",
+        "TypeError: method 'f' is not a subclass of Method",
+    ),
+    "family": (
+        "from kvbench import Method, register_method\n@register_method('m')\nclass M(Method): pass",
+        "TypeError: method 'm' does not say its family",
+    ),
     "half": (f"{OLDEST.replace('oldest', 'half-made')}\n1 / 0\n", "ZeroDivisionError: division"),
 }
 
@@ -154,9 +162,8 @@ print(one.message)
 
 def test_without_pytorch_the_message_says_what_to_install(tmp_path: Path) -> None:
     code = """
-import importlib.util, sys
+import sys
 sys.modules["torch"] = None
-find = importlib.util.find_spec
 import kvbench.registry as registry
 registry.find_spec = lambda name: None
 from kvbench.cli.app import main

@@ -1,6 +1,7 @@
 """Pictures of a training of head scores: the map of the heads, and the course of the training."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from kvbench.files import write_atomically
 from kvbench.heads import Table, retrieval_heads
 from kvbench.learning.recipe import HeadRecipe
 
@@ -37,7 +39,9 @@ def save_training_pictures(
     files = [path.with_suffix(".png"), path.with_suffix(".pdf")]
     for file in files:
         dated = {"Software": None} if file.suffix == ".png" else {"CreationDate": None}
-        figure.savefig(file, dpi=160, metadata=dated)
+        drawn = BytesIO()
+        figure.savefig(drawn, format=file.suffix[1:], dpi=160, metadata=dated)
+        write_atomically(file, drawn.getvalue())
     return files
 
 
