@@ -6,6 +6,8 @@ The names of this module load when they are first used, so `import kvbench` is f
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kvbench.machine import wait_briefly
+
 if TYPE_CHECKING:
     from kvbench.api import Generation, RunResult, generate, run
     from kvbench.errors import InputError
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from kvbench.task import Sample, Task
 
 __version__ = "0.1.0"
+
+wait_briefly()
 
 _HOMES = {
     "kvbench.api": ("Generation", "RunResult", "generate", "run"),

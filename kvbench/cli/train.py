@@ -43,6 +43,7 @@ def heads(
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
     out: Annotated[
         Path | None,
         opt(OUTPUT, "Folder to write to.", "results/training/NAME", metavar=FOLDER),
@@ -84,6 +85,7 @@ def tiny(
     out: Annotated[Path, opt(OUTPUT, "Folder to write to.", metavar=FOLDER, file_okay=False)],
     minutes: Annotated[float, opt(HOW_MUCH, "Minutes of training.", min=0.001)] = 60.0,
     seed: options.Seed = 0,
+    threads: options.Threads = None,
     start: Annotated[
         Path | None,
         opt(TRAINING, "Folder of an earlier training to start from.", metavar=FOLDER, exists=True),

@@ -1,0 +1,123 @@
+"""What this process may use of the machine: cores, threads and memory.
+
+A container or a batch system limits both by control groups (cgroups) of Linux, version 1 or 2.
+Every group from the process's own up to the root may hold a limit, and all of them count.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+
+from kvbench.errors import InputError
+
+# How often a thread of OpenMP looks for work before it sleeps; about 60 ns each. The default of
+# GNU's library, 300,000, makes threads that wait for each other take the cores of those they wait
+# for, as soon as another process needs a core too. `benchmarks/threads.py` measures both.
+SPINS = "1000"
+ROOT = Path("/")
+
+
+def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let OpenMP's threads sleep soon when they wait, unless the user has chosen how they wait.
+
+    OpenMP reads the environment when it is loaded, so this must come before PyTorch is imported.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(environment):
+        environment["GOMP_SPINCOUNT"] = SPINS
+
+
+def use_threads(wanted: int | None = None, root: Path = ROOT) -> None:
+    """Let PyTorch use `wanted` threads on the CPU, in this process from now on.
+
+    None leaves PyTorch's own number, which is OMP_NUM_THREADS or the cores that this process may
+    run on. Without OMP_NUM_THREADS it is lowered to what the control groups allow. InputError for
+    more threads than the machine has cores.
+    """
+    if wanted is not None:
+        if wanted > (cores := os.cpu_count() or wanted):
+            raise InputError(f"{wanted} threads are too many: this machine has {cores} cores")
+        os.environ["OMP_NUM_THREADS"] = str(wanted)
+        if "torch" not in sys.modules:
+            return  # PyTorch reads it once it is imported
+    import torch
+
+    if wanted is None and not os.environ.get("OMP_NUM_THREADS"):
+        allowed = math.ceil(min(allowed_cores(root), torch.get_num_threads()))
+        wanted = allowed if allowed < torch.get_num_threads() else None
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+
+
+def allowed_cores(root: Path = ROOT) -> float:
+    """Cores' worth of time that the control groups give this process; infinite without a limit."""
+    least = math.inf
+    for folder in groups("cpu", root):
+        texts = read(folder / "cpu.max").split()  # version 2: "200000 100000" or "max 100000"
+        texts = texts or [read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+        quota, period = (number(text) for text in (*texts, "", "")[:2])
+        if 0 < quota < math.inf and 0 < period < math.inf:
+            least = min(least, quota / period)
+    return least
+
+
+def free_memory(root: Path = ROOT) -> int:
+    """Bytes that this process may still take: of the machine's, and of each control group's."""
+    import psutil
+
+    return max(0, int(min(psutil.virtual_memory().available, room(root))))
+
+
+def room(root: Path = ROOT) -> float:
+    """Bytes that are left in the fullest control group; infinite without a limit.
+
+    Pages of files count as free, because the kernel drops them before it kills a process, but not
+    those that processes have mapped, such as libraries.
+    """
+    least = math.inf
+    for folder in groups("memory", root):
+        limits = ("memory.max", "memory.high", "memory.limit_in_bytes")
+        limit = min(number(read(folder / name)) for name in limits)
+        used = number(read(folder / "memory.current") or read(folder / "memory.usage_in_bytes"))
+        if limit == math.inf or used == math.inf:
+            continue
+        lines = (line.split() for line in read(folder / "memory.stat").splitlines())
+        stat = {words[0]: int(words[1]) for words in lines if len(words) == 2}
+        files, mapped = (
+            sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in names)
+            for names in (("inactive_file", "active_file"), ("file_mapped", "mapped_file"))
+        )
+        dropped = max(0, files - mapped) + stat.get("slab_reclaimable", 0)
+        least = min(least, limit - max(0, used - dropped))
+    return least
+
+
+def groups(controller: str, root: Path = ROOT) -> Iterator[Path]:
+    """The folders of this process's control group and of those above it that have `controller`."""
+    for line in read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
+        folder = mount / path.lstrip("/")
+        # In a container the path may be the host's: its group is then what is mounted.
+        if ".." in folder.parts or not folder.is_dir():
+            folder = mount
+        yield from (at for at in (folder, *folder.parents) if at.is_relative_to(mount))
+
+
+def read(path: Path) -> str:
+    """A file's text; empty if there is none, as for a controller of another version."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def number(text: str) -> float:
+    """A number in a control group's file; infinite for `max`, no text or anything else."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.inf
