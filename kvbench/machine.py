@@ -7,25 +7,12 @@ Every group from the process's own up to the root may hold a limit, and all of t
 import math
 import os
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from kvbench.errors import InputError
 
-# How often a thread of OpenMP looks for work before it sleeps; about 60 ns each. The default of
-# GNU's library, 300,000, makes threads that wait for each other take the cores of those they wait
-# for, as soon as another process needs a core too. `benchmarks/threads.py` measures both.
-SPINS = "1000"
 ROOT = Path("/")
-
-
-def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let OpenMP's threads sleep soon when they wait, unless the user has chosen how they wait.
-
-    OpenMP reads the environment when it is loaded, so this must come before PyTorch is imported.
-    """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(environment):
-        environment["GOMP_SPINCOUNT"] = SPINS
 
 
 def use_threads(wanted: int | None = None, root: Path = ROOT) -> None:
