@@ -389,9 +389,10 @@ def choose_settings(choices: Choices, model: "LoadedModel", reads: bool = False)
     """
     context = choices.context or model.card.context or min(model.max_context, CONTEXT)
     if context > model.max_context:
+        where = "" if choices.context else f" (it is the context in '{model.card.file}')"
         raise InputError(
             f"context {context} is more than model '{model.name}' takes: at most "
-            f"{model.max_context}"
+            f"{model.max_context}{where}"
         )
     default = model.card.prefill_chunk if not choices.context else 0
     has_template = model.tokenizer.chat_template is not None
