@@ -116,7 +116,7 @@ def run(
         batch_rows: cells that are measured together, at most; None for as many as memory allows.
         memory_limit: bytes beside the model; None for most of what is free.
         threads: threads on the CPU, of the whole process from now on; None for OMP_NUM_THREADS, or
-            as many as the process has cores.
+            as many as there are free cores.
         listener: hears of the progress; None for silence.
 
     Raises:

@@ -8,33 +8,59 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from kvbench.errors import InputError
 
 ROOT = Path("/")
+SECONDS_WATCHED = 0.2  # of other work; the kernel counts hundredths
 
 
-def use_threads(wanted: int | None = None, root: Path = ROOT) -> None:
-    """Let PyTorch use `wanted` threads on the CPU, in this process from now on.
+def use_threads(count: int) -> None:
+    """Let PyTorch use `count` threads on the CPU, in this process from now on.
 
-    None leaves PyTorch's own number, which is OMP_NUM_THREADS or the cores that this process may
-    run on. Without OMP_NUM_THREADS it is lowered to what the control groups allow. InputError for
-    more threads than the machine has cores.
+    InputError for more threads than the machine has cores.
     """
-    if wanted is not None:
-        if wanted > (cores := os.cpu_count() or wanted):
-            raise InputError(f"{wanted} threads are too many: this machine has {cores} cores")
-        os.environ["OMP_NUM_THREADS"] = str(wanted)
-        if "torch" not in sys.modules:
-            return  # PyTorch reads it once it is imported
+    if count > (cores := os.cpu_count() or count):
+        raise InputError(f"{count} threads are too many: this machine has {cores} cores")
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    if "torch" in sys.modules:  # else it reads the number when it is imported
+        sys.modules["torch"].set_num_threads(count)
+
+
+@cache
+def limit_threads(root: Path = ROOT) -> str:
+    """Lower the number of PyTorch's threads, if nobody has chosen it, to the cores that are free.
+
+    PyTorch takes every core that the process may run on. Threads that share cores with other work
+    wait for each other, and are then slower than one thread. The control groups count as well, and
+    a process decides once. Returns a note for the user, empty if nothing was lowered.
+    """
     import torch
 
-    if wanted is None and not os.environ.get("OMP_NUM_THREADS"):
-        allowed = math.ceil(min(allowed_cores(root), torch.get_num_threads()))
-        wanted = allowed if allowed < torch.get_num_threads() else None
-    if wanted is not None:
-        torch.set_num_threads(wanted)
+    threads = torch.get_num_threads()
+    if threads == 1 or os.environ.get("OMP_NUM_THREADS"):
+        return ""
+    allowed = max(1, math.ceil(min(allowed_cores(root), threads)))
+    free = max(1, min(allowed, round(free_cores())))
+    if free == threads:
+        return ""
+    torch.set_num_threads(free)
+    why = "other work is busy" if free < allowed else "a control group allows no more"
+    return f"{free} of {threads} threads are used, because {why} (--threads chooses the number)"
+
+
+def free_cores() -> float:
+    """How many of the cores that this process may run on are idle, watched for a moment."""
+    import psutil
+
+    busy = psutil.cpu_percent(SECONDS_WATCHED, percpu=True)
+    try:
+        cores = psutil.Process().cpu_affinity()
+    except AttributeError:  # macOS has none
+        cores = list(range(len(busy)))
+    return sum(1 - busy[core] / 100 for core in cores if core < len(busy))
 
 
 def allowed_cores(root: Path = ROOT) -> float:

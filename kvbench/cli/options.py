@@ -69,7 +69,7 @@ Threads = Annotated[
     opt(
         MODEL,
         "Threads on the CPU.",
-        "OMP_NUM_THREADS, or the cores it may use",
+        "OMP_NUM_THREADS, or the free cores",
         min=1,
         callback=set_threads,
     ),

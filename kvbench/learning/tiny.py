@@ -23,7 +23,7 @@ from kvbench.learning.examples import ExampleMaker, TrainingRow, padded
 from kvbench.learning.recipe import TinyRecipe
 from kvbench.learning.tiny_model import tiny_model
 from kvbench.learning.tiny_tokenizer import tiny_tokenizer
-from kvbench.machine import use_threads
+from kvbench.machine import limit_threads
 from kvbench.models.load import quiet
 
 SAVE_SECONDS = 120
@@ -75,7 +75,7 @@ def train_tiny(
             f"cannot write to '{out}': {error.strerror}; choose another --out"
         ) from None
     quiet()
-    use_threads()
+    limit_threads()
     tokenizer = (
         PreTrainedTokenizerFast.from_pretrained(start) if start else tiny_tokenizer(recipe.seed)
     )
