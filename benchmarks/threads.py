@@ -5,8 +5,11 @@
 Processes with different settings take turns, with short pieces of work, within one run. Printed
 are milliseconds (medians) and two ratios, medians of pairs that were measured one after the other:
 to OpenMP's own setting, which is what an idle machine can do, and to one thread, the floor beside
-other work. What kvbench sets shall cost at most 1.05 of the first if the machine is idle, and at
-most 1.3 of the second beside a loop. Other work on the machine while this runs spoils the first.
+other work. `kvbench` shall take at most 1.05 of the first if the machine is idle, and at most 1.3
+of the second beside a loop. Other work on the machine while this runs spoils the first.
+
+`kvbench` is what a user gets: as many threads as there are free cores when it starts. `all cores`
+is the same if the loop comes later; the other settings take all cores, too, and wait otherwise.
 """
 
 import argparse
@@ -18,16 +21,20 @@ import sys
 import time
 from collections.abc import Callable
 
-FLOOR, OWN, OURS = "one thread", "OpenMP's own", "kvbench"
+import psutil
+
+FLOOR, OWN = "one thread", "OpenMP's own"
 CHOSEN = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what settings are made of
+ALL = {"OMP_NUM_THREADS": str(len(psutil.Process().cpu_affinity()))}
 SETTINGS: dict[str, dict[str, str]] = {
     FLOOR: {"OMP_NUM_THREADS": "1"},
-    OWN: {"GOMP_SPINCOUNT": "300000"},
-    OURS: {},
-    "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    **{f"spin {count}": {"GOMP_SPINCOUNT": str(count)} for count in (100, 1000, 10000)},
+    OWN: {**ALL, "GOMP_SPINCOUNT": "300000"},
+    "kvbench": {},
+    "all cores": ALL,
+    "passive": {**ALL, "OMP_WAIT_POLICY": "PASSIVE"},
+    **{f"spin {n}": {**ALL, "GOMP_SPINCOUNT": str(n)} for n in (100, 1000, 10_000, 30_000)},
 }
-SHOWN = (FLOOR, OWN, OURS, "passive")
+SHOWN = (FLOOR, OWN, "kvbench", "all cores", "passive")
 LOOP = [sys.executable, "-c", "while True: pass"]
 
 
@@ -42,17 +49,17 @@ def main() -> None:
         work()
         return
     names = list(dict.fromkeys([FLOOR, *arguments.settings.split(",")]))
-    workers = {name: Worker(SETTINGS[name]) for name in names}
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start")
     for loops in (0, arguments.loops):
-        busy = [subprocess.Popen(LOOP) for _ in range(loops)]
+        busy = [subprocess.Popen(LOOP, text=True) for _ in range(loops)]
+        workers: dict[str, Worker] = {}
         try:
+            workers |= {name: Worker(SETTINGS[name]) for name in names}
             measure(f"beside {loops} busy loops" if loops else "no busy loop", workers, arguments)
         finally:
-            for process in busy:
+            for process in busy + [worker.process for worker in workers.values()]:
                 process.kill()
-    for worker in workers.values():
-        worker.process.kill()
+                process.wait()
 
 
 class Worker:

@@ -54,10 +54,16 @@ def test_version_2_counts_every_group_up_to_the_root(tmp_path: Path) -> None:
 def test_version_1_in_a_container_shows_its_own_group(own: str, tmp_path: Path) -> None:
     """The path is the host's, and the group is mounted at the top."""
     stat = f"inactive_file 7\ntotal_inactive_file {30 * MIB}\ntotal_active_file 0"
-    limits = {"memory.limit_in_bytes": 430 * MIB, "memory.usage_in_bytes": 400 * MIB}
-    quota = {"cpu.cfs_quota_us": 150000, "cpu.cfs_period_us": 100000}
+    limits: dict[str, object] = {
+        "memory.limit_in_bytes": 430 * MIB,
+        "memory.usage_in_bytes": 400 * MIB,
+    }
+    quota: dict[str, object] = {"cpu.cfs_quota_us": 150000, "cpu.cfs_period_us": 100000}
     lines = f"4:memory:{own}\n2:cpu,cpuacct:{own}\n1:name=systemd:{own}\n0::{own}\n"
-    groups = {"memory": {**limits, "memory.stat": stat}, "cpu": quota}
+    groups: dict[str, dict[str, object]] = {
+        "memory": {**limits, "memory.stat": stat},
+        "cpu": quota,
+    }
     root = system(tmp_path, lines, groups)
     assert room(root) == 60 * MIB
     assert allowed_cores(root) == 1.5
