@@ -72,6 +72,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
         ("train tinny --out x", "did you mean 'tiny'"),
         ("train duoattention --target 0.5", "has no --target"),
         ("run --memory-limit lots", "not an amount of memory"),
+        ("run --threads 0", "--threads"),
+        ("run --threads 100000", "100000 threads are too many: this machine has"),
         ("run --chat-template of", "'off'"),
         ("reproduce --threshold 0", "--threshold"),
     ],
