@@ -53,6 +53,7 @@ def reproduce(
     ] = None,
     seed: options.Seed = 0,
     model: Annotated[str, opt(MODEL, "Model of a rehearsal: tiny or smollm2-135m.")] = "tiny",
+    threads: options.Threads = None,
     judge: options.JudgeModel = None,
     judge_url: options.JudgeUrl = None,
     threshold: options.Threshold = 0.9,

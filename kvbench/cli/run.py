@@ -76,6 +76,7 @@ def run(
     model: options.Model = "tiny",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
     attention: Annotated[str, opt(MODEL, "Attention of prompts: auto, sdpa or flash.")] = "auto",
     compress: Annotated[
         Literal["prompt", "context"],

@@ -44,6 +44,7 @@ def heads(
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
     out: Annotated[
         Path | None,
         opt(OUTPUT, "Folder to write to.", "results/training/NAME", metavar=FOLDER),
@@ -89,6 +90,7 @@ def tiny(
         opt(HOW_MUCH, "Steps instead: equal seeds then give equal models.", "by minutes", min=1),
     ] = None,
     seed: options.Seed = 0,
+    threads: options.Threads = None,
     start: Annotated[
         Path | None,
         opt(TRAINING, "Folder of an earlier training to start from.", metavar=FOLDER, exists=True),

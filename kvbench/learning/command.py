@@ -145,7 +145,12 @@ def make_recipes(choices: HeadChoices, model: LoadedModel) -> list[HeadRecipe]:
         "length": min(model.max_context, LONGEST),
         "seed": 0,
     }
-    layers = [common, model.card.training.get(choices.method, {}), choices.settings]
+    of_card = model.card.training.get(choices.method, {})
+    try:
+        make_recipe(choices.method, common, of_card)
+    except InputError as error:
+        raise InputError(f"'{model.card.file}' is not a model card: {error}") from None
+    layers = [common, of_card, choices.settings]
     recipe = make_recipe(choices.method, *layers)
     if recipe.length > model.max_context:
         raise InputError(

@@ -32,6 +32,7 @@ from kvbench.learning.loop import LOG, uninterrupted
 from kvbench.learning.recipe import TinyRecipe
 from kvbench.learning.tiny_model import tiny_model
 from kvbench.learning.tiny_tokenizer import tiny_tokenizer
+from kvbench.machine import limit_threads
 from kvbench.models.load import quiet
 
 LEAST_STEPS = 100  # of a stage
@@ -76,6 +77,7 @@ def train_tiny(
     to, or holds a training with other settings.
     """
     quiet()
+    limit_threads()
     with holding(out):
         tokenizer = (
             PreTrainedTokenizerFast.from_pretrained(start) if start else tiny_tokenizer(recipe.seed)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from kvbench.arguments import LARGEST, MOST_SAMPLES, check_share, check_text, check_whole
 from kvbench.errors import InputError, did_you_mean
 from kvbench.judge import Judge, use_judge
+from kvbench.machine import limit_threads
 from kvbench.models.card import ModelCard, model_folder, read_card
 from kvbench.records import BASELINE, COMPRESS, Record, read_records
 from kvbench.registry import tasks as task_registry
@@ -327,6 +328,7 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     )
     missing = [c for c in cells if c.fingerprint not in known or known[c.fingerprint].error]
     notes = [f"left out: {'; '.join(left_out)}"] if left_out else []
+    notes += [note] if (note := limit_threads()) else []
     notes += note_on_template(model, settings)
     notes += [remark for task in tasks for remark in task.remarks]
     notes += notes_on_samples(every, tasks, settings)
@@ -439,9 +441,10 @@ def choose_settings(choices: Choices, model: "LoadedModel", reads: bool = False)
     """
     context = choices.context or model.card.context or min(model.max_context, CONTEXT)
     if context > model.max_context:
+        where = "" if choices.context else f" (it is the context in '{model.card.file}')"
         raise InputError(
             f"context {context} is more than model '{model.name}' takes: at most "
-            f"{model.max_context}"
+            f"{model.max_context}{where}"
         )
     default = model.card.prefill_chunk if not choices.context else 0
     has_template = model.tokenizer.chat_template is not None
