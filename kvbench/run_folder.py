@@ -12,35 +12,62 @@ import re
 import secrets
 import socket
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict
+
+import msgspec
 
 from kvbench.errors import InputError
-from kvbench.files import write_atomically
-from kvbench.records import SAMPLE_FILES, Record, to_line
+from kvbench.files import read_regular, write_atomically
+from kvbench.records import SAMPLE_FILES, Record, check_depth, to_line
 
 RUN_FILE = "run.json"
 RUN_FORMAT = 1
 END = "end"  # of the samples that a task reads
 
 
+class _Experiment(TypedDict, total=False):
+    tasks: list[str]
+
+
+class _Invocation(TypedDict, total=False):
+    started: str
+    codes: dict[str, str]
+    experiment: _Experiment
+    skipped: dict[str, list[int]]
+
+
+class _Settings(TypedDict):  # what `run.json` must hold, of all that is read from it
+    common: dict[str, Any]
+    invocations: list[_Invocation]
+
+
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Return the contents of `run.json`, None if there is none; InputError if it is damaged."""
+    """Return the contents of `run.json`, None if there is none.
+
+    InputError if it is damaged, or was written by a newer kvbench.
+    """
     path = folder / RUN_FILE
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        each = [contents["common"], *contents["invocations"]]
-        each += [one.get("codes", {}) for one in contents["invocations"]]
-        if not all(isinstance(one, dict) for one in each):
-            raise TypeError
+        contents = json.loads(read_regular(path))
+        number = contents.get("format", RUN_FORMAT) if isinstance(contents, dict) else RUN_FORMAT
+        if isinstance(number, int) and number > RUN_FORMAT:
+            raise InputError(
+                f"{path} is of format {number}, and this kvbench knows formats up to {RUN_FORMAT}; "
+                "a newer kvbench wrote it: pip install --upgrade kvbench"
+            )
+        msgspec.convert(contents, _Settings)
+        check_depth([contents])
     except FileNotFoundError:
         return None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        reason = str(error).replace("`", "")
         raise InputError(
-            f"{path} is damaged; delete it to continue the run, or choose another --out"
+            f"{path} is damaged ({reason}); delete it to continue the run, or choose another --out"
         ) from error
     return dict(contents)
 
@@ -70,20 +97,30 @@ def newer_codes(codes: Mapping[str, str], newer: Mapping[str, str]) -> dict[str,
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder is a run folder."""
-    return (folder / RUN_FILE).is_file() or any(folder.glob(SAMPLE_FILES))
+    """Whether the folder is a run folder that can be read."""
+    try:
+        return (folder / RUN_FILE).is_file() or any(folder.glob(SAMPLE_FILES))
+    except OSError:
+        return False
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Return the run folders directly inside `folder`; the one written to last is at the end."""
-    if not folder.is_dir():
+    """Return the run folders directly inside `folder`; the one written to last is at the end.
+
+    Folders that cannot be read are passed over.
+    """
+    try:
+        return sorted((f for f in folder.iterdir() if f.is_dir() and is_run(f)), key=_last_written)
+    except OSError:
         return []
-    return sorted((f for f in folder.iterdir() if f.is_dir() and is_run(f)), key=_last_written)
 
 
 def _last_written(folder: Path) -> int:
-    files = [folder / RUN_FILE, *folder.glob(SAMPLE_FILES)]
-    return max(file.stat().st_mtime_ns for file in files if file.exists())
+    written = [0]
+    for file in (folder / RUN_FILE, *folder.glob(SAMPLE_FILES)):
+        with suppress(OSError):
+            written.append(file.stat().st_mtime_ns)
+    return max(written)
 
 
 def find_run_folders(names: Iterable[str | Path], home: Path) -> list[Path]:
@@ -101,9 +138,11 @@ def find_run_folders(names: Iterable[str | Path], home: Path) -> list[Path]:
     folders: list[Path] = []
     for name in names:
         folder = Path(name)
-        if not folder.exists() and (home / name).is_dir():
+        if not os.path.exists(folder) and os.path.isdir(home / name):
             folder = home / name
-        if not folder.is_dir():
+        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+            raise InputError(f"cannot read {folder}: permission denied")
+        if not os.path.isdir(folder):
             known = ", ".join(run.name for run in find_runs(home)[-3:])
             raise InputError(
                 f"no run directory '{name}'" + (f"; in {home} are: {known}" if known else "")

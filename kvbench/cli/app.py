@@ -5,7 +5,9 @@ stderr; KVBENCH_DEBUG=1 shows the traceback.
 """
 
 import os
+import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -103,6 +105,9 @@ app.add_typer(converting, name="convert")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return its exit code."""
     debug = os.environ.get("KVBENCH_DEBUG", "") not in ("", "0")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what an encoding lacks is shown as an escape
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = None if argv is None else list(argv)
         return int(app(args=args, prog_name="kvbench", standalone_mode=False) or 0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from kvbench import escape
 from kvbench.cli import options
 from kvbench.cli.messages import say
 from kvbench.cli.options import HOW_MUCH, LIST, MODEL, OUTPUT, WHAT, comma_list, opt
@@ -104,14 +105,13 @@ def print_text(found: "Forecast") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from kvbench.report.tables import console_of_stdout
     from kvbench.sweep.runner import gib
 
-    console = console_of_stdout()
+    console = escape.console()
     gpu, total = found.gpu, found.total
     tasks = list(dict.fromkeys(line.task for line in found.lines))
     room = f"leaves a run {gib(found.free)}" if found.free > 0 else "is too small for the weights"
-    console.print(f"{found.model}: weights {gib(found.weights)}; {gpu.name} {room}", markup=False)
+    console.print(f"{found.model}: weights {gib(found.weights)}; {gpu.name} {room}")
     hours = Table("method", *tasks, "all", box=SIMPLE_HEAD, title="GPU-hours", title_justify="left")
     for column in hours.columns[1:]:
         column.justify = "right"
@@ -149,7 +149,6 @@ def print_text(found: "Forecast") -> None:
         f"all: {total.cells:,.0f} cells, {total.tokens:.3g} tokens, {total.flops:.3g} FLOP, "
         f"{total.bytes_moved:.3g} bytes moved, {total.seconds / 3600:,.0f} GPU-hours; answers are "
         "as long as their limit, memory is beside the weights (docs/cost.md)",
-        markup=False,
     )
     left = sum(line.left_out for line in found.lines)
     if left:
@@ -169,9 +168,7 @@ def print_csv(found: "Forecast") -> None:
     """Print one line per task and method."""
     from pandas import DataFrame
 
-    from kvbench.report.tables import csv_text
-
-    print(csv_text(DataFrame([vars(line) for line in found.lines])), end="")
+    print(escape.csv(DataFrame([vars(line) for line in found.lines])), end="")
 
 
 PRINT = {"text": print_text, "json": print_json, "csv": print_csv}

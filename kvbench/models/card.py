@@ -70,7 +70,7 @@ def read_card(folder: Path) -> ModelCard:
     """
     path = folder / CARD
     try:
-        data = json.loads(path.read_text()) if path.is_file() else {}
+        data = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
         card = ModelCard(**data)
         check_card(card)
     except (ValueError, TypeError, InputError) as error:
