@@ -143,9 +143,6 @@ def from_line(line: bytes) -> Record:
         raise ValueError(f"{where.lstrip('.')}: {what}" if where else what) from None
     except RecursionError:
         raise ValueError("lists in lists without end") from None
-    except msgspec.DecodeError as error:
-        half = " or has half of a surrogate pair" * ("truncated" in str(error))
-        raise ValueError(f"{error}{half}") from None
     keys = _KEYS.findall(line)
     if len(keys) != len(set(keys)):
         json.loads(line, object_pairs_hook=_unique)

@@ -229,7 +229,7 @@ class Report:
     runs: tuple[dict[str, Any], ...] = ()  # each run.json, with the name of its folder
     records: DataFrame = field(default_factory=DataFrame, repr=False, compare=False)
     source: str = field(default="", repr=False, compare=False)  # hash of the files it was made from
-    damaged: int = 0  # lines that are no records, and files that cannot be read; all left out
+    damaged: tuple[str, ...] = ()  # what was left out since it cannot be read; the first notes
 
     def __repr__(self) -> str:
         curves, settings = len(self.curves), len(self.settings())
@@ -290,7 +290,7 @@ def make_report(folders: Sequence[Path], threshold: float = 0.9, *, latest: bool
     # Hash before reading: if a file grows in between, the next report is made anew.
     source = _hash_of_files(folders, f"{threshold} {latest}")
     records, damaged = read_frame(folders)
-    left_out = [f"left out: {text}" for text in told(damaged)]
+    left_out = tuple(f"left out: {text}" for text in told(damaged))
     if records.empty and damaged:
         raise InputError(f"{names}: nothing to report; {'; '.join(left_out)}")
     if records.empty:
@@ -302,7 +302,7 @@ def make_report(folders: Sequence[Path], threshold: float = 0.9, *, latest: bool
     )
     report = report_records(records, threshold, runs, latest=latest)
     notes = (*left_out, *report.notes)
-    report = replace(report, source=source, notes=notes, damaged=len(damaged))
+    report = replace(report, source=source, notes=notes, damaged=left_out)
     if not report.curves:
         raise InputError(f"{names}: nothing to report; " + "; ".join(report.notes))
     return report

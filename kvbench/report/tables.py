@@ -222,7 +222,10 @@ def to_csv(report: Report) -> str:
 
 
 def to_markdown(report: Report) -> str:
-    """Return critical footprints in per cent with intervals, methods by tasks; the best in bold."""
+    """Return critical footprints in per cent with intervals, methods by tasks; the best in bold.
+
+    Damaged records are named below.
+    """
 
     def cell(curve: Curve) -> str:
         text = escape.markdown(critical_text(curve.footprint))
@@ -234,7 +237,8 @@ def to_markdown(report: Report) -> str:
     header = ["method", *map(escape.markdown, grid.columns)]
     rows = [[escape.markdown(label), *cells] for label, *cells in grid.itertuples()]
     text = escape.markdown(legend(report)).replace("\\* marks", "Bold marks")
-    return f"{markdown_table(header, rows)}\n\n{text}"
+    damaged = [f"- {escape.markdown(line)}" for line in report.damaged]
+    return "\n".join([markdown_table(header, rows), "", text, *([""] if damaged else []), *damaged])
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

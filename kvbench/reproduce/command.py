@@ -83,7 +83,7 @@ def reproduced(
     report = replace(report, notes=(*notes, *report.notes))
     table = compare(report, paper_report(threshold))
     claims = judge(report)
-    head = "".join(f"**{escape.markdown(note)}**\n\n" for note in notes)
+    head = "".join(f"**{escape.markdown(note)}**\n\n" for note in (*notes, *report.damaged))
     texts = {
         "table.csv": table_csv(table),
         "table.md": head + table_markdown(table, report, paper),
