@@ -11,6 +11,9 @@ import hashlib
 import re
 import sys
 import unicodedata
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -103,10 +106,11 @@ def _cell(value: Any) -> Any:
     return plain(f"'{value}" if _FORMULA.match(value) else value)
 
 
-def picture(figure: "Figure") -> None:
-    """Let every text of a figure be drawn as it is, in lines of bounded length.
+@contextmanager
+def drawing(figure: "Figure") -> Iterator[None]:
+    """While a figure is drawn, its texts are as they are written, in lines of bounded length.
 
-    A `$` starts no formula.
+    A `$` starts no formula. Letters that the font lacks are boxes, without a warning.
     """
     from matplotlib.text import Text
 
@@ -114,6 +118,10 @@ def picture(figure: "Figure") -> None:
         if isinstance(text, Text):
             text.set_parse_math(False)
             text.set_text("\n".join(_short(line) for line in text.get_text().split("\n")))
+    with warnings.catch_warnings():
+        for message in ("Glyph .* missing", "Matplotlib currently does not support"):
+            warnings.filterwarnings("ignore", message)
+        yield
 
 
 def _short(line: str) -> str:

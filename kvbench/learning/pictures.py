@@ -38,10 +38,10 @@ def save_training_pictures(
         fontsize=11,
     )
     files: dict[Path, str | bytes] = {}
-    escape.picture(figure)
     for kind, dated in (("png", "Software"), ("pdf", "CreationDate")):
         drawn = BytesIO()
-        figure.savefig(drawn, format=kind, dpi=160, metadata={dated: None})
+        with escape.drawing(figure):
+            figure.savefig(drawn, format=kind, dpi=160, metadata={dated: None})
         files[path.with_suffix(f".{kind}")] = drawn.getvalue()
     write_together(files)
     return list(files)

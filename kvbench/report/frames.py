@@ -21,6 +21,7 @@ from pandas import DataFrame, Series
 
 from kvbench.arguments import check_paths
 from kvbench.errors import InputError
+from kvbench.files import as_bytes
 from kvbench.records import BASELINE, Damage, Record, read_records, told
 from kvbench.run_folder import END, find_run_folders
 
@@ -66,7 +67,7 @@ def read_frame(folders: Iterable[str | Path]) -> tuple[DataFrame, list[Damage]]:
     try:
         for folder in find_run_folders(folders, Path()):
             rows += read_records(folder, damaged)
-            runs += [folder.name] * (len(rows) - len(runs))
+            runs += [as_bytes(folder.name).decode()] * (len(rows) - len(runs))
         return _frame(rows, runs), damaged
     finally:
         if collecting:

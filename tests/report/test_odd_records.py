@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import warnings
 from dataclasses import fields
@@ -125,19 +126,24 @@ def test_a_field_of_another_type_is_named_with_its_line_or_does_no_harm(
     name: str, tmp_path: Path
 ) -> None:
     measured = {"prompt_tokens": 8, "new_tokens": 2, "timeline": [[0, 0], [8, 8], [8, 4], [10, 6]]}
-    rows = [*full(3), *(record("snapkv", b, i, b, **measured) for i in range(3) for b in (0.3, 1))]
-    values = [json.loads(to_line(row)) for row in rows]
+    budgets = [(i, b) for i in range(3) for b in (0.3, 1)]
+    rows = [*full(3), *(record("snapkv", b, i, b, **measured) for i, b in budgets)]
+    lines = [to_line(row) for row in rows]
+    for number, wrong in enumerate(WRONG):
+        values = json.loads(lines[4])
+        values |= {"fingerprint": f"{number}", "sample": number, name: wrong}
+        lines.append(json.dumps(values).encode() + b"\n")
     file = tmp_path / "samples-x.jsonl"
-    refusals: list[str] = []
-    for wrong in WRONG:
-        changed = [*values[:4], {**values[4], name: wrong}, *values[5:]]
-        file.write_text("".join(f"{json.dumps(each)}\n" for each in changed))
-        report = make_report([tmp_path])
-        assert json.loads(to_json(report))
-        assert render(report, [])
-        refusals += report.damaged
-    assert refusals  # half of a surrogate pair, at least
-    assert all(text.startswith(f"left out: {file}, line 5: ") for text in refusals)
+    file.write_bytes(b"".join(lines))
+    report = make_report([tmp_path])
+    assert json.loads(to_json(report))
+    assert render(report, [])
+    refused = [text for text in report.damaged if "more like this" not in text]
+    assert refused  # half of a surrogate pair, at least
+    for text in refused:
+        found = re.match(re.escape(f"left out: {file}, line ") + r"(\d+): not a record", text)
+        assert found
+        assert int(found[1]) > len(rows)
 
 
 def test_nothing_but_damage(tmp_path: Path) -> None:

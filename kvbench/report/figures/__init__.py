@@ -52,9 +52,8 @@ class Picture:
         computed once, and each format draws once.
         """
         png, pdf = BytesIO(), BytesIO()
-        with matplotlib.rc_context(RC):
+        with matplotlib.rc_context(RC), escape.drawing(self.figure):
             self.figure.set_dpi(DOTS)
-            escape.picture(self.figure)
             canvas = FigureCanvasAgg(self.figure)
             self.figure.draw_without_rendering()
             self.figure.set_layout_engine("none")
