@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvbench.errors import InputError
+from kvbench.files import write_atomically
 from kvbench.learning.objective import Objective
 from kvbench.learning.recipe import HeadRecipe
 from kvbench.learning.rows import Rows
@@ -188,5 +189,5 @@ def resume_log(path: Path, step: int) -> list[dict[str, float]]:
                 continue
             if line["step"] < step:
                 lines.append(line)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines

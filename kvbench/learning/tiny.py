@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvbench.errors import InputError
+from kvbench.files import write_atomically
 from kvbench.learning.examples import ExampleMaker, TrainingRow, padded
 from kvbench.learning.recipe import TinyRecipe
 from kvbench.learning.tiny_model import tiny_model
@@ -68,7 +69,7 @@ def train_tiny(
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+        write_atomically(out / "recipe.json", json.dumps(asdict(recipe), indent=1) + "\n")
     except OSError as error:
         raise InputError(
             f"cannot write to '{out}': {error.strerror}; choose another --out"

@@ -31,8 +31,11 @@ class ModelCard:
 def model_folder(name: str) -> Path | None:
     """The folder of a model's card; None for a name of the Hugging Face hub.
 
-    For embedded and local models it also contains the model. InputError if there is no such folder.
+    For embedded and local models it also contains the model. InputError if there is no such folder,
+    or records could not hold its name.
     """
+    if not name.isprintable():
+        raise InputError(f"the name of the model, {name!a}, cannot be shown; rename its folder")
     if name in EMBEDDED:
         return EMBEDDED[name]
     if name in WHEELS:
@@ -73,7 +76,7 @@ def read_card(folder: Path) -> ModelCard:
         data = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
         card = ModelCard(**data)
         check_card(card)
-    except (ValueError, TypeError, InputError) as error:
+    except (ValueError, TypeError, OSError, RecursionError, InputError) as error:
         raise InputError(f"'{path}' is not a model card: {error}") from None
     options = {name: dict(values) for name, values in card.options.items()}
     for scores in sorted([*folder.glob("scores-*.tsv"), *folder.glob("scores-*.json")]):
