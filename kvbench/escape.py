@@ -96,8 +96,9 @@ def csv(frame: "DataFrame") -> str:
 
     A text that a spreadsheet would take for a formula gets an apostrophe before it.
     """
-    texts = {name: frame[name].map(_cell) for name in frame if frame[name].dtype.kind not in "bif"}
-    return str(frame.assign(**texts).to_csv(index=False, lineterminator="\n"))
+    texts = [name for name in frame if frame[name].dtype.kind not in "bif"]
+    shown = frame.assign(**{str(name): frame[name].map(_cell) for name in texts})
+    return shown.to_csv(index=False, lineterminator="\n")
 
 
 def _cell(value: Any) -> Any:

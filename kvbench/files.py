@@ -5,8 +5,8 @@ import os
 import secrets
 import stat
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
@@ -35,7 +35,7 @@ def as_bytes(contents: str | bytes) -> bytes:
     return contents if isinstance(contents, bytes) else contents.encode("utf-8", "backslashreplace")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading; OSError if it is a folder, a pipe or a device, which may hang."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):

@@ -177,8 +177,12 @@ def _check(record: Record) -> None:
         if missing:
             raise ValueError(f"it has no error, and lacks {', '.join(missing)}")
     share, rows, full = record.kv_footprint, record.resident_rows, record.full_rows
-    known = share is not None and rows is not None and full is not None
-    if known and abs(rows - share * full) > NEAR * max(rows, full, 1):
+    if (
+        share is not None
+        and rows is not None
+        and full is not None
+        and abs(rows - share * full) > NEAR * max(rows, full, 1)
+    ):
         raise ValueError(f"kv_footprint is {share}, but {rows} of {full} rows are resident")
     if share is not None and record.kv_reads is not None and record.kv_reads > share + NEAR:
         raise ValueError(f"kv_reads is {record.kv_reads}, more than kv_footprint, {share}")

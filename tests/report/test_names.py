@@ -81,7 +81,7 @@ def rows_of(methods: Iterable[str] = ("snapkv",), **names: Any) -> list[Record]:
     rows = []
     for i in range(3):
         for method in methods:
-            more = {"method": method, "family": method, "options": {method: method}}
+            more: dict[str, Any] = {"method": method, "family": method, "options": {method: method}}
             found = record("x", 0.5, i, 0.5 * i)
             rows.append(replace(found, **names, **more, fingerprint=f"{names} {method!r} {i}"))
         found = record("full", 1.0, i, 1.0)
