@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 WIDTH_OF_A_FILE = 120  # columns, if the output is no terminal
-LONGEST_LABEL = 80  # characters of a line in a picture
+LONGEST_ENTRY, LONGEST_LINE = 80, 130  # characters in a legend, and of a line in a picture
 LONGEST_NAME = 100  # of a file, without its suffix
 _JOINERS = "\u200c\u200d"  # parts of emoji and of some scripts
 _FORMULA = re.compile(r"[=+\-@\t\r]")  # begins what a spreadsheet would compute
@@ -115,19 +115,21 @@ def drawing(figure: "Figure") -> Iterator[None]:
     """
     from matplotlib.text import Text
 
+    entries = {text for legend in figure.legends for text in legend.get_texts()}
     for text in figure.findobj(Text):
         if isinstance(text, Text):
+            most = LONGEST_ENTRY if text in entries else LONGEST_LINE
             text.set_parse_math(False)
-            text.set_text("\n".join(_short(line) for line in text.get_text().split("\n")))
+            text.set_text("\n".join(_short(line, most) for line in text.get_text().split("\n")))
     with warnings.catch_warnings():
         for message in ("Glyph .* missing", "Matplotlib currently does not support"):
             warnings.filterwarnings("ignore", message)
         yield
 
 
-def _short(line: str) -> str:
+def _short(line: str, most: int) -> str:
     line = plain(line)
-    return line if len(line) <= LONGEST_LABEL else f"{line[: LONGEST_LABEL - 1]}…"
+    return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def file_name(text: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import kvbench.escape
 import kvbench.records
 import kvbench.run_folder
 from kvbench import escape
@@ -79,7 +80,8 @@ def _made_from(report: Report) -> str | None:
     if not report.source:
         return None
     total = hashlib.sha256(report.source.encode())
-    code = [Path(kvbench.records.__file__), Path(kvbench.run_folder.__file__)]
+    modules = (kvbench.escape, kvbench.records, kvbench.run_folder)
+    code = [Path(str(module.__file__)) for module in modules]
     code += Path(__file__).parent.rglob("*.*")
     for path in sorted(path for path in code if path.suffix in (".py", ".jinja", ".js")):
         total.update(path.name.encode() + path.read_bytes())

@@ -19,6 +19,7 @@ from helpers.records import record, store
 from pandas import DataFrame
 
 from kvbench import escape
+from kvbench.cli.list import print_listing
 from kvbench.records import Record
 
 NAMES = {
@@ -179,6 +180,28 @@ def test_errors_show_any_name(name: str, tmp_path: Path) -> None:
         assert done.returncode == 2, (command, done.stderr)
         assert len(done.stderr.splitlines()) == 1
         assert not HIDDEN.search(done.stderr)
+
+
+def test_a_list_of_plug_ins_of_any_name(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {
+            "method": name,
+            "about": name,
+            "family": name,
+            "variants": [name],
+            "options": {name: name},
+            "on_models": {name: {name: name}},
+            "option_types": {name: name},
+            "option_help": {name: name},
+        }
+        for name in NAMES.values()
+    ]
+    print_listing({"methods": rows})
+    listed = capsys.readouterr().out
+    assert not HIDDEN.search(listed)
+    for name in NAMES.values():
+        if 0 < len(name) < 30 and name.isascii():
+            assert escape.plain(name).strip() in listed
 
 
 @pytest.mark.parametrize("kind", NAMES)
