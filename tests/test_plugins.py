@@ -86,6 +86,17 @@ def test_a_third_party_package_is_enough(tmp_path: Path) -> None:
     assert python(USE, tmp_path) == "works\n"
 
 
+def test_the_tests_do_not_see_what_else_is_installed(tmp_path: Path) -> None:
+    (tmp_path / "kv_oldest.py").write_text(OLDEST)
+    info = tmp_path / "kv_oldest-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kv-oldest\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kvbench.plugins]\noldest = kv_oldest\n")
+    code = "from kvbench.spec import method_names\nprint('oldest' in method_names())"
+    assert python(code, tmp_path) == "True\n"
+    assert python(f"import conftest\n{code}", tmp_path) == "False\n"
+
+
 BROKEN = {
     "module": ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
     "syntax": ("def (:", "SyntaxError: "),

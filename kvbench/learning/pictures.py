@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kvbench.files import write_atomically
+from kvbench import escape
+from kvbench.files import write_together
 from kvbench.heads import Table, retrieval_heads
 from kvbench.learning.recipe import HeadRecipe
 
@@ -36,13 +37,14 @@ def save_training_pictures(
         f"{recipe.method} on {recipe.model}{goal}: {recipe.steps} steps, seed {recipe.seed}",
         fontsize=11,
     )
-    files = [path.with_suffix(".png"), path.with_suffix(".pdf")]
-    for file in files:
-        dated = {"Software": None} if file.suffix == ".png" else {"CreationDate": None}
+    files: dict[Path, str | bytes] = {}
+    for kind, dated in (("png", "Software"), ("pdf", "CreationDate")):
         drawn = BytesIO()
-        figure.savefig(drawn, format=file.suffix[1:], dpi=160, metadata=dated)
-        write_atomically(file, drawn.getvalue())
-    return files
+        with escape.drawing(figure):
+            figure.savefig(drawn, format=kind, dpi=160, metadata={dated: None})
+        files[path.with_suffix(f".{kind}")] = drawn.getvalue()
+    write_together(files)
+    return list(files)
 
 
 def smallest_budgets(scores: Table) -> npt.NDArray[np.float64]:

@@ -36,8 +36,11 @@ class ModelCard:
 def model_folder(name: str) -> Path | None:
     """The folder of a model's card; None for a name of the Hugging Face hub.
 
-    For embedded and local models it also contains the model. InputError if there is no such folder.
+    For embedded and local models it also contains the model. InputError if there is no such folder,
+    or records could not hold its name.
     """
+    if not name.isprintable():
+        raise InputError(f"the name of the model, {name!a}, cannot be shown; rename its folder")
     if name in EMBEDDED:
         return EMBEDDED[name]
     if name in WHEELS:

@@ -24,7 +24,7 @@ from kvbench.errors import InputError, did_you_mean
 from kvbench.judge import Judge, use_judge
 from kvbench.machine import limit_threads
 from kvbench.models.card import ModelCard, model_folder, read_card
-from kvbench.records import BASELINE, COMPRESS, Record, read_records
+from kvbench.records import BASELINE, COMPRESS, Damage, Record, read_records, told
 from kvbench.registry import tasks as task_registry
 from kvbench.run_folder import (
     END,
@@ -315,7 +315,8 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     every = make_plan(model, tasks, specs, settings, choices.seeds)
     cells = [cell for cell in every if not cell.skipped]
     added = AddedRecords(out)  # before the others are read, so that none is missed in between
-    known = {r.fingerprint: r for r in read_records(out)} if out.is_dir() else {}
+    damaged: list[Damage] = []
+    known = {r.fingerprint: r for r in read_records(out, damaged)} if out.is_dir() else {}
     sweep = Sweep(
         model=model,
         tasks={task.name: task for task in tasks},
@@ -329,6 +330,7 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     missing = [c for c in cells if c.fingerprint not in known or known[c.fingerprint].error]
     notes = [f"left out: {'; '.join(left_out)}"] if left_out else []
     notes += [note] if (note := limit_threads()) else []
+    notes += note_on_damage(damaged)
     notes += note_on_template(model, settings)
     notes += [remark for task in tasks for remark in task.remarks]
     notes += notes_on_samples(every, tasks, settings)
@@ -355,6 +357,16 @@ def plan_sweep(choices: Choices) -> SweepPlan:
         codes,
         skipped,
     )
+
+
+def note_on_damage(damaged: Sequence[Damage]) -> list[str]:
+    """A note on lines that are no records; InputError for a file that cannot be read."""
+    for each in damaged:
+        if each.line is None:
+            raise InputError(f"{each}; mend it, or move it away to measure all of it again")
+    if not damaged:
+        return []
+    return [f"what is damaged is measured again: {'; '.join(told(damaged))}"]
 
 
 def ready_tasks(choices: Choices) -> list[Task]:

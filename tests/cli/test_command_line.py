@@ -291,7 +291,8 @@ def test_a_configuration_gives_defaults(
     monkeypatch.chdir(tmp_path)
     Path("sweep.yaml").write_text(
         "method: [recency, snapkv]\ntask: rag\nbudgets: 0.5\nsamples: 1\ncontext: 256\n"
-        "chat-template: off\noption: {window: 8}\n"
+        "chat-template: off\noption: {window: 8}\n",
+        encoding="utf-8-sig",  # as editors of Windows write it
     )
     sweep = ["run", "--config", "sweep.yaml", "--dry-run"]
     assert main(sweep) == 0
