@@ -3,15 +3,15 @@
 from importlib import metadata
 from typing import Any
 
-_entry_points = metadata.entry_points
+_entry_points: Any = metadata.entry_points
 
 
 def entry_points(**which: Any) -> metadata.EntryPoints:
     """As in `importlib.metadata`, without the plug-ins of other packages."""
-    found = _entry_points(**which)
+    found: metadata.EntryPoints = _entry_points(**which)
     if which.get("group") != "kvbench.plugins":
         return found
     return metadata.EntryPoints(each for each in found if each.value.startswith("kvbench."))
 
 
-metadata.entry_points = entry_points  # before a test imports kvbench
+setattr(metadata, "entry_points", entry_points)  # noqa: B010  (before a test imports kvbench)
