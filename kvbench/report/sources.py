@@ -11,7 +11,7 @@ from typing import Any
 from pandas import DataFrame
 
 from kvbench.errors import InputError
-from kvbench.run_folder import samples_by_source, same_data
+from kvbench.run_folder import same_data, samples_by_source
 
 GENERATED = "generated"  # how a label names samples that kvbench makes
 

@@ -279,7 +279,7 @@ def test_what_a_line_says_of_its_parts_is_part_of_the_sample(compress: str, tmp_
     footprints = []
     for at in (100, 60, 100):
         path.write_text(json.dumps({**row, "question_at": at, "context_span": [0, at]}))
-        count, records = measured(choices(path, compress=compress))
+        count, _ = measured(choices(path, compress=compress))
         footprints.append(list(make_report([tmp_path / "out"]).points["kv_footprint"])[1])
         assert count == (2 if len(footprints) < 3 else 0)
     assert footprints[0] == footprints[2]
@@ -293,6 +293,25 @@ def test_tokens_start_where_they_start() -> None:
     assert starts[0] == 0
     assert starts == sorted(starts)
     assert len(starts) == len(tokenizer.encode(text, add_special_tokens=False))
+    assert token_starts(tokenizer, "x\u4f60\u597dy") == [0, 1, 1, 1, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "words", ["\U0001f642\u4f60", "\u4f60\u597d\u3002", "\u041c\u043e\u0441\u043a\u0432\u0430 "]
+)
+def test_text_that_is_read_as_bytes_is_cut_by_characters(words: str, tmp_path: Path) -> None:
+    context = words * 100
+    path = write(tmp_path / "my.jsonl", 1, instruction="", context=context)
+    whole = prompts(plan_sweep(choices(path)))[0]
+    for most in (60, 100, 200):
+        plan = plan_sweep(choices(path, context=most, too_long="cut"))
+        kept = len(prompts(plan)[0])
+        assert most - 8 - 4 < kept <= most - 8  # less than a character is lost
+        assert plan.cells[0].cut_tokens == len(whole) - kept
+    bare = prompts(plan_sweep(choices(write(path, 1, instruction="", context=""))))[0]
+    write(path, 1, instruction="", context=context)
+    with pytest.raises(InputError, match="line 1: nothing of its context fits"):
+        plan_sweep(choices(path, context=len(bare) + 8, too_long="cut"))
 
 
 def test_positions_move_with_what_is_cut() -> None:
