@@ -50,12 +50,13 @@ def task_names(records: DataFrame, runs: Sequence[Mapping[str, Any]]) -> dict[tu
 def _of_same_data(sources: Mapping[str, list[set[str]]]) -> list[list[str]]:
     """Return the sources of each data set."""
     kinds: list[tuple[list[str], list[set[str]]]] = []
+    nothing: set[str] = set()
     for source, samples in sources.items():
         names, known, others = [source], samples, []
         for kind in kinds:
             if same_data(known, kind[1]):
                 names = [*kind[0], *names]
-                known = [a | b for a, b in zip_longest(known, kind[1], fillvalue=set())]
+                known = [a | b for a, b in zip_longest(known, kind[1], fillvalue=nothing)]
             else:
                 others.append(kind)
         kinds = [*others, (names, known)]

@@ -43,6 +43,43 @@ def parts(**changes: Any) -> bytes:
     return json.dumps(values).encode() + b"\n"
 
 
+# References that no answer or every answer equals, by metric, and what is said of them.
+REFERENCES: list[tuple[str, list[Any], str]] = [
+    ("substring_exact_match", [" ", "?", "", [""], ["red", "the"]], "any text is right"),
+    ("exact_match", ["?", ["red", "a"]], "any text is right"),
+    ("label_exact_match", ["..."], "any text is right"),
+    ("share_found", ["", [" "]], ""),
+    (
+        "ndcg@10",
+        [{"id3": 1}, {"doc3": 1}, {" 3": 1}, {"03": 1}, {"3": 1, "ID3": 2}],
+        "a reference must be a map from ids",
+    ),
+    ("ndcg@10", [{"3": 2**40}, {"3": 10**30}, {"3": 0}], "a reference must be a map from"),
+    ("ndcg@10_mentions", [{"doc3": 1}], "a reference must be a map from ids"),
+    (
+        "row_f1",
+        [
+            *("", "a\tb", "a\ta\n1\t2", "a\tb\n1\t2\t3\n1\t2", "a\tb\n1\t2\n1"),
+            *("a\n" + "x" * (1 << 18), "a\n1\r2\n3"),
+        ],
+        "a reference must be a table",
+    ),
+    ("table_f1", [["Alice\t3"], [{"a": "1"}], [[""]], [["a\tb"]]], "a reference"),
+    ("rouge_l_f1", ["\u4f60\u597d", ["red", "\u041c\u0438\u0440"]], "a reference must be"),
+    ("answer_found", ["?", ["red", "!"]], "a reference must be"),
+    ("values_found", [["red", "?"]], "a reference must be"),
+    (
+        "choice_exact_match",
+        [["B. red", "B"], ["B", ""], ["B", "B"]],
+        "a reference must be [letter, line]",
+    ),
+    (
+        "plan_accuracy",
+        [{"ground_truth_cities": "New York**Rome", "ground_truth_durations": "2**3"}],
+        "a reference must be cities of one word",
+    ),
+]
+
 # What the third line of a file is, and a part of what is said of it.
 DAMAGED: dict[str, tuple[bytes, str]] = {
     "cut off": (line()[:40], "not JSON"),
@@ -106,41 +143,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
             line(answer=..., reference=reference, metric=metric),
             f'metric "{metric}": {reason}',
         )
-        for metric, references, reason in [
-            ("substring_exact_match", [" ", "?", "", [""], ["red", "the"]], "any text is right"),
-            ("exact_match", ["?", ["red", "a"]], "any text is right"),
-            ("label_exact_match", ["..."], "any text is right"),
-            ("share_found", ["", [" "]], ""),
-            (
-                "ndcg@10",
-                [{"id3": 1}, {"doc3": 1}, {" 3": 1}, {"03": 1}, {"3": 1, "ID3": 2}],
-                "a reference must be a map from ids",
-            ),
-            ("ndcg@10", [{"3": 2**40}, {"3": 10**30}, {"3": 0}], "a reference must be a map from"),
-            ("ndcg@10_mentions", [{"doc3": 1}], "a reference must be a map from ids"),
-            (
-                "row_f1",
-                [
-                    *("", "a\tb", "a\ta\n1\t2", "a\tb\n1\t2\t3\n1\t2", "a\tb\n1\t2\n1"),
-                    *("a\n" + "x" * (1 << 18), "a\n1\r2\n3"),
-                ],
-                "a reference must be a table",
-            ),
-            ("table_f1", [["Alice\t3"], [{"a": "1"}], [[""]], [["a\tb"]]], "a reference"),
-            ("rouge_l_f1", ["\u4f60\u597d", ["red", "\u041c\u0438\u0440"]], "a reference must be"),
-            ("answer_found", ["?", ["red", "!"]], "a reference must be"),
-            ("values_found", [["red", "?"]], "a reference must be"),
-            (
-                "choice_exact_match",
-                [["B. red", "B"], ["B", ""], ["B", "B"]],
-                "a reference must be [letter, line]",
-            ),
-            (
-                "plan_accuracy",
-                [{"ground_truth_cities": "New York**Rome", "ground_truth_durations": "2**3"}],
-                "a reference must be cities of one word",
-            ),
-        ]
+        for metric, references, reason in REFERENCES
         for reference in references
     },
     "an answer in the answer's start": (
