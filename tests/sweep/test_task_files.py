@@ -228,13 +228,26 @@ def test_one_folder_takes_one_source_of_a_name(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(InputError, match=r"holds other samples of a task 'my', from .*a/my.jsonl"):
         runs_of(tmp_path, "b", out="same")
-    (tmp_path / "my").mkdir()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     read = run_sweep(choices(write(tmp_path / "recall.jsonl", 2), context=256))
     made = replace(choices(tmp_path / "recall.jsonl", context=256), task=("recall",))
     with pytest.raises(InputError, match=r"other samples of a task 'recall', .* kvbench itself"):
         run_sweep(made)
     assert read.measured == 2
+
+
+def test_one_folder_takes_one_source_of_processes_that_start_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b").mkdir()
+    other = choices(write(tmp_path / "b" / "my.jsonl", 2), out=tmp_path / "same")
+    plan = plan_sweep(other)  # before the folder is there
+    (folder,) = runs_of(tmp_path, "a", out="same")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr("kvbench.sweep.command.plan_sweep", lambda _: plan)
+    with pytest.raises(InputError, match="holds other samples of a task 'my'"):
+        run_sweep(other)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_file_that_was_moved_keeps_its_finished_work(tmp_path: Path) -> None:
