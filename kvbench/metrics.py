@@ -27,6 +27,61 @@ Metric = Callable[[str, Any], float]
 metrics: Registry[Metric] = Registry("metric")
 register_metric = metrics.register
 
+# By the name of a metric, what raises InputError for a reference that no answer equals.
+checks: dict[str, Callable[[Any], None]] = {}
+
+# By the name of a metric, the start of an answer that it looks for, in any case.
+ANSWER, LABEL = "Answer:", "label:"
+STARTS = {
+    "exact_match": ANSWER,
+    "choice_exact_match": ANSWER,
+    "rouge_l_f1": ANSWER,
+    "label_exact_match": LABEL,
+}
+SHARES = ("share_found", "values_found")  # where each of several values counts
+
+
+def checks_references(*names: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Decorator of what raises InputError for a reference that no answer to a metric equals."""
+
+    def add(check: Callable[[Any], None]) -> Callable[[Any], None]:
+        checks.update(dict.fromkeys(names, check))
+        return check
+
+    return add
+
+
+def check_reference(name: str, reference: Any, prefix: str = "") -> None:
+    """Raise InputError for a reference that all answers equal, or none, by the metric `name`.
+
+    All answers start with `prefix`. A metric may also raise what a wrong reference makes it raise.
+    """
+    metric = metrics.get(name)
+    worth = metric("", reference)
+    if name in checks:
+        checks[name](reference)
+    if name == JUDGED:
+        return
+    if name == "choice_exact_match":  # the letter "A" is an article, and so is no answer
+        worth = float(texts_of(reference)[1].lower() in prefix.lower())
+    elif prefix:
+        worth = max(worth, metric(whole_answer(name, prefix, ""), reference))
+    if worth >= 1 or (worth > 0 and name in SHARES):
+        what = f"its answer_prefix {prefix!a}" if prefix else "any text"
+        raise InputError(f"{what} is right already by its reference, which must say more")
+
+
+def whole_answer(metric: str, prefix: str, prediction: str) -> str:
+    """The answer as a metric reads it: behind the start that belongs to the prompt.
+
+    A metric that looks for a start of its own gets that, where the prompt ends with another one.
+    """
+    start = STARTS.get(metric, "")
+    known = prefix.rstrip().lower().endswith(start.lower())
+    return (prefix if known or not prefix else start) + prediction
+
+
+MOST_RELEVANCE = 2**31 - 1  # of trec_eval
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
@@ -79,7 +134,7 @@ def label_exact_match(prediction: str, reference: Any) -> float:
     `reference` is the label as a text, or a list of labels of which one is enough. Both sides are
     compared as `normalised`.
     """
-    return _equals_one([answer_line(prediction, "label:")], texts_of(reference))
+    return _equals_one([answer_line(prediction, LABEL)], texts_of(reference))
 
 
 @register_metric("choice_exact_match")
@@ -98,6 +153,13 @@ def choice_exact_match(prediction: str, reference: Any) -> float:
     return float(inside or _equals_one(_readings(prediction), answers))
 
 
+@checks_references("choice_exact_match")
+def _check_choice(reference: Any) -> None:
+    letter, line = map(str.strip, texts_of(reference))
+    if not letter or len(letter.strip("().")) > 2 or len(line) <= len(letter):
+        raise bad_reference("[letter, line]", reference)
+
+
 @register_metric("share_found")
 def share_found(prediction: str, reference: Any) -> float:
     """The share of the values that the prediction contains, in any case; RULER's recall.
@@ -106,6 +168,12 @@ def share_found(prediction: str, reference: Any) -> float:
     """
     values, text = texts_of(reference), prediction.lower()
     return sum(value.lower() in text for value in values) / len(values)
+
+
+@checks_references("share_found")
+def _check_values(reference: Any) -> None:
+    if not all(map(str.strip, texts_of(reference))):
+        raise bad_reference("values that are not blank", reference)
 
 
 @register_metric("ndcg@10")
@@ -139,6 +207,17 @@ def ranked_ndcg(ids: list[str], relevance: dict[str, int]) -> float:
     trec = _library("pytrec_eval", "pytrec-eval-terrier")
     evaluator = trec.RelevanceEvaluator({"q": truth}, {"ndcg_cut.10"})
     return float(evaluator.evaluate({"q": run})["q"]["ndcg_cut_10"])
+
+
+@checks_references("ndcg@10", "ndcg@10_mentions")
+def _check_relevance(relevance: dict[str, int]) -> None:
+    ids = [document.removeprefix("ID") for document in relevance]
+    if len(set(ids)) < len(ids) or not all(re.fullmatch("0|[1-9][0-9]*", each) for each in ids):
+        raise bad_reference('a map from ids ("ID3" or "3", each once) to relevance', relevance)
+    if max(relevance.values()) < 1 or max(map(abs, relevance.values())) > MOST_RELEVANCE:
+        raise bad_reference(
+            f"a map from ids to relevance, the largest from 1 to {MOST_RELEVANCE}", relevance
+        )
 
 
 @register_metric("row_f1")
@@ -189,6 +268,20 @@ def _table(text: str) -> list[tuple[str, ...]]:
     return [tuple(normalised(cell).replace(" ", "") for cell in row) for row in rows]
 
 
+@checks_references("row_f1")
+def _check_table(reference: str) -> None:
+    try:
+        header, *rows = csv.reader(reference.strip().split("\n"), delimiter="\t")
+    except csv.Error as error:
+        raise bad_reference(f"a table of tab-separated values ({error})", reference) from None
+    if len(set(header)) < len(header):
+        raise bad_reference("a table whose columns have names of their own", reference)
+    if not rows:
+        raise bad_reference("a table with a row below its header", reference)
+    if any(len(row) != len(header) for row in rows):
+        raise bad_reference("a table whose rows are as wide as its header", reference)
+
+
 @register_metric("rouge_l_f1")
 def rouge_l_f1(prediction: str, reference: Any) -> float:
     """ROUGE-L F1 with stemming by the package rouge-score; HELMET's infbench_qa.
@@ -202,6 +295,12 @@ def rouge_l_f1(prediction: str, reference: Any) -> float:
         for reading in _readings(prediction)
         for answer in answers
     )
+
+
+@checks_references("rouge_l_f1")
+def _check_words(reference: Any) -> None:
+    if not all(re.search("[a-z0-9]", text.lower()) for text in texts_of(reference)):
+        raise bad_reference("texts of Latin letters or digits, which alone count here", reference)
 
 
 @cache
@@ -232,6 +331,13 @@ def plan_accuracy(prediction: str, reference: Any) -> float:
     stays = _stays(prediction[start + len("<Plan>") : end])
     right = list(zip(cities, map(int, days), strict=True))
     return float(stays[: len(right)] == right)
+
+
+@checks_references("plan_accuracy")
+def _check_plan(reference: dict[str, str]) -> None:
+    cities = [part for part in reference["ground_truth_cities"].split("**") if part]
+    if not all(re.fullmatch(r"\w+", city) for city in cities):
+        raise bad_reference("cities of one word each", reference)
 
 
 @register_metric(JUDGED)
@@ -270,7 +376,7 @@ def _stays(plan: str) -> list[tuple[str, int]]:
 
 def _readings(prediction: str) -> list[str]:
     """The prediction as a whole, and its line that answers."""
-    return [prediction, answer_line(prediction, "Answer:")]
+    return [prediction, answer_line(prediction, ANSWER)]
 
 
 def _equals_one(readings: list[str], answers: list[str]) -> float:
@@ -297,7 +403,7 @@ def _is_map(reference: Any, kind: type) -> bool:
 
 
 def bad_reference(expected: str, reference: Any) -> InputError:
-    shown = repr(reference)
+    shown = ascii(reference)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     return InputError(f"a reference must be {expected}, not {shown}")
 

@@ -94,6 +94,7 @@ class Record:
     chat: bool | None = None  # whether the prompt was put into the model's chat template
     cut_tokens: Count | None = None  # of a prompt that was too long; None: its task makes it fit
     sample_code: str = ""  # a hash of a sample that was read, "" if its task makes it
+    source: str = ""  # where its task read it: a path or an address; "" if its task makes it
     error: str | None = None
 
 

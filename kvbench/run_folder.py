@@ -36,6 +36,7 @@ END = "end"  # of the samples that a task reads
 # What `run.json` and the files of invocations must hold, of all that is read from them.
 class _Experiment(TypedDict, total=False):
     tasks: list[str]
+    sources: dict[str, str]
 
 
 class _Invocation(TypedDict, total=False):
@@ -94,17 +95,26 @@ def _read_object(path: Path, schema: Any) -> dict[str, Any] | None:
     return dict(contents)
 
 
-def current_codes(runs: Iterable[Mapping[str, Any] | None]) -> dict[str, str]:
+def current_codes(
+    runs: Iterable[Mapping[str, Any] | None], shown: Mapping[tuple[str, str], str] | None = None
+) -> dict[str, str]:
     """The code of every method and task when it was last asked for, by `method NAME`, `task NAME`.
 
     By `samples NAME`, the codes of the samples that a task read, in order with spaces between, and
     `END` if there are no more. `runs` are the contents of `run.json` files. Records of other codes
-    are older, whenever they were measured: an edit may have been taken back.
+    are older, whenever they were measured: an edit may have been taken back. `shown` are other
+    names of tasks, by task and source (`kvbench.report.sources`).
     """
     invocations = [each for run in runs if run is not None for each in run["invocations"]]
     codes: dict[str, str] = {}
     for each in sorted(invocations, key=lambda each: str(each.get("started", ""))):
-        codes = newer_codes(codes, each.get("codes", {}))
+        sources, renamed = _sources(each), {}
+        for name, code in each.get("codes", {}).items():
+            kind, _, what = name.partition(" ")
+            if kind != "method":
+                what = (shown or {}).get((what, sources.get(what, "")), what)
+            renamed[f"{kind} {what}"] = code
+        codes = newer_codes(codes, renamed)
     return codes
 
 
@@ -116,6 +126,56 @@ def newer_codes(codes: Mapping[str, str], newer: Mapping[str, str]) -> dict[str,
         rest = [] if END in listed else codes[name].split()[len(listed) :]
         merged[name] = " ".join([*listed, *rest])
     return merged
+
+
+def samples_by_source(
+    invocations: Iterable[Mapping[str, Any]],
+) -> dict[str, dict[str, list[set[str]]]]:
+    """By task and source, the codes that each of its samples has had, in order.
+
+    The source is "" and without samples if the task makes them.
+    """
+    found: dict[str, dict[str, list[set[str]]]] = {}
+    for each in invocations:
+        sources, codes = _sources(each), each.get("codes", {})
+        for task in each.get("experiment", {}).get("tasks", []):
+            samples = found.setdefault(task, {}).setdefault(sources.get(task, ""), [])
+            listed = codes.get(f"samples {task}", "").split()
+            samples += [set() for _ in listed[len(samples) :]]
+            for known, code in zip(samples, listed, strict=False):
+                known.add(code)
+    return found
+
+
+def same_data(one: list[set[str]], other: list[set[str]]) -> bool:
+    """Whether two sources, as `samples_by_source` gives them, are one: all samples of both agree.
+
+    So a file that was moved or copied is the same data, also if it was edited before or after.
+    """
+    both = [(a, b) for a, b in zip(one, other, strict=False) if a and b]
+    return bool(both) and all(a & b for a, b in both)
+
+
+def _sources(invocation: Mapping[str, Any]) -> dict[str, str]:
+    return dict(invocation.get("experiment", {}).get("sources", {}))
+
+
+def check_sources(folder: Path, invocation: Mapping[str, Any]) -> None:
+    """InputError if a task's samples are from elsewhere than those of its name in the folder."""
+    settings = read_settings(folder)
+    if settings is None:
+        return
+    sources = _sources(invocation)
+    found = samples_by_source([*settings["invocations"], invocation])
+    for task in invocation.get("experiment", {}).get("tasks", []):
+        own = sources.get(task, "")
+        for other, samples in found[task].items():
+            if other != own and not same_data(samples, found[task][own]):
+                here, there = (each or "kvbench itself" for each in (own, other))
+                raise InputError(
+                    f"{folder} holds other samples of a task '{task}', from {there}; those from "
+                    f"{here} need another --out, or another name"
+                )
 
 
 def is_run(folder: Path) -> bool:
@@ -227,6 +287,7 @@ class RunWriter:
                 check_common(self.folder, common)
                 with locked(run):
                     os.stat(self._invocation)
+                    check_sources(self.folder, invocation)
                     file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
                     self.has_locks = hold(file)
                     return file

@@ -4,9 +4,10 @@ import json
 from typing import Any
 
 from kvbench.errors import InputError
-from kvbench.metrics import metrics
+from kvbench.metrics import check_reference
 from kvbench.task import Sample
 
+MOST_DIGITS = 4000  # of a whole number; Python reads a few more
 SHOWN = 60  # characters of a value in a message
 PARTS = ("instruction", "context", "question", "answer_prefix")  # of a prompt, in this order
 KEYS = {
@@ -18,6 +19,8 @@ KEYS = {
 
 def parsed(line: bytes) -> dict[str, Any]:
     """The JSON object of a line; ValueError says what is wrong."""
+    if line[:2].count(0) == 1 or line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("not UTF-8 text but UTF-16: iconv -f UTF-16 -t UTF-8 makes such a file")
     if line.startswith(b"\x1f\x8b"):
         raise ValueError("it is compressed; unpack the file first")
     if not line.strip():
@@ -25,7 +28,11 @@ def parsed(line: bytes) -> dict[str, Any]:
     try:
         text = line.decode()
         values = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse,
+            parse_float=_finite,
+            parse_int=_whole,
         )
         if b"\\u" in line:
             json.dumps(values, ensure_ascii=False).encode()
@@ -66,6 +73,12 @@ def _finite(text: str) -> float:
     return value
 
 
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"the number {text[:SHOWN]}... of {len(text)} digits is too large")
+    return int(text)
+
+
 def shown(value: Any, quote: str = "") -> str:
     """A value as a message shows it: as ASCII JSON on one line, and not too long."""
     text = json.dumps(value)
@@ -104,7 +117,7 @@ def sample_of(task: str, index: int, values: dict[str, Any]) -> Sample:
         subtask=subtask,
         index=index,
         prompt=prompt,
-        reference=reference_of(values, name),
+        reference=reference_of(values, name, prefix),
         max_new_tokens=limit,
         metadata={**unused, **metadata, **({} if own is None else {"id": str(own)})},
         cluster=text_of(values, "cluster"),
@@ -150,8 +163,11 @@ def prompt_of(values: dict[str, Any]) -> tuple[str, int | None, tuple[int, int] 
     return prompt, at, (span[0], span[1])
 
 
-def reference_of(values: dict[str, Any], metric: str) -> Any:
-    """What the metric compares with; it is tried, so that a wrong one is found at once."""
+def reference_of(values: dict[str, Any], metric: str, prefix: str = "") -> Any:
+    """What the metric compares with; it is tried, so that a wrong one is found at once.
+
+    `prefix` is the start of the answer that belongs to the prompt.
+    """
     given = [key for key in ("answer", "reference") if key in values]
     if len(given) != 1:
         what = "no answer" if not given else "an answer and a reference"
@@ -164,7 +180,7 @@ def reference_of(values: dict[str, Any], metric: str) -> Any:
                 f"answer is {shown(reference)}; expected a text or a list of texts, none empty"
             )
     try:
-        metrics.get(metric)("", reference)
+        check_reference(metric, reference, prefix)
     except InputError as error:
         raise ValueError(f"metric {shown(metric, '')}: {error}") from None
     except Exception as error:

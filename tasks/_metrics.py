@@ -12,7 +12,13 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from kvbench.metrics import bad_reference, ranked_ndcg, register_metric, texts_of
+from kvbench.metrics import (
+    bad_reference,
+    checks_references,
+    ranked_ndcg,
+    register_metric,
+    texts_of,
+)
 
 
 @register_metric("answer_found")
@@ -49,6 +55,12 @@ def _found(values: Iterable[str], text: str) -> Iterable[bool]:
             )
             if wanted
         )
+
+
+@checks_references("answer_found", "values_found")
+def _check_values(reference: Any) -> None:
+    if not all(any(_readings(value, frozenset())) for value in texts_of(reference)):
+        raise bad_reference("values with a letter or a digit", reference)
 
 
 ARTICLES = frozenset({"a", "an", "the"})
@@ -103,6 +115,18 @@ def table_f1(prediction: str, reference: Any) -> float:
     del predicted[()]
     matched = sum((expected & predicted).values())
     return 2 * matched / (sum(expected.values()) + sum(predicted.values()))
+
+
+@checks_references("table_f1")
+def _check_rows(reference: list[Any]) -> None:
+    for row in reference:
+        texts = isinstance(row, list) and all(isinstance(cell, str) for cell in row)
+        if (
+            not texts
+            or not any(_row(row))
+            or any("\t" in c or len(c.splitlines()) > 1 for c in row)
+        ):
+            raise bad_reference("a list of rows, each a list of cells, not all empty", reference)
 
 
 def _row(cells: list[str]) -> tuple[str, ...]:

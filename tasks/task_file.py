@@ -13,13 +13,14 @@ from itertools import islice
 from pathlib import Path
 
 from kvbench.errors import InputError
-from kvbench.metrics import metrics
+from kvbench.metrics import metrics, whole_answer
 from kvbench.registry import register_task_source
 from kvbench.task import Sample, Task, Tokenizer
 
 from ._lines import KEYS, parsed, sample_of, shown
 
 BLOCK = 1 << 22  # bytes that are searched for line ends at a time
+MOST_NAMED = 8  # subtasks in a remark
 LONGEST_LINE = 1 << 26  # bytes; more than any model reads
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -103,6 +104,10 @@ class ReadTask(Task):
         if metric is not None:
             metrics.get(metric)
         self.given_metric, self.given_limit = metric, max_new_tokens
+        if len(self.files) > 1:
+            for lines in self.files:
+                if not lines.path.stat().st_size:
+                    raise InputError(f"{lines.shown} is empty; fill it, or move it away")
         self.order += islice(self.turns, max(0, count - len(self.order)))
         self.size = min(count, len(self.order))
         if not self.size:
@@ -128,6 +133,13 @@ class ReadTask(Task):
         if any(lines.has_more(used[lines]) for lines in self.files):
             taken = "the first sample" if count == 1 else f"the first {count} samples"
             remarks.append(f"{self.name}: {taken}; there are more")
+        if unused := [lines.subtask for lines in self.files if not used[lines]]:
+            remarks.append(
+                f"{self.name}: no sample of {len(unused)} of {len(self.files)} subtasks, which "
+                f"count nothing in its score: {', '.join(unused[:MOST_NAMED])}"
+                f"{', ...' * (len(unused) > MOST_NAMED)}; --samples {len(self.files)} takes one of "
+                "each"
+            )
         if unknown:
             keys = ", ".join(shown(key, '"') for key in sorted(unknown))
             remarks.append(f"{self.name}: keys that are not used: {keys}")
@@ -169,8 +181,9 @@ class ReadTask(Task):
         Without a chat template, the start of the answer belongs to the prompt. It is put before the
         prediction again, as in HELMET (`kvbench/metrics.py`).
         """
-        text = prediction if sample.chat else sample.answer_prefix + prediction
-        return metrics.get(str(sample.metric))(text, sample.reference)
+        metric = str(sample.metric)
+        text = prediction if sample.chat else whole_answer(metric, sample.answer_prefix, prediction)
+        return metrics.get(metric)(text, sample.reference)
 
 
 @register_task_source("file")

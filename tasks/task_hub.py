@@ -18,7 +18,7 @@ from .task_file import Lines, ReadTask, printable
 def task_of_hub(rest: str) -> Task:
     """The rows of a data set: NAME, NAME:CONFIG, NAME:CONFIG:SPLIT or NAME::SPLIT."""
     name, config, split, *more = [*rest.split(":"), "", ""]
-    if not name or more[2:] or any(more):
+    if not Path(name).name or more[2:] or any(more):
         raise InputError(f"hf:{printable(rest)} names no data set; write hf:NAME:CONFIG:SPLIT")
     return HubTask(name, config or None, split or None)
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,6 +32,7 @@ from kvbench.report.frames import (
     read_frame,
     select,
 )
+from kvbench.report.sources import task_names
 from kvbench.report.statistics import (
     ROUNDING,
     Floats,
@@ -364,8 +365,10 @@ def report_records(
     A setting without a baseline has no curves.
     """
     frame = records if isinstance(records, DataFrame) else frame_of(records)
-    cells, notes = select(frame, latest, current_codes(runs))
-    notes = [*_notes_on_runs(runs), *notes, *_notes_on_lengths(cells, runs)]
+    names = task_names(frame, runs)
+    shown = [names[key] for key in zip(frame["task"], frame["source"], strict=True)]
+    cells, notes = select(frame.assign(task=shown), latest, current_codes(runs, names))
+    notes = [*_notes_on_runs(runs), *notes, *_notes_on_lengths(cells, runs, names)]
     curves: list[Curve] = []
     groups: dict[Setting, list[CellGroup]] = {}
     for key, in_setting in cells.groupby(["task", *(name for name in POOLED if name != "task")]):
@@ -408,7 +411,9 @@ def by_critical(curves: Iterable[Curve]) -> list[Curve]:
     return sorted(curves, key=lambda c: (c.footprint.value if c.footprint else np.inf, c.label))
 
 
-def _notes_on_lengths(cells: DataFrame, runs: Sequence[dict[str, Any]]) -> list[str]:
+def _notes_on_lengths(
+    cells: DataFrame, runs: Sequence[dict[str, Any]], names: Mapping[tuple[str, str], str]
+) -> list[str]:
     """Return notes on samples that were cut because they were too long, or were left out."""
     notes = []
     for task, of_task in cells.groupby("task"):
@@ -421,8 +426,11 @@ def _notes_on_lengths(cells: DataFrame, runs: Sequence[dict[str, Any]]) -> list[
     skipped: dict[str, list[int]] = {}
     for run in runs:
         for each in run["invocations"]:
-            skipped |= {task: [] for task in each.get("experiment", {}).get("tasks", [])}
-            skipped |= each.get("skipped", {})
+            experiment = each.get("experiment", {})
+            sources, too_long = experiment.get("sources", {}), each.get("skipped", {})
+            for task in [*experiment.get("tasks", []), *too_long]:
+                shown = names.get((task, sources.get(task, "")), task)
+                skipped[shown] = too_long.get(task, [])
     for name, left_out in skipped.items():
         if left_out:
             many = "1 sample was" if len(left_out) == 1 else f"{len(left_out)} samples were"

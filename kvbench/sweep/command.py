@@ -31,6 +31,7 @@ from kvbench.run_folder import (
     AddedRecords,
     RunWriter,
     check_common,
+    check_sources,
     current_codes,
     is_run,
     newer_codes,
@@ -341,6 +342,7 @@ def plan_sweep(choices: Choices) -> SweepPlan:
         listed = [of_samples[index] for index in sorted(of_samples)]
         listed += [END] if len(listed) < settings.samples else []
         codes[f"samples {task.name}"] = " ".join(listed)
+    check_sources(out, {"experiment": wanted, "codes": codes})
     skipped: dict[str, list[int]] = {}
     for index, name in sorted({(c.sample.index, c.sample.task) for c in every if c.skipped}):
         skipped.setdefault(name, []).append(index)

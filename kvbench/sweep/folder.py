@@ -15,6 +15,7 @@ from typing import Any
 from kvbench.errors import InputError
 from kvbench.run_folder import find_runs, is_run, read_settings
 
+LONGEST_STEM = 200  # bytes; file systems take names of 255
 MOST_NAMED_TASKS = 3  # in the name of a folder
 
 
@@ -46,7 +47,8 @@ def find_folder(home: Path, common: Mapping[str, Any], wanted: Mapping[str, Any]
     """
     tasks = wanted["tasks"]
     shown = "+".join(tasks) if len(tasks) <= MOST_NAMED_TASKS else f"{len(tasks)}-tasks"
-    stem = re.sub(r"[^\w.+-]+", "-", f"{Path(common['model']).name}-{shown}-")
+    stem = re.sub(r"[^\w.+-]+", "-", f"{Path(common['model']).name}-{shown}")
+    stem = f"{stem.encode()[:LONGEST_STEM].decode(errors='ignore')}-"
     for folder in reversed(find_runs(home)):
         if folder.name.startswith(stem) and _holds(folder, common, wanted):
             return folder

@@ -6,6 +6,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from kvbench.errors import InputError
@@ -50,10 +51,10 @@ def fitting(
     left, shorter = len(starts), sample
     while len(prompt) > room:  # cut text may take a token more or less than the same text did whole
         left -= len(prompt) - room
-        if left < 1:
+        if left < 1 or starts[left] == 0:
             raise InputError(
-                f"nothing of its context fits: without it, it takes more than {most} tokens with "
-                "its answer; choose a longer --context, or --too-long skip"
+                f"nothing of its context fits into {most} tokens beside its question and its "
+                "answer; choose a longer --context, or --too-long skip"
             )
         shorter = without(sample, start + starts[left], end)
         prompt = encode(shorter)
@@ -72,11 +73,21 @@ def without(sample: Sample, at: int, end: int) -> Sample:
 
 
 def token_starts(tokenizer: Any, text: str) -> list[int]:
-    """The character of `text` at which each of its tokens starts."""
+    """The character of `text` at which each of its tokens starts.
+
+    A tokenizer that reads a word as bytes, for want of a token, says of each that it is the whole
+    word. These tokens are bytes of its characters in turn.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             "the model's tokenizer does not say where tokens start, so contexts cannot be cut; "
             "use --too-long skip"
         )
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return [start for start, _ in found["offset_mapping"]]
+    starts: list[int] = []
+    for (start, end), run in groupby(found["offset_mapping"]):
+        sizes = [len(character.encode()) for character in text[start:end]]
+        of_byte = [start + at for at, size in enumerate(sizes) for _ in range(size)] or [start]
+        count = len(list(run))
+        starts += [of_byte[number * len(of_byte) // count] for number in range(count)]
+    return starts

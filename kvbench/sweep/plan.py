@@ -54,6 +54,7 @@ class Cell:
     cut_tokens: int | None = None  # of a prompt that was too long; None: its task makes it fit
     skipped: bool = False  # the sample is too long and is left out
     sample_code: str = ""  # a hash of a sample that is read
+    source: str = ""  # where it is read from, as records hold it
     sample_seed: int = 0  # of the sweep, that the sample was made with
 
     @property
@@ -160,6 +161,8 @@ def make_plan(
                 "prompt": prompt.digest if isinstance(prompt, StoredPrompt) else digest(prompt),
                 "max_new_tokens": [sample.max_new_tokens, sample.stop, ready.most],
                 "scored_by": content_digest(scored_by(sample)),
+                "evicted_from": ready.context,
+                "line": ready.sample_code,
             }
             for spec, code, given, method_error in methods:
                 for budget, chunk in variants(spec, settings):
@@ -187,6 +190,7 @@ def make_plan(
                             cut_tokens=ready.cut_tokens,
                             skipped=ready.skipped,
                             sample_code=ready.sample_code,
+                            source=task.source if task.reads else "",
                             sample_seed=one.seed,
                         )
                     )
@@ -366,8 +370,8 @@ def _read_sample(model: "LoadedModel", task: Task, index: int, settings: Setting
         if settings.too_long != "skip":
             raise
         ready = Prepared(whole, [], skipped=True)
-    told = scored_by(replace(whole, metadata={}))
-    code = content_digest([whole.prompt, whole.max_new_tokens, whole.stop, *told])[:8]
+    told = [*asked_of(whole), whole.context_span, *scored_by(replace(whole, metadata={}))]
+    code = content_digest(told)[:8]
     sample = replace(ready.sample, prompt=ready.sample.prompt[-PROMPT_TAIL:], metadata={})
     if ready.skipped:
         return replace(ready, sample=sample, sample_code=code)

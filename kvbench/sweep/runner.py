@@ -227,6 +227,7 @@ class Sweep:
             chat=cell.sample.chat,
             cut_tokens=cell.cut_tokens,
             sample_code=cell.sample_code,
+            source=cell.source,
             **measured,  # type: ignore[arg-type]
         )
 

@@ -135,6 +135,9 @@ def test_a_new_folder_is_named_by_model_tasks_and_date(tmp_path: Path) -> None:
     assert name == f"model-rag+recall-{today}"
     many = experiment(["a", "b", "c", "d"], None, {})
     assert find_folder(tmp_path, COMMON, many).name == f"model-4-tasks-{today}"
+    long = find_folder(tmp_path, COMMON, experiment(["\u00e9" * 120], None, {}))
+    long.mkdir()  # its name is not too long
+    assert long.name.endswith(today)
 
 
 def test_only_the_same_experiment_is_continued(tmp_path: Path) -> None:

@@ -164,6 +164,10 @@ def test_a_line_that_changes_during_the_run_fails_alone(
     result = run_sweep(choices(path))
     assert {record.sample for record in result.failed} == {1}
     assert all("my.jsonl, line 2: it has changed" in str(r.error) for r in result.failed)
+    path.write_text(good)
+    monkeypatch.undo()
+    plan = plan_sweep(choices(path, out=tmp_path / "other"))
+    monkeypatch.setattr("kvbench.sweep.command.plan_sweep", lambda _: plan)
     path.write_text(lines[0][:30])
     assert {record.sample for record in run_sweep(choices(path)).failed} == {0, 1, 2}
     monkeypatch.undo()
@@ -191,6 +195,110 @@ def test_two_files_of_a_name_are_two_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert folders[0] != folders[1]
 
 
+def runs_of(tmp_path: Path, *names: str, out: str = "") -> list[Path]:
+    """Runs of files `my.jsonl` in folders of these names; each has its own answer."""
+    folders = []
+    for name in names:
+        (tmp_path / name).mkdir()
+        path = write(tmp_path / name / "my.jsonl", 2, 3, answer=f"melon {name}")
+        folders.append(run_sweep(choices(path, out=tmp_path / (out or f"out-{name}"))).folder)
+    return folders
+
+
+def test_a_report_keeps_two_files_of_a_name_apart(tmp_path: Path) -> None:
+    report = make_report(runs_of(tmp_path, "a", "b"))
+    assert set(report.points["task"]) == {"my (a/my.jsonl)", "my (b/my.jsonl)"}
+    assert set(report.points["samples"]) == {2}
+    assert not [note for note in report.notes if "edited" in note or "more than once" in note]
+    assert set(make_report([tmp_path / "out-a"]).points["task"]) == {"my"}
+
+
+def test_a_report_keeps_a_file_and_a_generated_task_apart(tmp_path: Path) -> None:
+    path = write(tmp_path / "recall.jsonl", 2, 3)
+    read = run_sweep(choices(path, context=256)).folder
+    made = replace(choices(path, context=256), task=("recall",), samples=3, out=tmp_path / "made")
+    report = make_report([read, run_sweep(made).folder])
+    samples = dict(zip(report.points["task"], report.points["samples"], strict=True))
+    assert samples == {f"recall ({path.parent.name}/recall.jsonl)": 2, "recall (generated)": 3}
+    assert not [note for note in report.notes if "older code" in note]
+
+
+def test_one_folder_takes_one_source_of_a_name(tmp_path: Path) -> None:
+    (folder,) = runs_of(tmp_path, "a", out="same")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match=r"holds other samples of a task 'my', from .*a/my.jsonl"):
+        runs_of(tmp_path, "b", out="same")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    read = run_sweep(choices(write(tmp_path / "recall.jsonl", 2), context=256))
+    made = replace(choices(tmp_path / "recall.jsonl", context=256), task=("recall",))
+    with pytest.raises(InputError, match=r"other samples of a task 'recall', .* kvbench itself"):
+        run_sweep(made)
+    assert read.measured == 2
+
+
+def test_one_folder_takes_one_source_of_processes_that_start_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b").mkdir()
+    other = choices(write(tmp_path / "b" / "my.jsonl", 2), out=tmp_path / "same")
+    plan = plan_sweep(other)  # before the folder is there
+    (folder,) = runs_of(tmp_path, "a", out="same")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr("kvbench.sweep.command.plan_sweep", lambda _: plan)
+    with pytest.raises(InputError, match="holds other samples of a task 'my'"):
+        run_sweep(other)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_file_that_was_moved_keeps_its_finished_work(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    first = write(tmp_path / "a" / "my.jsonl", 2, 3)
+    out = tmp_path / "out"
+    assert measured(choices(first, out=out))[0] == 4
+    moved = first.rename(tmp_path / "b" / "my.jsonl")
+    assert measured(choices(moved, out=out))[0] == 0
+    assert measured(choices(moved, out=out, budgets=(0.5, 0.7)))[0] == 2
+    write(moved, 2, 4)  # an edit after the move
+    assert measured(choices(moved, out=out))[0] == 2
+    elsewhere = run_sweep(choices(write(tmp_path / "c" / "my.jsonl", 2, 4), method=("lagkv",)))
+    report = make_report([out, elsewhere.folder])
+    assert set(report.points["task"]) == {"my"}
+    assert set(report.points.loc[report.points["budget"] != 0.7, "samples"]) == {2}
+    assert {record.source for record in read_records(out)} == {str(first), str(moved)}
+
+
+def test_records_of_before_sources_were_kept_take_that_of_their_run(tmp_path: Path) -> None:
+    folders = runs_of(tmp_path, "a", "b")
+    for folder in folders:
+        for path in folder.glob("samples-*"):
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            path.write_text("".join(json.dumps(row | {"source": ""}) + "\n" for row in rows))
+    assert set(make_report(folders[:1]).points["samples"]) == {2}
+    with pytest.raises(InputError, match="do not say where their samples were read"):
+        make_report(folders)
+
+
+@pytest.mark.parametrize("compress", ["prompt", "context"])
+def test_what_a_line_says_of_its_parts_is_part_of_the_sample(compress: str, tmp_path: Path) -> None:
+    """Else the old cells stay: of another prompt where it is cut, of another end of the context."""
+    row = {
+        "prompt": " ".join(FACTS * 2) + "\nQuestion: What is the secret word for fox?\nAnswer:",
+        "answer": "melon",
+        "metric": "substring_exact_match",
+        "max_new_tokens": 8,
+    }
+    path = tmp_path / "my.jsonl"
+    footprints = []
+    for at in (100, 60, 100):
+        path.write_text(json.dumps({**row, "question_at": at, "context_span": [0, at]}))
+        count, _ = measured(choices(path, compress=compress))
+        footprints.append(list(make_report([tmp_path / "out"]).points["kv_footprint"])[1])
+        assert count == (2 if len(footprints) < 3 else 0)
+    assert footprints[0] == footprints[2]
+    assert (footprints[0] == footprints[1]) == (compress == "prompt")
+
+
 def test_tokens_start_where_they_start() -> None:
     tokenizer = load_model("tiny", device="cpu").tokenizer
     text = "The secret word for f\u00f6x is \U0001f642 melon."
@@ -198,6 +306,25 @@ def test_tokens_start_where_they_start() -> None:
     assert starts[0] == 0
     assert starts == sorted(starts)
     assert len(starts) == len(tokenizer.encode(text, add_special_tokens=False))
+    assert token_starts(tokenizer, "x\u4f60\u597dy") == [0, 1, 1, 1, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "words", ["\U0001f642\u4f60", "\u4f60\u597d\u3002", "\u041c\u043e\u0441\u043a\u0432\u0430 "]
+)
+def test_text_that_is_read_as_bytes_is_cut_by_characters(words: str, tmp_path: Path) -> None:
+    context = words * 100
+    path = write(tmp_path / "my.jsonl", 1, instruction="", context=context)
+    whole = prompts(plan_sweep(choices(path)))[0]
+    for most in (60, 100, 200):
+        plan = plan_sweep(choices(path, context=most, too_long="cut"))
+        kept = len(prompts(plan)[0])
+        assert most - 8 - 4 < kept <= most - 8  # less than a character is lost
+        assert plan.cells[0].cut_tokens == len(whole) - kept
+    bare = prompts(plan_sweep(choices(write(path, 1, instruction="", context=""))))[0]
+    write(path, 1, instruction="", context=context)
+    with pytest.raises(InputError, match="line 1: nothing of its context fits"):
+        plan_sweep(choices(path, context=len(bare) + 8, too_long="cut"))
 
 
 def test_positions_move_with_what_is_cut() -> None:

@@ -43,6 +43,43 @@ def parts(**changes: Any) -> bytes:
     return json.dumps(values).encode() + b"\n"
 
 
+# References that no answer or every answer equals, by metric, and what is said of them.
+REFERENCES: list[tuple[str, list[Any], str]] = [
+    ("substring_exact_match", [" ", "?", "", [""], ["red", "the"]], "any text is right"),
+    ("exact_match", ["?", ["red", "a"]], "any text is right"),
+    ("label_exact_match", ["..."], "any text is right"),
+    ("share_found", ["", [" "]], ""),
+    (
+        "ndcg@10",
+        [{"id3": 1}, {"doc3": 1}, {" 3": 1}, {"03": 1}, {"3": 1, "ID3": 2}],
+        "a reference must be a map from ids",
+    ),
+    ("ndcg@10", [{"3": 2**40}, {"3": 10**30}, {"3": 0}], "a reference must be a map from"),
+    ("ndcg@10_mentions", [{"doc3": 1}], "a reference must be a map from ids"),
+    (
+        "row_f1",
+        [
+            *("", "a\tb", "a\ta\n1\t2", "a\tb\n1\t2\t3\n1\t2", "a\tb\n1\t2\n1"),
+            *("a\n" + "x" * (1 << 18), "a\n1\r2\n3"),
+        ],
+        "a reference must be a table",
+    ),
+    ("table_f1", [["Alice\t3"], [{"a": "1"}], [[""]], [["a\tb"]]], "a reference"),
+    ("rouge_l_f1", ["\u4f60\u597d", ["red", "\u041c\u0438\u0440"]], "a reference must be"),
+    ("answer_found", ["?", ["red", "!"]], "a reference must be"),
+    ("values_found", [["red", "?"]], "a reference must be"),
+    (
+        "choice_exact_match",
+        [["B. red", "B"], ["B", ""], ["B", "B"]],
+        "a reference must be [letter, line]",
+    ),
+    (
+        "plan_accuracy",
+        [{"ground_truth_cities": "New York**Rome", "ground_truth_durations": "2**3"}],
+        "a reference must be cities of one word",
+    ),
+]
+
 # What the third line of a file is, and a part of what is said of it.
 DAMAGED: dict[str, tuple[bytes, str]] = {
     "cut off": (line()[:40], "not JSON"),
@@ -60,11 +97,16 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "NaN": (b'{"prompt": "x", "reference": NaN}\n', "NaN is not a number"),
     "Infinity": (b'{"prompt": "x", "reference": -Infinity}\n', "-Infinity is not a number"),
     "1e999": (b'{"prompt": "x", "reference": 1e999}\n', "the number 1e999 is too large"),
-    "an int of 5000 digits": (b'{"max_new_tokens": ' + b"9" * 5000 + b"}\n", "digits"),
+    "an int of 5000 digits": (
+        b'{"max_new_tokens": ' + b"9" * 5000 + b"}\n",
+        "of 5000 digits is too",
+    ),
     "a key twice": (b'{"prompt": "x", "prompt": "y"}\n', 'the key "prompt" twice'),
     "a key twice inside": (b'{"metadata": {"a": 1, "a": 2}}\n', 'the key "a" twice'),
     "latin-1": (line().replace(b"Ann", b"\xc4nn"), "not UTF-8 text (at byte"),
-    "utf-16": (line().decode().encode("utf-16"), "not UTF-8 text"),
+    "utf-16": (line().decode().encode("utf-16"), "not UTF-8 text but UTF-16"),
+    "utf-16-le": (line().decode().encode("utf-16-le"), "not UTF-8 text but UTF-16"),
+    "utf-16-be": (line().decode().encode("utf-16-be"), "not UTF-8 text but UTF-16"),
     "half a surrogate pair": (line(answer="\ud83d"), "half of a surrogate pair"),
     "NUL bytes": (b"\x00" * 64 + b"\n", "not JSON"),
     "NUL inside": (line().replace(b"red", b"r\x00d"), "not JSON (Invalid control character"),
@@ -96,6 +138,26 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
         "a reference must be a map from ids",
     ),
     "a choice of one": (line(metric="choice_exact_match"), "must be [letter, line]"),
+    **{
+        f"{metric}: {reference!r}": (
+            line(answer=..., reference=reference, metric=metric),
+            f'metric "{metric}": {reason}',
+        )
+        for metric, references, reason in REFERENCES
+        for reference in references
+    },
+    "an answer in the answer's start": (
+        parts(answer_prefix="It is red:"),
+        "its answer_prefix 'It is red:' is right already",
+    ),
+    "a value in the answer's start": (
+        parts(answer_prefix="It is red:", answer=["red", "blue"], metric="share_found"),
+        "its answer_prefix 'It is red:' is right already",
+    ),
+    "a line in the answer's start": (
+        parts(answer_prefix="B. red", answer=["B", "B. red"], metric="choice_exact_match"),
+        "its answer_prefix 'B. red' is right already",
+    ),
     "a plan without days": (
         line(answer=..., reference={"ground_truth_cities": "Rome"}, metric="plan_accuracy"),
         "ground_truth_durations",
@@ -347,6 +409,26 @@ def test_the_files_of_a_folder_take_turns(tmp_path: Path) -> None:
     assert [sample.prompt for sample in samples(ready(home, 3))] == ["a0", "b0", "a1"]
 
 
+def test_an_empty_file_of_a_folder_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = made_folder(tmp_path / "home")
+    made_file(tmp_path / "home" / "a.jsonl", line())
+    made_file(tmp_path / "home" / "b.jsonl", b"")
+    assert "b.jsonl is empty; fill it, or move it" in refused(home, tmp_path, capsys)
+
+
+def test_files_that_no_sample_comes_from_are_told(tmp_path: Path) -> None:
+    made_folder(tmp_path / "home")
+    for name in "abc":
+        made_file(tmp_path / "home" / f"{name}.jsonl", line())
+    assert ready(tmp_path / "home").remarks == ()
+    assert ready(tmp_path / "home", 1).remarks[-1] == (
+        "home: no sample of 2 of 3 subtasks, which count nothing in its score: b, c; --samples 3 "
+        "takes one of each"
+    )
+
+
 def test_keys_that_mean_nothing_are_named_once(tmp_path: Path) -> None:
     path = tmp_path / "my.jsonl"
     path.write_bytes(line(length=3) + line(length=4, depth=1))
@@ -383,10 +465,19 @@ def test_the_start_of_an_answer_is_scored_with_it_but_in_a_chat(tmp_path: Path) 
     path.write_bytes(parts(answer_prefix="label:", answer="7", metric="exact_match"))
     task = ready(path)
     sample = samples(task)[0]
-    assert task.score("7", sample) == 0.0  # "label:7" is not "7"
     assert task.score("7", replace(sample, chat=True)) == 1.0
     label = replace(sample, metric="label_exact_match")
     assert task.score(" 7\nlabel: 8", label) == 1.0
+
+
+@pytest.mark.parametrize("prefix", ["Answer:", "label:", "Result:", "Answer: it is"])
+@pytest.mark.parametrize("metric", ["exact_match", "label_exact_match", "rouge_l_f1"])
+def test_an_answer_is_found_behind_any_start(prefix: str, metric: str, tmp_path: Path) -> None:
+    path = tmp_path / "my.jsonl"
+    path.write_bytes(parts(answer_prefix=prefix, answer="seven", metric=metric))
+    task = ready(path)
+    assert task.score(" Seven.\nQuestion: Answer: eight", samples(task)[0]) == 1.0
+    assert task.score(" eight", samples(task)[0]) == 0.0
 
 
 def test_lines_are_found_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,6 +505,8 @@ def test_rows_of_the_hub_are_read_in_streaming(
     with pytest.raises(InputError, match="cannot read hf:"):
         ready(f"hf:{tmp_path}:default:none")
     made_file(tmp_path / "test.jsonl", parts() + parts(answer=[]))
+    with pytest.raises(InputError, match="hf:/ names no data set"):
+        ready("hf:/")
     with pytest.raises(InputError, match="row 2: answer is "):
         ready(f"hf:{tmp_path}")
 
