@@ -282,7 +282,7 @@ def ended_by_signals() -> Iterator[None]:
 
 def plan_sweep(choices: Choices) -> SweepPlan:
     """What `run_sweep` would measure. Raises InputError for choices that cannot be measured."""
-    use_judge(Judge(choices.judge, choices.judge_url or "") if choices.judge else None)
+    use_judge(None if choices.judge is None else Judge(choices.judge, choices.judge_url or ""))
     tasks = ready_tasks(choices)
     folder = model_folder(choices.model)
     specs, left_out = choose_methods(choices, read_card(folder) if folder else ModelCard())
