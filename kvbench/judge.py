@@ -105,7 +105,7 @@ class Judge:
                 text = reply_to(request, TIMEOUT)
                 break
             except (OSError, http.client.HTTPException) as error:
-                code = getattr(error, "code", 500)  # no reply, or not all of it: as a server's fault
+                code = getattr(error, "code", 500)  # no whole reply counts as a server's fault
                 if attempt == TRIES - 1 or (code < 500 and code not in (408, 429)):
                     reason = " ".join((str(error) or type(error).__name__).split())[:200]
                     raise InputError(
@@ -141,7 +141,7 @@ def fault_of(url: str) -> str | None:
 
 
 def parts_of(reference: Any) -> tuple[str, list[str]]:
-    """The question and the answers of a reference; InputError if it is not as the judge needs it."""
+    """The question and the answers of a reference; InputError if it has none, or more."""
     given = reference if isinstance(reference, dict) else {"answer": reference}
     answers = given.get("answer")
     answers = answers if isinstance(answers, list | tuple) else [answers]

@@ -18,7 +18,6 @@ from kvbench.metrics import metrics
 from kvbench.records import read_records
 from kvbench.run_folder import read_settings
 
-
 RAW, DRIP = 0, 299  # a reply that is sent as it is; one whose bytes come slowly
 
 
@@ -149,7 +148,7 @@ def test_a_reply_that_comes_too_slowly_is_given_up(
 def test_connections_are_tried_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
-    with pytest.raises(InputError, match="judge 'big' at .* cannot be asked: .*refused"):
+    with pytest.raises(InputError, match=r"judge 'big' at .* cannot be asked: .*refused"):
         Judge("big", "http://127.0.0.1:9/v1").score("an answer", "a reference")
     assert len(waited) == judge.TRIES - 1
 
@@ -157,19 +156,32 @@ def test_connections_are_tried_again(server: Server, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "url",
     [
-        *("", "foo", "host/v1", "file:///etc", "ftp://x/v1", "http://", "http:///v1", "http://:80/v1"),
+        *(
+            "",
+            "foo",
+            "host/v1",
+            "file:///etc",
+            "ftp://x/v1",
+            "http://",
+            "http:///v1",
+            "http://:80/v1",
+        ),
         *("http://a b/v1", "http://a/v1\r\nX: y", "http://\u4f60.invalid/v1", "http://[::1/v1"),
         *("http://a:99999/v1", "http://a:abc/v1", "http://a:0/v1", "http://me:key@a/v1"),
         *("http://a/v1?key=1", "http://a/v1#x", "http://a/v1/chat/completions"),
     ],
 )
 def test_an_address_that_is_none_is_refused_at_once(url: str) -> None:
-    with pytest.raises(InputError, match="the judge's address .*; give one like https://") as found:
+    with pytest.raises(
+        InputError, match=r"the judge's address .*; give one like https://"
+    ) as found:
         Judge("big", url)
     assert "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("url", ["http://localhost", "https://a.example:8000/v1/", "http://[::1]:8/v1"])
+@pytest.mark.parametrize(
+    "url", ["http://localhost", "https://a.example:8000/v1/", "http://[::1]:8/v1"]
+)
 def test_addresses_that_are_right(url: str) -> None:
     Judge("big", url)
 

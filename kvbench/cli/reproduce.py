@@ -135,12 +135,12 @@ def check_used(ctx: typer.Context, scale: str) -> None:
     """InputError for an option that was given and that the scale does not have."""
     for param in ctx.command.params:
         source = ctx.get_parameter_source(str(param.name))
-        if source is not None and source.name == "COMMANDLINE":
-            if param.name not in OF_SCALE[scale]:
-                having = [each for each, names in OF_SCALE.items() if param.name in names]
-                raise InputError(
-                    f"{param.opts[0]} has no effect with {scale}, only with {' and '.join(having)}"
-                )
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and param.name not in OF_SCALE[scale]:
+            having = [each for each, names in OF_SCALE.items() if param.name in names]
+            raise InputError(
+                f"{param.opts[0]} has no effect with {scale}, only with {' and '.join(having)}"
+            )
 
 
 def checked_judge(model: str | None, url: str | None) -> tuple[str, str] | None:

@@ -349,7 +349,11 @@ FAULTS = {
     ),
     "empty question": (TEMPLATE, f'rows[0]["question"] = ""; {TEMPLATE}', "0 has no question"),
     "no rows": (TEMPLATE, f"rows = []; {TEMPLATE}", "gave no example"),
-    "bad answer": (TEMPLATE, f'rows[0]["answer"] = 5; {TEMPLATE}', "line 1: metric \"substring_exact_match\": a reference must be"),
+    "bad answer": (
+        TEMPLATE,
+        f'rows[0]["answer"] = 5; {TEMPLATE}',
+        'line 1: metric "substring_exact_match": a reference must be',
+    ),
     "empty answer": (TEMPLATE, f'rows[2]["answer"] = ""; {TEMPLATE}', "line 3: it has no answer"),
     "surrogate": (
         TEMPLATE,
@@ -361,7 +365,6 @@ FAULTS = {
         '"system_template": "So:",',
         "line 1: its prompt does not end with its answer_prefix",
     ),
-
     "no answer": (TEMPLATE, f'del rows[0]["answer"]; {TEMPLATE}', "KeyError: 'answer'"),
     "late": (TEMPLATE, f'rows[7]["context"] = None; {TEMPLATE}', "example 7 has no context"),
 }
