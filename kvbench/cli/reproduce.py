@@ -21,7 +21,7 @@ EXAMPLES = options.examples(
     "kvbench reproduce --scale full --rehearse",
 )
 # The options that each scale has, beside --scale and --rehearse.
-EVERY = {"scale", "rehearse", "samples", "threshold", "out"}
+EVERY = {"scale", "rehearse", "samples", "threads", "threshold", "out"}
 OF_SCALE = {
     "--scale small": EVERY | {"seed", "dry_run"},
     "--scale full": EVERY

@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
 from helpers.process import kvbench_here
 from pandas import read_csv
 
+from kvbench.cli.reproduce import OF_SCALE, reproduce
 from kvbench.errors import InputError
 from kvbench.models.load import load_model
 from kvbench.reproduce.datasets import published_data_sets
@@ -124,6 +126,10 @@ def test_what_cannot_be_reproduced_is_refused_before_anything_is_written(
     (line,) = done.stderr.splitlines()
     assert WRONG[words] in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_belongs_to_a_scale() -> None:
+    assert set(signature(reproduce).parameters) - {"ctx"} <= set().union(*OF_SCALE.values())
 
 
 def test_choices_of_the_full_scale_name_what_there_is(tmp_path: Path) -> None:
