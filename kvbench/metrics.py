@@ -352,16 +352,17 @@ def judged(prediction: str, reference: Any) -> float:
 
 def _stays(plan: str) -> list[tuple[str, int]]:
     """The cities of a plan with the days spent in each; none if no stay or no flight is found."""
+    number = r"(\d{1,4300})"  # as many digits as int() takes
     total = last = None
     flights: list[tuple[int, str, str]] = []
     for line in plan.split("\n"):
-        if found := re.search(r"European cities for (\d+) days", line):
+        if found := re.search(rf"European cities for {number} days", line):
             total = int(found[1])
-        if found := re.search(r"\d+-(\d+)", line):
+        if found := re.search(rf"\d+-{number}", line):
             last = int(found[1])
             if last == total:  # another plan may follow
                 break
-        if found := re.search(r".*Day (\d+).*from (\w+) to (\w+)", line):
+        if found := re.search(rf".*Day {number}.*from (\w+) to (\w+)", line):
             flights.append((int(found[1]), found[2], found[3]))
     if last is None or not flights:
         return []

@@ -10,7 +10,7 @@ import logging
 import os
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -67,6 +67,12 @@ class LmEvalTask(Task):
 
     def ready(self, count: int, metric: str | None, max_new_tokens: int | None) -> None:
         """Load the tasks, unless they need the model's tokenizer to make prompts."""
+        for given, how in (
+            (metric, f"--metric {metric}: choose one with {PREFIX}:NAME:METRIC"),
+            (max_new_tokens, "--max-new-tokens: set max_gen_toks in generation_kwargs of its YAML"),
+        ):
+            if given is not None:
+                raise InputError(f"lm-eval task '{self.wanted}' does not heed {how}")
         self.size = count
         try:
             self.load({})
@@ -133,6 +139,7 @@ class LmEvalTask(Task):
         # with the code that comes with a model.
         with mock.patch.object(AutoTokenizer, "from_pretrained", return_value=tokenizer):
             found = self.manager.load([self.wanted])["tasks"]
+        check_single(self.folder, found)
         parts = [Part(name, task, *self.choice) for name, task in found.items()]
         self.subtasks = tuple(part.name for part in parts)
         self.metric = f"{PREFIX} {parts[0].metrics[0]}"
@@ -158,6 +165,9 @@ class Part:
         means, better = task.aggregation(), task.higher_is_better()
         if metric and metric not in means:
             self.refuse(f"has no metric '{metric}'; it has {', '.join(means)}")
+        known = getattr(task, "_metric_fn_list", {}) if task.config.process_results is None else {}
+        if unknown := [str(each) for each, function in known.items() if function is None]:
+            self.refuse(f"has metrics that lm-eval does not have: {', '.join(unknown)}")
         asked = [metric] if metric else list(means)
         rising = [each for each in asked if better.get(each) is not False]
         self.metrics = [each for each in rising if is_mean(means[each])]
@@ -257,6 +267,35 @@ def task_manager(name: str, folder: Path | None, metadata: dict[str, Any]) -> An
         manager = TaskManager(include_path=folder, include_defaults=built_in, metadata=metadata)
         if name in manager.all_subtasks or (built_in and name in manager.all_tasks):
             return manager
+        if folder and not built_in and name not in manager.all_tasks:
+            for path, reason in names_in(folder)[1].items():
+                raise InputError(f"lm-eval cannot read '{path}': {reason}")
     near = get_close_matches(name, manager.all_tasks, n=1)
     hint = f"did you mean '{near[0]}'?" if near else "'lm_eval ls tasks' shows them"
     raise InputError(f"lm-eval has no task '{name}': {hint}")
+
+
+def names_in(folder: Path) -> tuple[dict[str, list[Path]], dict[Path, str]]:
+    """The tasks of a folder, each with its YAML files; and the files that lm-eval cannot read."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    names: dict[str, list[Path]] = {}
+    damaged = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            name = load_yaml(path, resolve_func=False, recursive=True).get("task")
+        except Exception as error:
+            damaged[path] = " ".join(str(error).split())[:300] or type(error).__name__
+            continue
+        if isinstance(name, str):
+            names.setdefault(name, []).append(path)
+    return names, damaged
+
+
+def check_single(folder: Path | None, wanted: Iterable[str]) -> None:
+    """InputError if two YAML files of a folder are one of the tasks; lm-eval takes the first."""
+    names = names_in(folder)[0] if folder else {}
+    for name in wanted:
+        if len(paths := names.get(name, ())) > 1:
+            files = " and ".join(f"'{path}'" for path in paths)
+            raise InputError(f"{files} are both the task '{name}'; rename one of them")

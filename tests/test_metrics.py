@@ -26,6 +26,7 @@ RIGHT_PLAN = """<Plan>
 **Day 4:** Fly from Oslo to Bonn.
 **Day 4-7:** Visit Bonn for 4 days.
 </Plan>"""
+LONG = "9" * 5000  # digits, more than int() takes
 TABLE = "no\tname\tprice\n1\tRed Fox\t$45\n2\tOld Owl\t$5\n3\tThe Elk\t1,000"
 HEADER, *ROWS = TABLE.split("\n")
 
@@ -232,6 +233,14 @@ def test_row_f1(prediction: str, expected: float) -> None:
         (RIGHT_PLAN.replace("Fly", "Go"), 1),
         (RIGHT_PLAN.replace("Day 3:", "day 3:"), 0),
         (RIGHT_PLAN.replace("</Plan>", "Day 7: Fly from Bonn to Nice.\nDay 7-8\n</Plan>"), 1),
+        *(
+            (RIGHT_PLAN.replace(day, day.replace(day[-1], LONG)), 0)
+            for day in ("Day 4", "Day 3", "4-7")
+        ),
+        (
+            RIGHT_PLAN.replace("<Plan>", f"<Plan>\n{LONG} European cities for {LONG} days, {LONG}"),
+            1,
+        ),
         ("<Plan></Plan>", 0),
         ("</Plan><Plan>", 0),
         ("", 0),

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import typer
+
 from kvbench.cli import options
 from kvbench.cli.messages import Terminal, say, show
 from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, MODEL, OUTPUT, WHAT, comma_list, opt
@@ -18,10 +20,19 @@ EXAMPLES = options.examples(
     "kvbench reproduce --scale full --data results/data",
     "kvbench reproduce --scale full --rehearse",
 )
+# The options that each scale has, beside --scale and --rehearse.
+EVERY = {"scale", "rehearse", "samples", "threads", "threshold", "out"}
+OF_SCALE = {
+    "--scale small": EVERY | {"seed", "dry_run"},
+    "--scale full": EVERY
+    | {"data", "method", "task", "option", "budgets", "judge", "judge_url", "dry_run"},
+    "--rehearse": EVERY | {"method", "task", "budgets", "model"},
+}
 REHEARSE = "Run the full scale on a CPU with small made-up data; its numbers mean nothing."
 
 
 def reproduce(
+    ctx: typer.Context,
     scale: Annotated[
         Literal["small", "full"],
         opt(WHAT, "small: the embedded model. full: the paper's model, context and data."),
@@ -75,9 +86,10 @@ def reproduce(
     """
     from kvbench.reproduce import command
 
+    if scale == "small" and rehearse:
+        raise InputError("--rehearse rehearses the full scale; add --scale full")
+    check_used(ctx, "--rehearse" if rehearse else f"--scale {scale}")
     if scale == "small":
-        if rehearse:
-            raise InputError("--rehearse rehearses the full scale; add --scale full")
         count, folder = samples or 24, out or Path("results/reproduce")
         if dry_run:
             print_plan(command.small_choices(folder / command.RUN, samples=count, seed=seed))
@@ -113,11 +125,35 @@ def reproduce(
         data,
         out or Path("results/runs/full-scale"),
         options.key_value(option),
-        (judge, judge_url) if judge and judge_url else None,
+        checked_judge(judge, judge_url),
         part,
         threshold,
         dry_run,
     )
+
+
+def check_used(ctx: typer.Context, scale: str) -> None:
+    """InputError for an option that was given and that the scale does not have."""
+    for param in ctx.command.params:
+        source = ctx.get_parameter_source(str(param.name))
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and param.name not in OF_SCALE[scale]:
+            having = [each for each, names in OF_SCALE.items() if param.name in names]
+            raise InputError(
+                f"{param.opts[0]} has no effect with {scale}, only with {' and '.join(having)}"
+            )
+
+
+def checked_judge(model: str | None, url: str | None) -> tuple[str, str] | None:
+    """A judge's model and its address, if they are given; InputError if no judge has these."""
+    from kvbench.judge import Judge
+
+    if model is None and url is None:
+        return None
+    if model is None or url is None:
+        raise InputError("a judge needs a model and its address: give --judge and --judge-url")
+    Judge(model, url)
+    return model, url
 
 
 def full_scale(

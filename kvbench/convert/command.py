@@ -21,7 +21,7 @@ import yaml
 
 import kvbench
 from kvbench.errors import InputError, did_you_mean
-from kvbench.metrics import metrics
+from kvbench.registry import open_task
 from kvbench.reproduce.datasets import DataSet, published_data_sets
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -241,8 +241,6 @@ def write_data_set(request: Request, data_set: DataSet, path: Path) -> dict[str,
         always["stop"] = ["\n"]
     with path.open("w", encoding="utf-8") as file:
         for sample in draw(request, data_set, versions):
-            if fault := _fault(sample, data_set.metric):
-                raise InputError(f"{data_set.name}, sample {rows}: {fault}")
             given = {key: value for key, value in sample.items() if value not in (None, "")}
             line = {"id": f"{data_set.name}-{rows}", **given, **always}
             file.write(json.dumps(line) + "\n")
@@ -250,6 +248,7 @@ def write_data_set(request: Request, data_set: DataSet, path: Path) -> dict[str,
             rows += 1
     if not rows:
         raise InputError(f"{data_set.name}: {request.source.name}'s loader gave no example")
+    check_as_run(path, rows)
     return {
         "data_set": data_set.name,
         "rows": rows,
@@ -260,20 +259,12 @@ def write_data_set(request: Request, data_set: DataSet, path: Path) -> dict[str,
     }
 
 
-def _fault(sample: dict[str, Any], metric: str) -> str | None:
-    """What is wrong with a sample of the worker; None if nothing."""
-    prompt, span, question = (sample.get(k) for k in ("prompt", "context_span", "question_at"))
-    if not isinstance(prompt, str) or not prompt.strip():
-        return "the prompt is empty"
-    if span and not 0 <= span[0] < span[1] <= len(prompt):
-        return "the context is not in the prompt"
-    if question is not None and not 0 < question < len(prompt):
-        return "the question is not in the prompt"
+def check_as_run(path: Path, rows: int) -> None:
+    """InputError if `kvbench run` would refuse a line of a task file."""
     try:
-        metrics.get(metric)("", sample["reference"])
+        open_task(str(path)).ready(rows, None, None)
     except InputError as error:
-        return str(error)
-    return None
+        raise InputError(str(error).replace(str(path), path.stem)) from None
 
 
 def draw(request: Request, data_set: DataSet, versions: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -324,6 +315,7 @@ def run_worker(
                 stdout=subprocess.PIPE,
                 stderr=log,
                 encoding="utf-8",
+                errors="replace",
             )
         except OSError as error:
             raise InputError(
@@ -331,21 +323,34 @@ def run_worker(
                 f"what the checkout's requirements.txt lists"
             ) from error
         line: dict[str, Any] = {}
+        count = 0
         try:
             for text in process.stdout or ():
-                line = json.loads(text)
+                if (told := _told(text)) is None:
+                    continue
+                line = told
                 versions.update(line.get("versions", {}))
                 if "sample" in line:
+                    count += 1
                     yield line["sample"]
             process.wait()
         finally:
             process.kill()
             process.wait()
-        if "done" not in line:
+        if line.get("done") != count:
             log.seek(0)
             said = log.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
             code = process.returncode
             raise InputError(f"{data_set.name}: {_failure(request, data_set, line, code, said)}")
+
+
+def _told(text: str) -> dict[str, Any] | None:
+    """What a line of a worker says; None if it is another's: a wrapper's words, a torn line."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) else None
 
 
 def _failure(
@@ -360,7 +365,8 @@ def _failure(
         hint = "" if data_set.data else f"; {HUB}"
         return f"{name}'s loader: {line['error']}{hint}"
     ended = "was killed, perhaps for want of memory" if code == -9 else f"ended with code {code}"
-    return f"{python} {ended} before {name}'s loader was done; it said last: {said[:300]}"
+    last = f"; it said last: {said[:300]}" if said else ""
+    return f"{python} {ended} before {name}'s loader was done{last}"
 
 
 def _commit(checkout: Path, file: str) -> str | None:

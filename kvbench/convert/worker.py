@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import platform
 import random
@@ -32,6 +31,7 @@ ELSEWHERE = {"context", "demos", "question", "answer", "html_str", "problem", "r
 # What holds the context or the question of a LongProc item.
 CONTEXTS = {"html_to_tsv": "html_str"}
 QUESTIONS = {"travel_planning": "problem"}
+ASKS = ("question", "query")  # fields of HELMET's templates that ask
 
 
 def main() -> None:
@@ -107,10 +107,13 @@ def helmet(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if not row.get("question"):
             raise Unusable(f"example {index} has no question")
         grades = {document: int(grade) for document, grade in row.get("qrel", ())}
+        end = spans["context"][-1][1]
+        asked_before = any(start < end for name in ASKS for start, _ in spans.get(name, ()))
         yield {
             "prompt": prompt,
-            "context_span": spans["context"],
-            "question_at": spans["context"][1],
+            # A context that is there twice cannot be cut; a question before its end does not start.
+            "context_span": spans["context"][0] if len(spans["context"]) == 1 else None,
+            "question_at": None if asked_before else end,
             "answer_prefix": prefix,
             "reference": grades or row["answer"],
             "cluster": None if question is None else f"{request['name']}/{row[question]}",
@@ -128,16 +131,16 @@ def chosen(rows: Any, question: str | None) -> list[int]:
     return sorted(indices[turn % len(indices)] for turn, indices in enumerate(of.values()))
 
 
-def fill(template: str, row: dict[str, Any]) -> tuple[str, dict[str, tuple[int, int]]]:
-    """`template.format(**row)`, and where in it each field came to lie first."""
+def fill(template: str, row: dict[str, Any]) -> tuple[str, dict[str, list[tuple[int, int]]]]:
+    """`template.format(**row)`, and where in it each field came to lie, in order."""
     text = ""
-    spans: dict[str, tuple[int, int]] = {}
+    spans: dict[str, list[tuple[int, int]]] = {}
     for literal, field, spec, conversion in Formatter().parse(template):
         text += literal
         if field is not None:
             part = "{" + field + ("!" + conversion if conversion else "")
             value = (part + (":" + spec if spec else "") + "}").format(**row)
-            spans.setdefault(field, (len(text), len(text) + len(value)))
+            spans.setdefault(field, []).append((len(text), len(text) + len(value)))
             text += value
     if text != template.format(**row):
         raise Unusable("the prompt's template cannot be taken apart")
@@ -180,10 +183,10 @@ def short_fields(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_short(value: Any) -> bool:
-    """Whether a value is a number of JSON or a short text."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, int) or (isinstance(value, str) and len(value) <= SHORT)
+    """Whether a value is a number that JSON can hold, not a long one, or a short text."""
+    if isinstance(value, (int, float)):
+        return abs(value) < 2**63  # false for nan too
+    return isinstance(value, str) and len(value) <= SHORT
 
 
 if __name__ == "__main__":

@@ -22,6 +22,12 @@ from kvbench.models.wheel import WHEELS
 
 NARROW = 16  # hidden size of the copy
 WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+# Keys of a configuration whose numbers are at least 1: transformers takes less for some of them.
+SIZES = (
+    *WIDTHS,
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("vocab_size", "max_position_embeddings", "sliding_window"),
+)
 
 
 def read_shapes(name: str, config: Path | None, dtype: str) -> LoadedModel:
@@ -43,13 +49,21 @@ def read_shapes(name: str, config: Path | None, dtype: str) -> LoadedModel:
             found = AutoConfig.from_pretrained(name, trust_remote_code=False)
         else:
             given = json.loads(source.read_text(encoding="utf-8-sig"))
+            if not isinstance(given, dict) or not isinstance(given.get("model_type"), str):
+                raise InputError(
+                    f"the configuration {source} has no key 'model_type'; give a model's "
+                    "config.json"
+                )
+            check_sizes(given, source)
             found = AutoConfig.for_model(given.pop("model_type"), **given)
+        check_sizes(found.to_dict(), source or name)
         return shapes_of(found, name, kind)
     except InputError:
         raise
-    except KeyError as error:
+    except KeyError as error:  # of a table of transformers, such as that of activations
         raise InputError(
-            f"the configuration {source} has no key {error}; give a model's config.json"
+            f"transformers knows no {error}, which the configuration {source or name} asks for; "
+            "is it spelt right there?"
         ) from None
     except Exception as error:
         if isinstance(error, IsADirectoryError):
@@ -58,6 +72,17 @@ def read_shapes(name: str, config: Path | None, dtype: str) -> LoadedModel:
         raise InputError(
             f"cannot read the configuration {source or name} ({hint}): {told(error)}"
         ) from None
+
+
+def check_sizes(config: dict[str, Any], source: Path | str) -> None:
+    """InputError if a size of a configuration, as in config.json, is below 1 or not a number."""
+    for part in (config, config.get("text_config")):
+        sizes = {key: part.get(key) for key in SIZES} if isinstance(part, dict) else {}
+        for key, value in sizes.items():
+            if isinstance(value, int | float) and not value >= 1:
+                raise InputError(
+                    f"the configuration {source} says {key} {value}; expected at least 1"
+                )
 
 
 def shapes_of(config: Any, name: str, dtype: torch.dtype) -> LoadedModel:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from kvbench.errors import InputError, did_you_mean
 from kvbench.reproduce.command import RUN, Reproduction, reproduced
-from kvbench.reproduce.datasets import published_data_sets
+from kvbench.reproduce.datasets import DataSet, published_data_sets
 from kvbench.reproduce.paper import MODEL
-from kvbench.sweep.command import Choices
+from kvbench.spec import parse_methods
+from kvbench.sweep.command import ALL, Choices
 from kvbench.sweep.progress import Listener
 
 if TYPE_CHECKING:
@@ -81,6 +83,31 @@ def full_settings() -> dict[str, Any]:
     return dict(yaml.safe_load(FULL_SCALE.read_text(encoding="utf-8")))
 
 
+def check_part(part: Mapping[str, Any], judged: bool) -> None:
+    """InputError if a part of the full scale names tasks or methods that there are not.
+
+    `judged`: whether there is a judge, which some tasks need.
+    """
+    known = full_settings()["task"]
+    for name in part.get("task", known):
+        if name not in known:
+            raise InputError(f"the full scale has no task '{name}': {did_you_mean(name, known)}")
+    asked = part.get("task", known)
+    if not scored_tasks(judged) & set(asked):
+        raise InputError(
+            f"a language model judges the answers of {', '.join(asked)}: give --judge and "
+            "--judge-url, or another --task"
+        )
+    for name in part.get("method", ()):
+        if name != ALL:
+            parse_methods(name, {})
+
+
+def scored_tasks(judged: bool) -> set[str]:
+    """The tasks with a data set that can be scored; `judged`: whether there is a judge."""
+    return {d.task for d in published_data_sets().values() if judged or not d.left_out}
+
+
 def full_choices(
     out: Path,
     data: Path,
@@ -94,9 +121,9 @@ def full_choices(
     `options` are added to those of the methods, `changed` replaces other fields of Choices. Tasks
     whose data sets are all judged are left out without a judge.
     """
+    check_part(changed, judge is not None)
     settings = {key.replace("-", "_"): value for key, value in full_settings().items()} | changed
-    known = published_data_sets().values()
-    scored = {each.task for each in known if judge or not each.left_out}
+    scored = scored_tasks(judge is not None)
     settings["task"] = [str(data / task) for task in settings["task"] if task in scored]
     for name in ("method", "task", "budgets", "prefill_chunk"):
         settings[name] = tuple(settings[name])
@@ -120,7 +147,11 @@ def options_for(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, A
 def missing_for_full_scale(
     data: Path, options: Mapping[str, str], judged: bool, part: Mapping[str, Any]
 ) -> list[str]:
-    """What this machine lacks to run the full scale, or `part` of it, one line each."""
+    """What this machine lacks to run the full scale, or `part` of it, one line each.
+
+    Raises InputError if there is no such part.
+    """
+    check_part(part, judged)
     settings = {**full_settings(), **part}
     model, context = str(settings["model"]), int(settings["context"])
     missing = [
@@ -132,12 +163,17 @@ def missing_for_full_scale(
     return [text for text in missing if text is not None]
 
 
+def absent_data(data: Path, judged: bool, tasks: Sequence[str]) -> list[DataSet]:
+    """The data sets of the tasks that have no task file in `data`; the judged ones if `judged`."""
+    of_tasks = [each for each in published_data_sets().values() if each.task in tasks]
+    wanted = [each for each in of_tasks if judged or not each.left_out]
+    return [each for each in wanted if not (data / each.task / f"{each.name}.jsonl").is_file()]
+
+
 def missing_data(data: Path, judged: bool, tasks: Sequence[str]) -> list[str]:
     """The task files that are not in `data`, by benchmark, with the command that makes them."""
     lines = []
-    of_tasks = [each for each in published_data_sets().values() if each.task in tasks]
-    wanted = [each for each in of_tasks if judged or not each.left_out]
-    absent = [each for each in wanted if not (data / each.task / f"{each.name}.jsonl").is_file()]
+    absent = absent_data(data, judged, tasks)
     for benchmark in dict.fromkeys(each.benchmark for each in absent):
         mine = [each for each in absent if each.benchmark == benchmark and not each.left_out]
         if not mine:

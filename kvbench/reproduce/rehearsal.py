@@ -7,11 +7,12 @@ judge scores what a judge scores. The numbers mean nothing: they show that the p
 """
 
 import json
+import os
 import random
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,7 +27,7 @@ from kvbench.judge import HIGHEST, JUDGED, Judge, use_judge
 from kvbench.registry import tasks
 from kvbench.reproduce.command import RUN, Reproduction, reproduced
 from kvbench.reproduce.datasets import DataSet, published_data_sets
-from kvbench.reproduce.full import LEARNT, full_choices, full_settings, missing_data
+from kvbench.reproduce.full import LEARNT, absent_data, check_part, full_choices, full_settings
 from kvbench.sweep.plan import ANSWER_PREFIX
 from kvbench.sweep.progress import Listener
 from kvbench.task import Tokenizer
@@ -107,18 +108,26 @@ def rehearse(
 ) -> Reproduction:
     """Run the full scale on stand-ins: `samples` of each data set, with `model` on a CPU.
 
-    `part` has fields of Choices, such as fewer methods. Raises InputError.
+    `part` has fields of Choices, such as fewer methods. Raises InputError, before anything is
+    written if it is a wrong one.
     """
     from kvbench.models.load import load_model
 
-    loaded, settings = load_model(model, device="cpu"), full_settings()
+    settings = full_settings()
+    check_part(part, True)
+    loaded = load_model(model, device="cpu")
     data = out / f"data-{model}-{samples}"
     with stand_in_judge() as url:
         use_judge(Judge(JUDGE, url))
-        if missing_data(data, True, settings["task"]):
-            make_task_files(data, loaded.tokenizer, samples, settings["seed"])
-        if missing := missing_data(data, True, settings["task"]):
-            raise InputError(missing[0])
+        wanted = part.get("task", settings["task"])
+        absent = absent_data(data, True, wanted)
+        if absent:
+            try:
+                make_task_files(
+                    data, loaded.tokenizer, samples, settings["seed"], {d.task for d in absent}
+                )
+            except OSError as error:
+                raise InputError(f"cannot write {data}: {error.strerror}") from error
         options = {}
         for method in LEARNT:
             if "scores" not in loaded.card.options.get(method, {}):
@@ -137,11 +146,19 @@ def rehearse(
         return reproduced(choices, out, threshold, listener, [LOUD], "paper (not comparable)")
 
 
-def make_task_files(folder: Path, tokenizer: Tokenizer, samples: int, seed: int) -> None:
-    """Convert stand-in checkouts to task files, with `samples` samples for every data set."""
-    with tempfile.TemporaryDirectory() as home:
+def make_task_files(
+    folder: Path, tokenizer: Tokenizer, samples: int, seed: int, wanted: Collection[str]
+) -> None:
+    """Convert stand-in checkouts to task files of the tasks `wanted`.
+
+    They have `samples` samples for every data set. Each file is put in place whole, so that a
+    process that was killed here left some files of a task, or none; another one makes the rest.
+    Equal files come out equal. Raises InputError and OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as home:
         stand_ins: dict[tuple[str, str], list[DataSet]] = {}
-        for each in published_data_sets().values():
+        for each in (d for d in published_data_sets().values() if d.task in wanted):
             checkout = Path(home) / each.benchmark
             rngs = [random.Random(f"{each.name}/{seed}/{index}") for index in range(samples)]
             rows = [row_of(each, tokenizer, rng) for rng in rngs]
@@ -164,8 +181,13 @@ def make_task_files(folder: Path, tokenizer: Tokenizer, samples: int, seed: int)
             stand_ins.setdefault((each.benchmark, each.task), []).append(stand_in)
         for (benchmark, task), data_sets in stand_ins.items():
             checkout = Path(home).resolve() / benchmark
-            request = Request(benchmark, checkout, folder, python=sys.executable)
+            made = checkout / "made"
+            request = Request(benchmark, checkout, made, python=sys.executable)
             convert_task(request, task, data_sets, lambda text: None)
+            (folder / task).mkdir(exist_ok=True)
+            # The manifest comes first: where it is missing, so is a file that will be noticed.
+            for file in sorted((made / task).iterdir(), key=lambda path: path.suffix == ".jsonl"):
+                os.replace(file, folder / task / file.name)
 
 
 def row_of(each: DataSet, tokenizer: Tokenizer, rng: random.Random) -> dict[str, Any]:

@@ -284,7 +284,7 @@ def ended_by_signals() -> Iterator[None]:
 
 def plan_sweep(choices: Choices) -> SweepPlan:
     """What `run_sweep` would measure. Raises InputError for choices that cannot be measured."""
-    use_judge(Judge(choices.judge, choices.judge_url or "") if choices.judge else None)
+    use_judge(None if choices.judge is None else Judge(choices.judge, choices.judge_url or ""))
     tasks = ready_tasks(choices)
     folder = model_folder(choices.model)
     specs, left_out = choose_methods(choices, read_card(folder) if folder else ModelCard())
@@ -399,9 +399,10 @@ def notes_on_samples(cells: Sequence[Cell], tasks: Sequence[Task], settings: Set
             places = ", ".join(map(task.place, skipped[:MOST_NAMED]))
             more = f" and {len(skipped) - MOST_NAMED} more" * (len(skipped) > MOST_NAMED)
             if len(skipped) == len(of_task):
+                can_be_cut = any(cell.sample.context_span for cell in of_task.values())
                 raise InputError(
                     f"{task.name}: all samples are longer than {settings.most} tokens; choose a "
-                    "longer --context, or --too-long cut"
+                    f"longer --context{', or --too-long cut' if can_be_cut else ''}"
                 )
             notes.append(f"{task.name}: {len(skipped)} {count} left out, too long: {places}{more}")
         if cut := [cell.cut_tokens for cell in of_task.values() if cell.cut_tokens]:

@@ -19,11 +19,11 @@ Encode = Callable[[Sample], list[int]]
 class TooLong(InputError):
     """A sample does not fit. `needed`: its tokens, answer included; `most`: those it may have."""
 
-    def __init__(self, needed: int, most: int) -> None:
+    def __init__(self, needed: int, most: int, can_be_cut: bool) -> None:
+        cut = "shorten contexts with --too-long cut, " if can_be_cut else ""
         super().__init__(
-            f"it takes {needed} tokens with its answer, {most} is the most; shorten contexts with "
-            "--too-long cut, leave such samples out with --too-long skip, or choose another "
-            "--context or model"
+            f"it takes {needed} tokens with its answer, {most} is the most; {cut}leave such "
+            "samples out with --too-long skip, or choose another --context or model"
         )
 
 
@@ -40,7 +40,7 @@ def fitting(
     if before <= room:
         return sample, prompt, 0
     if too_long != "cut":
-        raise TooLong(before + sample.max_new_tokens, most)
+        raise TooLong(before + sample.max_new_tokens, most, sample.context_span is not None)
     if sample.context_span is None:
         raise InputError(
             "its context is not known, so it cannot be cut; say it with context_span, or leave "

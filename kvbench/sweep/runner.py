@@ -195,9 +195,12 @@ class Sweep:
             sample = deepcopy(cell.sample)
             score = float(self.tasks[cell.sample.task].score(prediction, sample))
         except (Exception, SystemExit) as error:
-            return self._record(cell, error=f"scoring failed: {one_line(error)}")
+            # The answer is kept: a judge that could not be asked must not cost the reader it.
+            failure = f"scoring failed: {one_line(error)}"
+            return self._record(cell, prediction=prediction, error=failure)
         if math.isnan(score) or not 0 <= score <= 1:
-            return self._record(cell, error=f"the task's score {score} is not in 0..1")
+            failure = f"the task's score {score} is not in 0..1"
+            return self._record(cell, prediction=prediction, error=failure)
         measured = asdict(outcome)
         del measured["tokens"], measured["kept"], measured["failure"]
         return self._record(cell, prediction=prediction, score=score, **measured)

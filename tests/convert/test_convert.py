@@ -349,7 +349,22 @@ FAULTS = {
     ),
     "empty question": (TEMPLATE, f'rows[0]["question"] = ""; {TEMPLATE}', "0 has no question"),
     "no rows": (TEMPLATE, f"rows = []; {TEMPLATE}", "gave no example"),
-    "bad answer": (TEMPLATE, f'rows[0]["answer"] = 5; {TEMPLATE}', "sample 0: a reference must be"),
+    "bad answer": (
+        TEMPLATE,
+        f'rows[0]["answer"] = 5; {TEMPLATE}',
+        'line 1: metric "substring_exact_match": a reference must be',
+    ),
+    "empty answer": (TEMPLATE, f'rows[2]["answer"] = ""; {TEMPLATE}', "line 3: it has no answer"),
+    "surrogate": (
+        TEMPLATE,
+        f'rows[1]["context"] = "a\\ud800"; {TEMPLATE}',
+        "line 2: it has half of a surrogate pair",
+    ),
+    "other prefix": (
+        '"system_template": system,',
+        '"system_template": "So:",',
+        "line 1: its prompt does not end with its answer_prefix",
+    ),
     "no answer": (TEMPLATE, f'del rows[0]["answer"]; {TEMPLATE}', "KeyError: 'answer'"),
     "late": (TEMPLATE, f'rows[7]["context"] = None; {TEMPLATE}', "example 7 has no context"),
 }
@@ -368,6 +383,65 @@ def test_a_loader_that_fails_leaves_nothing(
     assert said[0].startswith("kvbench: json_kv")
     assert message in said[0]
     assert list(out.iterdir()) == []
+
+
+PYTHONS = {
+    "banner": ('echo Activating\necho "[1]"\nexec {} "$@"', None),
+    "binary": ("printf '\\377\\n{{\\n'\nexec {} \"$@\"", None),
+    "echo": ('echo "$@"', "ended with code 0 before HELMET's loader was done"),
+    "torn": ('{} "$@" | head -c 400', "before HELMET's loader was done"),
+    "one lost": ("{} \"$@\" | sed '3d'", "before HELMET's loader was done"),
+    "no end": ("{} \"$@\" | sed '$d'", "before HELMET's loader was done"),
+}
+
+
+@pytest.mark.parametrize("kind", PYTHONS)
+def test_lines_of_a_wrapper_are_not_samples_and_none_is_lost(
+    helmet: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    script, message = PYTHONS[kind]
+    wrapper = helmet.parent / "wrapper"
+    wrapper.write_text("#!/bin/sh\n" + script.format(sys.executable) + "\n")
+    wrapper.chmod(0o755)
+    words = ("--task", "json_kv", "--samples", "3", "--python", str(wrapper))
+    out = convert(helmet, *words, code=2 if message else 0)
+    if message is None:
+        assert len(read(out / "recall", "json_kv")) == 3
+    else:
+        (said,) = capsys.readouterr().err.splitlines()
+        assert message in said
+        assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "cut", "at"),
+    [
+        ("{context}\\n{question}", True, "\nk"),
+        ("{question}\\n{context}\\n", True, None),
+        ("{context} {question} {context}\\n", False, None),
+        ("{context} {context}\\n{question}", False, "\nk"),
+    ],
+)
+def test_a_question_before_the_context_and_a_second_context_are_seen(
+    helmet: Path, template: str, cut: bool, at: str | None
+) -> None:
+    text = HELMET.replace("    system =", f'    user = "{template}"\n    system =', 1)
+    (helmet / "data.py").write_text(text, encoding="utf-8")
+    row = read(convert(helmet, "--task", "json_kv", "--samples", "1") / "recall", "json_kv")[0]
+    if cut:
+        start, end = row["context_span"]
+        assert row["prompt"][start:end] == '{"k": "v"}'
+    else:
+        assert "context_span" not in row
+    assert row["prompt"][row["question_at"] :].startswith(at) if at else "question_at" not in row
+
+
+def test_metadata_that_json_cannot_hold_is_left_out(helmet: Path) -> None:
+    extra = 'rows[0] |= {"huge": 10**5000, "nan": float("nan"), "depth": 3}; '
+    text = HELMET.replace(TEMPLATE, extra + TEMPLATE, 1)
+    (helmet / "data.py").write_text(text, encoding="utf-8")
+    row = read(convert(helmet, "--task", "json_kv", "--samples", "1") / "recall", "json_kv")[0]
+    assert row["metadata"] == {"num_kvs": 1, "depth": 3}
 
 
 def test_one_failure_spoils_one_task(helmet: Path, capsys: pytest.CaptureFixture[str]) -> None:

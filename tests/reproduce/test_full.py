@@ -2,20 +2,29 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
+import pytest
+from helpers.process import kvbench_here
 from pandas import read_csv
 
+from kvbench.cli.reproduce import OF_SCALE, reproduce
+from kvbench.errors import InputError
+from kvbench.models.load import load_model
 from kvbench.reproduce.datasets import published_data_sets
 from kvbench.reproduce.full import (
+    absent_data,
     full_choices,
     in_turn,
     left_out_notes,
     missing_data,
     workloads,
 )
+from kvbench.reproduce.rehearsal import make_task_files
 
 TASKS = list(dict.fromkeys(each.task for each in published_data_sets().values()))
 
@@ -57,6 +66,77 @@ def test_workloads_have_the_papers_lengths_and_numbers() -> None:
     assert all(load.prompt + load.answer <= 1000 for load in short)
     assert in_turn([1, 5, 2], 7) == [1, 4, 2]
     assert in_turn([1, 5], None) == [1, 5]
+
+
+def test_a_rehearsals_data_are_completed_whatever_a_killed_process_left(tmp_path: Path) -> None:
+    """Any file may be missing; what is there stays as it is, and what is made is the same again."""
+
+    def make(folder: Path) -> dict[str, bytes]:
+        wanted = {each.task for each in absent_data(folder, True, ["travel_planning", "icl"])}
+        make_task_files(folder, load_model("tiny").tokenizer, 1, 42, wanted)
+        assert not absent_data(folder, True, ["travel_planning", "icl"])
+        assert sorted(path.name for path in folder.iterdir()) == ["icl", "travel_planning"]
+        return {path.name: path.read_bytes() for path in folder.glob("*/*")}
+
+    whole = make(tmp_path / "whole")
+    assert len(whole) == 1 + 5 + 1  # files, of which one is the manifest of both
+    for left in ("", "icl", "icl/manifest.json", "icl/icl_nlu_8296shot_balance.jsonl"):
+        folder = tmp_path / "killed"
+        shutil.copytree(tmp_path / "whole", folder)
+        shutil.rmtree(folder / "icl")
+        (folder / "travel_planning/travel_planning_2k.jsonl").unlink()
+        if left.startswith("icl"):
+            (folder / "icl").mkdir()
+        if left.count("."):
+            shutil.copy(tmp_path / "whole" / left, folder / left)
+        assert make(folder) == whole
+        shutil.rmtree(folder)
+
+
+REHEARSAL = "--scale full --rehearse"
+WRONG = {
+    "--scale full --task recall,nosuch": "the full scale has no task 'nosuch': known: html_to_tsv",
+    "--scale full --task recal": "no task 'recal': did you mean 'recall'?",
+    "--scale full --method nosuch": "unknown method 'nosuch'",
+    "--scale full --task summ": "a language model judges the answers of summ: give --judge",
+    "--scale full --judge big": "give --judge and --judge-url",
+    "--scale full --judge-url http://host/v1": "give --judge and --judge-url",
+    "--scale full --judge big --judge-url foo": "the judge's address 'foo' does not start with",
+    "--scale full --model tiny": "--model has no effect with --scale full, only with --rehearse",
+    "--scale full --seed 1": "--seed has no effect with --scale full, only with --scale small",
+    f"{REHEARSAL} --task recall,nosuch": "the full scale has no task 'nosuch'",
+    f"{REHEARSAL} --method snapkv,nosuch": "unknown method 'nosuch'",
+    f"{REHEARSAL} --data nowhere": "--data has no effect with --rehearse, only with --scale full",
+    f"{REHEARSAL} --option foo=1": "--option has no effect with --rehearse",
+    f"{REHEARSAL} --judge x --judge-url http://host/v1": "--judge has no effect with --rehearse",
+    f"{REHEARSAL} --dry-run": "only with --scale small and --scale full",
+    "--task recall": "--task has no effect with --scale small, only with --scale full and --rehe",
+    "--budgets 0.5": "--budgets has no effect with --scale small",
+    "--judge x": "--judge has no effect with --scale small",
+    "--rehearse": "add --scale full",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_cannot_be_reproduced_is_refused_before_anything_is_written(
+    words: str, tmp_path: Path
+) -> None:
+    done = kvbench_here("reproduce", *words.split(), folder=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert WRONG[words] in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_belongs_to_a_scale() -> None:
+    assert set(signature(reproduce).parameters) - {"ctx"} <= set().union(*OF_SCALE.values())
+
+
+def test_choices_of_the_full_scale_name_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no task 'nosuch'"):
+        full_choices(tmp_path, tmp_path, options={}, judge=None, task=("recall", "nosuch"))
+    some = full_choices(tmp_path, tmp_path, options={}, judge=None, task=("recall", "summ"))
+    assert some.task == (str(tmp_path / "recall"),)
 
 
 def test_a_rehearsal_runs_all_eight_tasks(tmp_path: Path) -> None:

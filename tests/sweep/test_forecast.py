@@ -19,6 +19,7 @@ from kvbench.errors import InputError
 from kvbench.models.card import EMBEDDED
 from kvbench.models.load import wrap_model
 from kvbench.models.shapes import parameters, shapes_of
+from kvbench.reproduce.full import SHAPE
 from kvbench.sweep import forecast as cost
 from kvbench.sweep.command import Choices
 from kvbench.sweep.forecast import Gpu, Workload, forecast, read_gpu
@@ -162,6 +163,49 @@ def test_plan_says_what_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "has no key 'model_type'" in capsys.readouterr().err
     assert main(["plan", "--model-config", str(tmp_path)]) == 2
     assert "is a folder; give the config.json in it" in capsys.readouterr().err
+
+
+LLAMA = json.loads(SHAPE.read_text())
+NONE_BELOW_ONE = [
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        *(({k: n}, f"says {k} {n}; expected at least 1") for k in NONE_BELOW_ONE for n in (0, -5)),
+        ({"hidden_size": float("nan")}, "says hidden_size nan; expected at least 1"),
+        ({"model_type": "mistral", "sliding_window": -5}, "says sliding_window -5"),
+        ({"text_config": {"hidden_size": 0}}, "says hidden_size 0; expected at least 1"),
+        ({"hidden_act": "foo"}, "transformers knows no 'foo', which the configuration"),
+        ({"rope_scaling": {"rope_type": "foo"}}, "transformers knows no 'foo'"),
+        ({"model_type": "foo"}, "Unrecognized model identifier: foo"),
+        ({"model_type": None}, "has no key 'model_type'"),
+        ({"num_key_value_heads": 3}, "which do not fit together"),
+    ],
+)
+def test_a_configuration_that_no_model_has_is_refused(
+    changed: dict[str, object], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LLAMA | changed))
+    how = ["--task", "recall", "--method", "snapkv"]
+    assert main(["plan", *how, "--model-config", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "null", '"llama"'])
+def test_a_configuration_that_is_no_object_is_refused(
+    text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    assert main(["plan", "--model-config", str(file)]) == 2
+    assert "has no key 'model_type'; give a model's config.json" in capsys.readouterr().err
 
 
 def test_plan_says_what_it_tells_the_cost_of(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ These tests need lm-eval, which is not among the packages that tests are run wit
 
 import json
 import re
+import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -331,6 +332,11 @@ REFUSED = {
     "beams": (f"generation_kwargs: {BEAMS}", "sets num_beams in generation_kwargs"),
     "unsafe": ("unsafe_code: true", "is marked unsafe: it may run what a model writes"),
     "split": ("test_split: nowhere", "lm-eval cannot load 'split': KeyError"),
+    "unknown": (
+        "metric_list: [{metric: nosuch, aggregation: mean, higher_is_better: true},"
+        " {metric: exact_match, aggregation: mean, higher_is_better: true}]",
+        "has metrics that lm-eval does not have: nosuch",
+    ),
     "seen": ('doc_to_image: ["facts"]', "shows images or plays sound"),
 }
 
@@ -381,6 +387,41 @@ def test_names_that_are_wrong_are_told(text: str, reason: str, folder: Path) -> 
     assert reason in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("task: harbour\noutput_type: [\n", "lm-eval cannot read '.*harbour.yaml': .*line 3"),
+        ("task: harbour\ninclude: nosuch.yaml\n", "lm-eval cannot read '.*': .*nosuch.yaml"),
+        ("task: harbour\n\x00", "lm-eval cannot read '.*harbour.yaml': "),
+        ("tsk: harbour\n", "lm-eval has no task 'harbour'"),
+    ],
+)
+def test_a_damaged_file_is_named(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "harbour.yaml").write_text(text)
+    with pytest.raises(InputError, match=reason) as raised:
+        opened(f"lm-eval:{tmp_path}/harbour")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_task_of_two_files_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "twice")
+    (tmp_path / "twice/aaa.yaml").write_text("include: several.yaml\ndoc_to_text: other\n")
+    for name in ("several", "both"):
+        with pytest.raises(InputError, match=r"aaa.yaml' and '.*are both the task 'several'"):
+            opened(f"lm-eval:{tmp_path}/twice/{name}")
+    assert opened(f"lm-eval:{tmp_path}/twice/harbour").size == SAMPLES
+
+
+def test_options_that_it_does_not_heed_are_refused(folder: Path) -> None:
+    task = open_task(f"lm-eval:{folder}/several")
+    for given, reason in (
+        (("exact_match", None), "does not heed --metric exact_match: choose one with"),
+        ((None, 5), "does not heed --max-new-tokens: set max_gen_toks"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            task.ready(1, *given)
+
+
 def test_a_run_takes_the_documents_that_there_are(folder: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"methods": ["full"], "tasks": [f"lm-eval:{folder}/several"]}
     kvbench.run("tiny", out=tmp_path / "run", samples=9, **given)
@@ -395,6 +436,10 @@ def test_too_long_a_prompt_is_refused(folder: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"methods": ["full"], "tasks": [f"lm-eval:{folder}/plain"]}
     with pytest.raises(InputError, match="document 0 of lm-eval task 'plain': it takes"):
         kvbench.run("tiny", out=tmp_path / "run", context=300, **given)
+    for how in ("error", "skip"):
+        with pytest.raises(InputError) as raised:
+            kvbench.run("tiny", out=tmp_path / "run", context=300, too_long=how, **given)
+        assert "--too-long cut" not in str(raised.value)
 
 
 def test_the_command_line_takes_a_folder(folder: Path, tmp_path: Path) -> None:
