@@ -1,5 +1,6 @@
 """`kvbench run`: the options of a sweep, and what it prints."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,7 +8,18 @@ from typing import Annotated, Literal
 from kvbench.cli import complete, options
 from kvbench.cli.config import read_config
 from kvbench.cli.messages import Terminal, say
-from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, MEMORY, MODEL, OUTPUT, WHAT, comma_list, opt
+from kvbench.cli.options import (
+    FOLDER,
+    HOW_MUCH,
+    LIST,
+    MEMORY,
+    MODEL,
+    OUTPUT,
+    SCALE,
+    WHAT,
+    comma_list,
+    opt,
+)
 from kvbench.errors import InputError
 from kvbench.records import Record, read_records
 from kvbench.run_folder import current_codes, read_settings
@@ -15,6 +27,7 @@ from kvbench.spec import labels_of
 from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.command import Choices, plan_sweep, run_sweep
 from kvbench.sweep.progress import duration
+from kvbench.sweep.units import slurm_shard
 
 EXAMPLES = options.examples(
     "kvbench run --method snapkv,prulong --task recall,rag --budgets 0.1,0.3",
@@ -113,6 +126,13 @@ def run(
             metavar="SIZE",
         ),
     ] = None,
+    shard: Annotated[
+        str | None,
+        opt(SCALE, "The part of the cells to measure.", "all, or a Slurm array's", metavar="I/N"),
+    ] = None,
+    workers: Annotated[
+        int, opt(SCALE, "Processes that share the work: one a GPU, or of a CPU's cores.", min=1)
+    ] = 1,
     out: Annotated[
         Path | None,
         opt(OUTPUT, "Folder for the records.", "results/runs/MODEL-TASKS-DATE", metavar=FOLDER),
@@ -153,6 +173,8 @@ def run(
         template_option=options.key_value(template_option, "--template-option"),
         batch_rows=batch_rows,
         memory_limit=None if memory_limit is None else options.memory(memory_limit),
+        shard=slurm_shard(os.environ) if shard is None else options.shard(shard),
+        workers=workers,
     )
     if dry_run:
         print_plan(choices)

@@ -48,6 +48,7 @@ from kvbench.sweep.folder import experiment, find_folder
 from kvbench.sweep.length import TOO_LONG
 from kvbench.sweep.plan import Cell, Settings, common_settings, get_tasks, make_plan
 from kvbench.sweep.progress import Listener, Progress
+from kvbench.sweep.units import shard
 from kvbench.task import Task
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ COMPARED = (  # without --method: what arXiv 2506.17121 compares, controls, and 
     *("knorm", "knorm-naive", "random", "random-naive"),
 )
 MOST_NAMED = 5  # samples in a note
+MOST_WORKERS = 1024
 TRIAL_SHARE = 0.01  # of a sweep's tokens, at most, are spent on predicting its time
 
 
@@ -99,6 +101,8 @@ class Choices:
     judge_url: str | None = None  # its OpenAI-compatible address
     batch_rows: int | None = None  # cells measured together, at most
     memory_limit: int | None = None  # bytes beside the model
+    shard: tuple[int, int] | None = None  # I of N, from 1: the part of the cells that is measured
+    workers: int = 1  # processes that share the sweep
 
     def __post_init__(self) -> None:
         """Raise InputError for a value that no sweep can have."""
@@ -122,6 +126,10 @@ class Choices:
         if self.memory_limit is not None:
             what = "a whole number of bytes"
             check_whole("memory_limit", self.memory_limit, most=LARGEST, what=what)
+        if self.shard is not None:
+            check_whole("the number of shards", self.shard[1])
+            check_whole("a shard", self.shard[0], most=self.shard[1])
+        check_whole("workers", self.workers, most=MOST_WORKERS)
         if self.metric is not None:
             check_text("metric", self.metric)
         for name, known in (
@@ -325,8 +333,12 @@ def plan_sweep(choices: Choices) -> SweepPlan:
         recorded={name for name, record in known.items() if record.error is None},
         added=added,
     )
-    missing = [c for c in cells if c.fingerprint not in known or known[c.fingerprint].error]
+    mine = cells if choices.shard is None else shard(cells, *choices.shard)
+    missing = [c for c in mine if c.fingerprint not in known or known[c.fingerprint].error]
     notes = [f"left out: {'; '.join(left_out)}"] if left_out else []
+    if choices.shard is not None:
+        index, count = choices.shard
+        notes.append(f"shard {index} of {count}: {len(mine)} of {len(cells)} cells")
     notes += note_on_template(model, settings)
     notes += [remark for task in tasks for remark in task.remarks]
     notes += notes_on_samples(every, tasks, settings)
@@ -345,7 +357,7 @@ def plan_sweep(choices: Choices) -> SweepPlan:
         out,
         common,
         wanted,
-        len(cells),
+        len(mine),
         missing,
         left_out,
         notes,
