@@ -25,8 +25,9 @@ from kvbench.records import Record, read_records
 from kvbench.run_folder import current_codes, read_settings
 from kvbench.spec import labels_of
 from kvbench.sweep.chat import TEMPLATE_DATE
-from kvbench.sweep.command import Choices, plan_sweep, run_sweep
+from kvbench.sweep.command import Choices, plan_sweep
 from kvbench.sweep.progress import duration
+from kvbench.sweep.start import start
 from kvbench.sweep.units import slurm_shard
 
 EXAMPLES = options.examples(
@@ -199,7 +200,7 @@ def measure(choices: Choices) -> int:
     """Run a sweep with its progress on stderr and its summary on stdout; the exit code."""
     from kvbench.report.tables import print_summary
 
-    result = run_sweep(choices, Terminal())
+    result = start(choices, Terminal())
     if result.interrupted:
         return result.exit_code
     print_summary(read_records(result.folder), current_codes([read_settings(result.folder)]))

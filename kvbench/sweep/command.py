@@ -250,7 +250,9 @@ def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult
             listener.stopped()
         writer.check_stored(sweep.recorded)
     if sweep.elsewhere:
-        listener.note(f"other processes measured {sweep.elsewhere} of the {len(cells)} cells")
+        listener.note_on_others(
+            f"other processes measured {sweep.elsewhere} of the {len(cells)} cells"
+        )
     if interrupted:
         listener.note(f"interrupted; what is finished is in {out}, the same command continues it")
     return SweepResult(
@@ -328,8 +330,10 @@ def plan_sweep(choices: Choices) -> SweepPlan:
         tasks={task.name: task for task in tasks},
         context=settings.context,
         prefill_chunk=settings.prefill_chunks[0],
-        memory_limit=choices.memory_limit or free_bytes(model),
+        memory_limit=choices.memory_limit
+        or free_bytes(model) // (choices.workers if model.device.type == "cpu" else 1),
         batch_rows=choices.batch_rows,
+        by_workers=choices.workers > 1,
         recorded={name for name, record in known.items() if record.error is None},
         added=added,
     )

@@ -13,6 +13,10 @@ class Listener:
     def note(self, text: str) -> None:
         """One line for the user, such as which run is continued."""
 
+    def note_on_others(self, text: str) -> None:
+        """One line about other processes that write to the same run folder."""
+        self.note(text)
+
     def started(self, progress: "Progress") -> None:
         """Measuring starts. `progress` is the same object in every call, and kept up to date."""
 
