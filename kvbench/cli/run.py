@@ -134,6 +134,12 @@ def run(
     workers: Annotated[
         int, opt(SCALE, "Processes that share the work: one a GPU, or of a CPU's cores.", min=1)
     ] = 1,
+    ray: Annotated[
+        str | None,
+        opt(
+            SCALE, "Ray cluster that measures; 'local' starts one here.", "none", metavar="ADDRESS"
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         opt(OUTPUT, "Folder for the records.", "results/runs/MODEL-TASKS-DATE", metavar=FOLDER),
@@ -176,6 +182,7 @@ def run(
         memory_limit=None if memory_limit is None else options.memory(memory_limit),
         shard=slurm_shard(os.environ) if shard is None else options.shard(shard),
         workers=workers,
+        ray=ray,
     )
     if dry_run:
         print_plan(choices)

@@ -103,6 +103,7 @@ class Choices:
     memory_limit: int | None = None  # bytes beside the model
     shard: tuple[int, int] | None = None  # I of N, from 1: the part of the cells that is measured
     workers: int = 1  # processes that share the sweep
+    ray: str | None = None  # the address of a Ray cluster that measures it; "local" starts one
 
     def __post_init__(self) -> None:
         """Raise InputError for a value that no sweep can have."""
@@ -130,6 +131,8 @@ class Choices:
             check_whole("the number of shards", self.shard[1])
             check_whole("a shard", self.shard[0], most=self.shard[1])
         check_whole("workers", self.workers, most=MOST_WORKERS)
+        if self.ray is not None:
+            check_text("ray", self.ray)
         if self.metric is not None:
             check_text("metric", self.metric)
         for name, known in (
