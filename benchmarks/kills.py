@@ -5,36 +5,49 @@ and started again, until all cells are there; then the next folder begins, until
 `--kills` kills. Every folder must then hold the same records as an unbroken run: each cell once in
 the report, none lost, none failed. Lines that were measured twice are counted, they do no harm.
 
-    python benchmarks/kills.py --kills 50
+    OMP_NUM_THREADS=1 python benchmarks/kills.py --kills 50
 """
 
 import argparse
+import multiprocessing
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from kvbench.cli.app import main as kvbench_main
+from kvbench.models.load import load_model
 from kvbench.records import read_records
 from kvbench.run_folder import read_fingerprints
 
 SWEEP = ("--method", "recency,random,snapkv", "--task", "rag", "--context", "256")
+FORK = multiprocessing.get_context("fork")
 KEPT = ("prediction", "score", "resident_rows", "full_rows", "kv_peak", "error")
 
 
-def start(folder: Path, samples: int) -> "subprocess.Popen[bytes]":
-    """One more process that measures the folder; what it says goes to a file beside it."""
-    sizes = ["--budgets", "0.3,0.6", "--samples", str(samples), "--batch-rows", "8"]
-    command = [sys.executable, "-m", "kvbench", "run", *SWEEP, *sizes, "--out", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with folder.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
+def start(folder: Path, samples: int) -> BaseProcess:
+    """One more process that measures the folder; what it says goes to a file beside it.
+
+    It is forked, because to import everything anew takes longer than most of them live.
+    """
+
+    def run() -> None:
+        log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        sizes = ["--budgets", "0.3,0.6", "--samples", str(samples), "--batch-rows", "8"]
+        sys.exit(kvbench_main(["run", *SWEEP, *sizes, "--out", str(folder)]))
+
+    process = FORK.Process(target=run)
+    process.start()
+    return process
 
 
 def measure(
@@ -45,20 +58,19 @@ def measure(
     Moments are counted in seconds of CPU time, so that they are random on a busy machine too.
     """
     codes: Counter[int] = Counter()
-    lives: list[tuple[subprocess.Popen[bytes], float]] = []
+    lives: list[tuple[BaseProcess, float]] = []
     while codes[0] < processes:
         while len(lives) + codes[0] < processes:
             lives.append((start(folder, samples), draw.uniform(0, longest)))
         time.sleep(0.005)
         for process, ends in list(lives):
-            if codes[-9] < kills and process.poll() is None:
+            if codes[-9] < kills and process.is_alive():
                 times = psutil.Process(process.pid).cpu_times()
                 if times.user + times.system > ends:
                     process.kill()
-                    process.wait()
-            process.poll()
-            if process.returncode is not None:
-                codes[process.returncode] += 1
+                    process.join()
+            if process.exitcode is not None:
+                codes[process.exitcode] += 1
                 lives.remove((process, ends))
     return codes
 
@@ -73,11 +85,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--samples", type=int, default=24)
-    parser.add_argument("--longest", type=float, default=8.0, help="CPU seconds of a process")
+    parser.add_argument("--longest", type=float, default=5.0, help="CPU seconds of a process")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
     left, wrong = arguments.kills, 0
+    load_model("tiny")  # imports what processes need
     with tempfile.TemporaryDirectory() as home:
         whole = Path(home) / "whole"
         measure(whole, arguments.samples, 1, 0, 0, draw)

@@ -3,6 +3,7 @@
 The names of this module load when they are first used, so `import kvbench` is fast.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from kvbench.task import Sample, Task
 
 __version__ = "0.1.0"
+
+# How often a waiting thread of OpenMP looks for work before it sleeps, 20 to 70 ns each. With GNU's
+# default, 300,000, threads take the cores of those they wait for as soon as another process needs
+# one too; see `benchmarks/threads.py`. OpenMP reads this when PyTorch is imported.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+    os.environ["GOMP_SPINCOUNT"] = "5000"
 
 _HOMES = {
     "kvbench.api": ("Generation", "RunResult", "generate", "run"),

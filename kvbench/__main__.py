@@ -1,8 +1,51 @@
-"""`python -m kvbench` is `kvbench`."""
+"""The program `kvbench`, which is also `python -m kvbench`.
 
+It heeds Ctrl-C from its first line on, so all else is imported later.
+"""
+
+import os
+import signal
 import sys
+from types import FrameType
+from typing import Any, NoReturn
 
-from kvbench.cli.app import main
+
+def main() -> int:
+    """Run this process's command line and return its exit code."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored
+        signal.signal(signal.SIGINT, interrupt)
+        sys.unraisablehook = end_if_interrupted
+    try:
+        from kvbench.cli.app import main as run
+
+        code = run()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done
+        return code
+    except KeyboardInterrupt:
+        leave()
+
+
+def interrupt(_: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; end at once during an import, which might pass over it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            leave()
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def end_if_interrupted(error: Any) -> None:
+    """End at once where Python would show a KeyboardInterrupt and go on, as in `__del__`."""
+    if isinstance(error.exc_value, KeyboardInterrupt):
+        leave()
+    sys.__unraisablehook__(error)
+
+
+def leave() -> NoReturn:
+    """End now, as after Ctrl-C. A run folder is whole at every moment."""
+    os.write(2, b"kvbench: interrupted\n")
+    os._exit(130)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,6 +16,7 @@ from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
 from kvbench.engine.self_check import self_check
 from kvbench.errors import InputError
+from kvbench.machine import use_threads
 from kvbench.models.load import LoadedModel, load_model
 from kvbench.records import BASELINE
 from kvbench.report.frames import load_records
@@ -80,6 +81,7 @@ def run(
     template_options: Mapping[str, Any] | None = None,
     batch_rows: int | None = None,
     memory_limit: int | None = None,
+    threads: int | None = None,
     listener: Listener | None = None,
 ) -> RunResult:
     """Measure methods on tasks at several budgets, and full attention as the baseline.
@@ -114,6 +116,8 @@ def run(
         template_options: what a chat template is given, such as `{"enable_thinking": False}`.
         batch_rows: cells that are measured together, at most; None for as many as memory allows.
         memory_limit: bytes beside the model; None for most of what is free.
+        threads: threads on the CPU, of the whole process from now on; None for OMP_NUM_THREADS, or
+            as many as there are free cores.
         listener: hears of the progress; None for silence.
 
     Raises:
@@ -124,6 +128,9 @@ def run(
     check_options("template_options", template_options)
     if out is not None and (not isinstance(out, str | Path) or not str(out).strip()):
         raise InputError(f"out must be a path, not {out!r}")
+    if threads is not None:
+        check_whole("threads", threads)
+        use_threads(threads)
     chunks = None if prefill_chunk is None else _several("prefill_chunk", prefill_chunk, least=1)
     choices = Choices(
         model=model,

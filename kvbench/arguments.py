@@ -49,7 +49,7 @@ def check_options(name: str, value: Any) -> None:
 def check_paths(name: str, values: tuple[Any, ...]) -> None:
     """Each value is a path."""
     for value in values:
-        if not isinstance(value, str | os.PathLike):
+        if not isinstance(value, str | os.PathLike) or not str(value).strip():
             raise InputError(
                 f"{name} takes folders as single arguments, {name}(FIRST, SECOND), not {value!r}"
             )

@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+BAD_INPUT = 2  # the exit code of a command that could not use a user's input, or not all of it
+
 
 class InputError(Exception):
     """A user's input cannot be used. The message says what is wrong with it and what to do.

@@ -110,7 +110,7 @@ def read_scores(path: Path) -> list[ScoreSet]:
     publishes them.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"head scores '{path}' cannot be read: {error}") from None
     try:

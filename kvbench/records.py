@@ -5,17 +5,30 @@ module needs no torch. See `docs/records.md`.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
+from msgspec import Meta
 
 from kvbench.errors import InputError
+from kvbench.files import open_regular
 
 BASELINE = "full"  # the method that every other one is measured against
 SAMPLE_FILES = "samples-*.jsonl"
-COMPRESS = ("prompt", "context")  # what methods evict from: all, or what precedes the question
+
+# What `msgspec` checks when a line is read.
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # what a data frame can hold
+Size = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Amount = Annotated[float, Meta(ge=0, le=2**63)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Point = Annotated[list[Count], Meta(min_length=2, max_length=2)]
+Time = Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")]
+Compress = Literal["prompt", "context"]  # what methods evict from: all, or before the question
+COMPRESS: tuple[str, ...] = get_args(Compress)
 
 
 @dataclass(frozen=True)
@@ -45,159 +58,179 @@ class Record:
     method: str
     family: str
     options: dict[str, Any]
-    budget: float
-    prefill_chunk: int | None  # tokens; None where the result does not depend on it
-    sample: int
-    sample_seed: int
-    context: int
-    finished: str  # UTC, ISO 8601
+    budget: Share
+    prefill_chunk: Size | None  # tokens; None where the result does not depend on it
+    sample: Count
+    sample_seed: Count
+    context: Count
+    finished: Time  # UTC, ISO 8601
     prompt_tail: str
     reference: Any
     prediction: str | None = None
-    score: float | None = None
-    kv_footprint: float | None = None
-    kv_peak: float | None = None
-    kv_reads: float | None = None
-    resident_rows: int | None = None  # the integers whose ratio kv_footprint is
-    full_rows: int | None = None
-    patch_rows: int | None = None
-    replay_rows: int | None = None
-    kv_bytes_peak: int | None = None
-    device_bytes_peak: int | None = None
-    prefill_seconds: float | None = None
-    decode_seconds: float | None = None
-    prompt_tokens: int | None = None
-    new_tokens: int | None = None
-    timeline: list[list[int]] | None = None  # points [rows, entries resident]
-    shared_rows: int | None = None  # cells that shared the prefill, this one included
-    group_bytes_peak: int | None = None  # keys and values of the whole batch
-    kv_held_peak: float | None = None  # as `kv_peak`, at one instant as executed
-    read_chunk: int | None = None  # tokens of the prefill chunk in which the prompt was read
+    score: Share | None = None
+    kv_footprint: Share | None = None
+    kv_peak: Amount | None = None
+    kv_reads: Share | None = None
+    resident_rows: Count | None = None  # the integers whose ratio kv_footprint is
+    full_rows: Count | None = None
+    patch_rows: Count | None = None
+    replay_rows: Count | None = None
+    kv_bytes_peak: Count | None = None
+    device_bytes_peak: Count | None = None
+    prefill_seconds: Amount | None = None
+    decode_seconds: Amount | None = None
+    prompt_tokens: Count | None = None
+    new_tokens: Count | None = None
+    timeline: list[Point] | None = None  # points [rows, entries resident]
+    shared_rows: Count | None = None  # cells that shared the prefill, this one included
+    group_bytes_peak: Count | None = None  # keys and values of the whole batch
+    kv_held_peak: Amount | None = None  # as `kv_peak`, at one instant as executed
+    read_chunk: Count | None = None  # tokens of the prefill chunk in which the prompt was read
     method_code: str = ""  # a hash of the method's source, "" in records from before it was kept
     task_code: str = ""  # the same of the task's
-    compress: str = "prompt"  # "context": what a method evicts from ends before the question
-    kv_bytes_read: float | None = None  # for a decoded token, on average
+    compress: Compress = "prompt"  # "context": what a method evicts from ends before the question
+    kv_bytes_read: Amount | None = None  # for a decoded token, on average
     cluster: str | None = None  # samples of one cluster are not independent
     chat: bool | None = None  # whether the prompt was put into the model's chat template
-    cut_tokens: int | None = None  # of a prompt that was too long; None: its task makes it fit
+    cut_tokens: Count | None = None  # of a prompt that was too long; None: its task makes it fit
     sample_code: str = ""  # a hash of a sample that was read, "" if its task makes it
     error: str | None = None
 
 
-# The JSON types of each type of a field; a whole number may stand for any number.
-_JSON_TYPES: dict[Any, tuple[type, ...]] = {
-    str: (str,),
-    str | None: (str, NoneType),
-    int: (int,),
-    int | None: (int, NoneType),
-    float: (float, int),
-    float | None: (float, int, NoneType),
-    bool | None: (bool, NoneType),
-    dict[str, Any]: (dict,),
-    list[list[int]] | None: (list, NoneType),
-}
-_NAMES: dict[type, str] = {
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    dict: "an object",
-    list: "a list",
-}
-_TYPES = {f.name: _JSON_TYPES[f.type] for f in fields(Record) if f.type is not Any}
-_LEAST = {**dict.fromkeys(_TYPES, 0), "prefill_chunk": 1}
-_LARGEST = 2**63 - 1  # whole number that a data frame can hold
-_SHARES = ("budget", "score")  # from 0 to 1; patched tokens raise peaks a little above 1
-_DEFAULTS = {f.name: None if f.default is MISSING else f.default for f in fields(Record)}
-_REQUIRED = tuple(f.name for f in fields(Record) if f.default is MISSING)
+_decode = msgspec.json.Decoder(Record).decode
+_FIELDS = tuple(field.name for field in fields(Record))
 _MEASURED = ("prediction", "score", "kv_footprint", "kv_peak")
+_KEYS = re.compile(rb'"(\w+)"\s*:')
+_MOST_NESTED = 50  # lists and objects in each other, in options and the reference
+_BOM = b"\xef\xbb\xbf"
+NEAR = 1e-9  # what a record says twice may differ by this much
+SHOWN = 5  # damaged lines that a message names
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A line of a results file that is no record, or (`line` None) a file that cannot be read."""
+
+    file: Path
+    line: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        if self.line is None:
+            return f"cannot read {self.file}: {self.reason}"
+        return f"{self.file}, line {self.line}: not a record of kvbench ({self.reason})"
+
+
+def told(damaged: Iterable[Damage]) -> list[str]:
+    """A text for each of the first few damages, and one for the others."""
+    damaged = list(damaged)
+    more = len(damaged) - SHOWN
+    return [*map(str, damaged[:SHOWN]), *([f"and {more} more like this"] if more > 0 else [])]
 
 
 def to_line(record: Record) -> bytes:
     """The record as one line of ASCII JSON, newline included."""
-    values = {name: getattr(record, name) for name in _DEFAULTS}
+    values = {name: getattr(record, name) for name in _FIELDS}
     return json.dumps(values, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
 
 
 def from_line(line: bytes) -> Record:
     """Return the record of one line. Unknown keys are ignored; ValueError says what is wrong."""
-    return Record(**_values(line))
+    try:
+        record = _decode(line)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).replace("`", "").partition(" - at $")
+        raise ValueError(f"{where.lstrip('.')}: {what}" if where else what) from None
+    except RecursionError:
+        raise ValueError("lists in lists without end") from None
+    keys = _KEYS.findall(line)
+    if len(keys) != len(set(keys)):
+        json.loads(line, object_pairs_hook=_unique)
+    if line.count(b"[") + line.count(b"{") > _MOST_NESTED + len(record.timeline or ()):
+        check_depth([record.options, record.reference])
+    _check(record)
+    return record
 
 
-def _values(line: bytes) -> dict[str, Any]:
-    """Return the fields of a line's record, all of them; ValueError says what is wrong."""
-    values = json.loads(line, parse_constant=_refuse_constant)
-    if not isinstance(values, dict):
-        raise ValueError("not a JSON object")
-    if b"\\u" in line:
-        json.dumps(values, ensure_ascii=False).encode()  # raises for half of a surrogate pair
-    missing = [name for name in _REQUIRED if name not in values]
-    if not missing and values.get("error") is None:
-        missing = [name for name in _MEASURED if values.get(name) is None]
-    if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}")
-    values = {name: values.get(name, default) for name, default in _DEFAULTS.items()}
-    _check(values)
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(name for name in values if sum(key == name for key, _ in pairs) > 1)
+        raise ValueError(f"{twice} is there twice")
     return values
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number")
+def check_depth(values: Any) -> None:
+    """Raise ValueError for lists and objects that are nested deeper than a report can show."""
+    for _ in range(_MOST_NESTED):
+        within = (v.values() if isinstance(v, dict) else v for v in values)
+        values = [v for inner in within for v in inner if isinstance(v, dict | list)]
+        if not values:
+            return
+    raise ValueError(f"lists and objects are nested more than {_MOST_NESTED} deep")
 
 
-def _check(values: dict[str, Any]) -> None:
-    """Raise ValueError for a field of another type, or a number outside of what it can be."""
-    for name, types in _TYPES.items():
-        value = values[name]
-        if type(value) not in types:
-            raise ValueError(f"{name} is {_shown(value)}; expected {_NAMES[types[0]]}")
-        if type(value) in (int, float) and not _LEAST[name] <= value <= _LARGEST:
-            raise ValueError(f"{name} is {_shown(value)}; expected {_LEAST[name]} to {_LARGEST}")
-    for name in _SHARES:
-        if values[name] is not None and values[name] > 1:
-            raise ValueError(f"{name} is {_shown(values[name])}; expected 0 to 1")
-    for point in values["timeline"] or ():
-        if type(point) is not list or [type(number) for number in point] != [int, int]:
-            raise ValueError(f"timeline has a point {_shown(point)}; expected [rows, entries]")
+def _check(record: Record) -> None:
+    """Raise ValueError for a record whose fields contradict each other."""
+    if record.error is None:
+        missing = [name for name in _MEASURED if getattr(record, name) is None]
+        if missing:
+            raise ValueError(f"it has no error, and lacks {', '.join(missing)}")
+    share, rows, full = record.kv_footprint, record.resident_rows, record.full_rows
+    if (
+        share is not None
+        and rows is not None
+        and full is not None
+        and abs(rows - share * full) > NEAR * max(rows, full, 1)
+    ):
+        raise ValueError(f"kv_footprint is {share}, but {rows} of {full} rows are resident")
+    if share is not None and record.kv_reads is not None and record.kv_reads > share + NEAR:
+        raise ValueError(f"kv_reads is {record.kv_reads}, more than kv_footprint, {share}")
+    if record.patch_rows is not None:
+        # Only patched and replayed tokens are held beside what full attention holds.
+        most = 1 + record.patch_rows + (record.replay_rows or 0) + NEAR
+        for name in ("kv_peak", "kv_held_peak"):
+            if (getattr(record, name) or 0) > most:
+                raise ValueError(f"{name} is {getattr(record, name)}; expected at most {most:g}")
+    if record.timeline:
+        rows_of_points = [point[0] for point in record.timeline]
+        if rows_of_points != sorted(rows_of_points):
+            raise ValueError("timeline: the rows of its points fall")
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
-
-
-def read_records(folder: Path) -> list[Record]:
+def read_records(folder: Path, damaged: list[Damage] | None = None) -> list[Record]:
     """Return all records of a run folder, one per fingerprint, in order of file name.
 
     A last line without a newline was cut by a kill and is dropped. Where a fingerprint occurs more
-    than once, a measured record is preferred to a failed one, otherwise the first is taken. Raises
-    InputError if a file cannot be read or a line is damaged, and names it.
+    than once, a measured record is preferred to a failed one, otherwise the first is taken. Damaged
+    lines, and files that cannot be read, are left out and added to `damaged`; without such a list,
+    the first one raises InputError.
     """
-    return [Record(**values) for values in read_values(folder)]
-
-
-def read_values(folder: Path) -> list[dict[str, Any]]:
-    """Return the fields of what `read_records` returns, as one dict per record (this is faster)."""
-    by_cell: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob(SAMPLE_FILES)):
-        for number, line in enumerate(_whole_lines(path), start=1):
-            try:
-                values = _values(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{path}, line {number}: not a record of kvbench ({error}); "
-                    "delete the line to measure that sample again"
-                ) from error
-            known = by_cell.get(values["fingerprint"])
-            if known is None or (known["error"] is not None and values["error"] is None):
-                by_cell[values["fingerprint"]] = values
+    by_cell: dict[str, Record] = {}
+    for found in _lines(folder):
+        if isinstance(found, Damage):
+            if damaged is None:
+                hint = "" if found.line is None else "; delete the line to measure that cell again"
+                raise InputError(f"{found}{hint}")
+            damaged.append(found)
+            continue
+        known = by_cell.get(found.fingerprint)
+        if known is None or (known.error is not None and found.error is None):
+            by_cell[found.fingerprint] = found
     return list(by_cell.values())
 
 
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file that end with a newline."""
-    try:
-        with path.open("rb") as file:
-            yield from (line for line in file if line.endswith(b"\n"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+def _lines(folder: Path) -> Iterator[Record | Damage]:
+    """Yield the record or the damage of every line that ends with a newline."""
+    for path in sorted(folder.glob(SAMPLE_FILES)):
+        try:
+            with open_regular(path) as file:
+                for number, line in enumerate(file, start=1):
+                    if not line.endswith(b"\n"):
+                        continue
+                    try:
+                        yield from_line(line.removeprefix(_BOM) if number == 1 else line)
+                    except ValueError as error:
+                        yield Damage(path, number, str(error))
+        except OSError as error:
+            yield Damage(path, None, error.strerror or str(error))

@@ -9,18 +9,16 @@ import importlib
 import pkgutil
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from kvbench.errors import InputError, debugging, did_you_mean
-
-if TYPE_CHECKING:
-    from kvbench.method import Method
-    from kvbench.task import Task
+from kvbench.method import Method
+from kvbench.task import Task
 
 PLUGIN_GROUP = "kvbench.plugins"
 
@@ -33,17 +31,29 @@ class PluginWarning(UserWarning):
 
 
 class Registry(Generic[T]):
-    """The classes, or functions, of one kind (methods, tasks, metrics) by the name a user types."""
+    """The classes, or functions, of one kind (methods, tasks, metrics) by the name a user types.
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    With a `base`, they are subclasses of it that have the attributes `needed`.
+    """
+
+    def __init__(self, kind: str, base: type | None = None, needed: Sequence[str] = ()) -> None:
+        self.kind, self.base, self.needed = kind, base, needed
         self._known: dict[str, T] = {}
         _registries.append(self)
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Decorator that sets `name`; raises ValueError if something else already has the name."""
+        """Decorator that sets `name`.
+
+        Raises ValueError if something else already has the name, TypeError for what is none of the
+        kind.
+        """
 
         def add(thing: C) -> C:
+            base = self.base
+            if base is not None and not (isinstance(thing, type) and issubclass(thing, base)):
+                raise TypeError(f"{self.kind} '{name}' is not a subclass of {base.__name__}")
+            if missing := [each for each in self.needed if not hasattr(thing, each)]:
+                raise TypeError(f"{self.kind} '{name}' does not say its {' and '.join(missing)}")
             known: Any = self._known.get(name)
             if known is not None and known.__qualname__ != thing.__qualname__:
                 raise ValueError(f"two {self.kind}s are called '{name}': {known} and {thing}")
@@ -70,10 +80,10 @@ class Registry(Generic[T]):
 _registries: list[Registry[Any]] = []
 _left_out: dict[str, str] = {}  # plug-ins that could not be loaded, each with the reason
 
-methods: "Registry[type[Method]]" = Registry("method")
-tasks: "Registry[type[Task]]" = Registry("task")
+methods: Registry[type[Method]] = Registry("method", Method, ["family"])
+tasks: Registry[type[Task]] = Registry("task", Task, ["metric", "subtasks"])
 # A source makes a task of what a user writes after its name and a colon, as in `hf:NAME`.
-task_sources: "Registry[Callable[[str], Task]]" = Registry("source of tasks")
+task_sources: Registry[Callable[[str], Task]] = Registry("source of tasks")
 register_method = methods.register
 register_task = tasks.register
 register_task_source = task_sources.register
@@ -142,7 +152,7 @@ def hint(name: str, known: Iterable[str]) -> str:
     return text
 
 
-def open_task(text: str) -> "Task":
+def open_task(text: str) -> Task:
     """The task that a user names: a registered one, SOURCE:REST, or a path.
 
     Raises InputError if there is no such task, and whatever the task or the source raises.

@@ -17,12 +17,14 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict
+
+import msgspec
 
 from kvbench.errors import InputError
-from kvbench.files import write_atomically
+from kvbench.files import read_regular, write_atomically
 from kvbench.locks import hold, locked, same_file
-from kvbench.records import SAMPLE_FILES, Record, to_line
+from kvbench.records import SAMPLE_FILES, Record, check_depth, to_line
 
 RUN_FILE = "run.json"
 RUN_FORMAT = 2  # in format 1, the invocations are in `run.json` too
@@ -31,38 +33,63 @@ ATTEMPTS = 10  # to enter a folder that other processes make and remove at the s
 END = "end"  # of the samples that a task reads
 
 
+# What `run.json` and the files of invocations must hold, of all that is read from them.
+class _Experiment(TypedDict, total=False):
+    tasks: list[str]
+
+
+class _Invocation(TypedDict, total=False):
+    started: str
+    codes: dict[str, str]
+    experiment: _Experiment
+    skipped: dict[str, list[int]]
+
+
+class _Common(TypedDict):
+    common: dict[str, Any]
+
+
+class _Settings(_Common, total=False):
+    invocations: list[_Invocation]  # in format 1
+
+
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """Return what a run folder says of its run, None if it has no `run.json`.
 
     The contents of `run.json`, and by `invocations` what each process that wrote to the folder says
-    of itself, in the order in which they started. InputError if a file is damaged.
+    of itself, in the order in which they started. InputError if a file is damaged, or was written
+    by a newer kvbench.
     """
-    run = _read_object(folder / RUN_FILE, "common")
+    run = _read_object(folder / RUN_FILE, _Settings)
     if run is None:
         return None
-    found = [_read_object(path, "codes") for path in sorted(folder.glob(INVOCATION_FILES))]
+    files = sorted(folder.glob(INVOCATION_FILES))
+    found = [_read_object(path, _Invocation) for path in files]
     invocations = [*run.get("invocations", []), *(one for one in found if one is not None)]
     invocations.sort(key=lambda each: str(each.get("started", "")))
     return {**run, "invocations": invocations}
 
 
-def _read_object(path: Path, inside: str) -> dict[str, Any] | None:
-    """The JSON object of a file, which has an object `inside`; None if there is no such file."""
+def _read_object(path: Path, schema: Any) -> dict[str, Any] | None:
+    """The JSON object of a file, which must be as the schema says; None if there is no file."""
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        each = [contents, *contents.get("invocations", [])]
-        each += [one.get("codes", {}) for one in each]
-        if inside == "common":
-            each.append(contents["common"])
-        if not all(isinstance(one, dict) for one in each):
-            raise TypeError
+        contents = json.loads(read_regular(path))
+        number = contents.get("format", RUN_FORMAT) if isinstance(contents, dict) else RUN_FORMAT
+        if isinstance(number, int) and number > RUN_FORMAT:
+            raise InputError(
+                f"{path} is of format {number}, and this kvbench knows formats up to {RUN_FORMAT}; "
+                "a newer kvbench wrote it: pip install --upgrade kvbench"
+            )
+        msgspec.convert(contents, schema)
+        check_depth([contents])
     except FileNotFoundError:
         return None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        reason = str(error).replace("`", "")
         raise InputError(
-            f"{path} is damaged; delete it to continue the run, or choose another --out"
+            f"{path} is damaged ({reason}); delete it to continue the run, or choose another --out"
         ) from error
     return dict(contents)
 
@@ -92,20 +119,31 @@ def newer_codes(codes: Mapping[str, str], newer: Mapping[str, str]) -> dict[str,
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder is a run folder."""
-    return (folder / RUN_FILE).is_file() or any(folder.glob(SAMPLE_FILES))
+    """Whether the folder is a run folder that can be read."""
+    try:
+        return (folder / RUN_FILE).is_file() or any(folder.glob(SAMPLE_FILES))
+    except OSError:
+        return False
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Return the run folders directly inside `folder`; the one written to last is at the end."""
-    if not folder.is_dir():
+    """Return the run folders directly inside `folder`; the one written to last is at the end.
+
+    Folders that cannot be read are passed over.
+    """
+    try:
+        return sorted((f for f in folder.iterdir() if f.is_dir() and is_run(f)), key=_last_written)
+    except OSError:
         return []
-    return sorted((f for f in folder.iterdir() if f.is_dir() and is_run(f)), key=_last_written)
 
 
 def _last_written(folder: Path) -> int:
+    written = [0]
     files = [folder / RUN_FILE, *folder.glob(INVOCATION_FILES), *folder.glob(SAMPLE_FILES)]
-    return max(file.stat().st_mtime_ns for file in files if file.exists())
+    for file in files:
+        with suppress(OSError):
+            written.append(file.stat().st_mtime_ns)
+    return max(written)
 
 
 def find_run_folders(names: Iterable[str | Path], home: Path) -> list[Path]:
@@ -123,9 +161,11 @@ def find_run_folders(names: Iterable[str | Path], home: Path) -> list[Path]:
     folders: list[Path] = []
     for name in names:
         folder = Path(name)
-        if not folder.exists() and (home / name).is_dir():
+        if not os.path.exists(folder) and os.path.isdir(home / name):
             folder = home / name
-        if not folder.is_dir():
+        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+            raise InputError(f"cannot read {folder}: permission denied")
+        if not os.path.isdir(folder):
             known = ", ".join(run.name for run in find_runs(home)[-3:])
             raise InputError(
                 f"no run directory '{name}'" + (f"; in {home} are: {known}" if known else "")

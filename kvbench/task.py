@@ -74,9 +74,9 @@ class Task(ABC):
     metric: str  # name of a registered metric, or what the score is
     subtasks: tuple[str, ...]  # at least one; samples take turns among them
     default: ClassVar[bool] = True  # whether a run without --task measures this task
-    # Whether samples are read rather than made. They have lengths of their own, which a run may cut
-    # or refuse, and a sweep holds the prompts of one batch at a time: `score` is then given a
-    # sample with the end of its prompt only, and without metadata.
+    # Whether samples are read rather than made. They are the same for every seed, and have lengths
+    # of their own, which a run may cut or refuse. A sweep holds the prompts of one batch at a time:
+    # `score` is then given a sample with the end of its prompt only, and without metadata.
     reads: ClassVar[bool] = False
     source: str = ""  # where samples are read from, for people
     size: int | None = None  # samples there are, once it is ready; None: as many as are asked for

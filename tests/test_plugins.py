@@ -86,6 +86,17 @@ def test_a_third_party_package_is_enough(tmp_path: Path) -> None:
     assert python(USE, tmp_path) == "works\n"
 
 
+def test_the_tests_do_not_see_what_else_is_installed(tmp_path: Path) -> None:
+    (tmp_path / "kv_oldest.py").write_text(OLDEST)
+    info = tmp_path / "kv_oldest-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kv-oldest\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kvbench.plugins]\noldest = kv_oldest\n")
+    code = "from kvbench.spec import method_names\nprint('oldest' in method_names())"
+    assert python(code, tmp_path) == "True\n"
+    assert python(f"import conftest\n{code}", tmp_path) == "False\n"
+
+
 BROKEN = {
     "module": ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
     "syntax": ("def (:", "SyntaxError: "),
@@ -95,6 +106,14 @@ BROKEN = {
     "twice": (
         OLDEST.replace('"oldest"', '"snapkv"'),
         "ValueError: two methods are called 'snapkv'",
+    ),
+    "function": (
+        "from kvbench import register_method\n@register_method('f')\ndef f(): pass",
+        "TypeError: method 'f' is not a subclass of Method",
+    ),
+    "family": (
+        "from kvbench import Method, register_method\n@register_method('m')\nclass M(Method): pass",
+        "TypeError: method 'm' does not say its family",
     ),
     "half": (f"{OLDEST.replace('oldest', 'half-made')}\n1 / 0\n", "ZeroDivisionError: division"),
 }
@@ -154,9 +173,8 @@ print(one.message)
 
 def test_without_pytorch_the_message_says_what_to_install(tmp_path: Path) -> None:
     code = """
-import importlib.util, sys
+import sys
 sys.modules["torch"] = None
-find = importlib.util.find_spec
 import kvbench.registry as registry
 registry.find_spec = lambda name: None
 from kvbench.cli.app import main

@@ -1,5 +1,6 @@
 """Names and options of methods, and the messages for wrong ones."""
 
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,10 @@ def test_an_option_that_no_method_has_is_refused() -> None:
 def test_head_scores_of_either_format(tmp_path: Path) -> None:
     table = [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]
     assert read_scores(SCORES) == [ScoreSet(None, table)]
+    for name, text in (("a.tsv", SCORES.read_text()), ("a.json", json.dumps({"scores": table}))):
+        marked = tmp_path / name
+        marked.write_text(text, encoding="utf-8-sig")  # as editors of Windows write it
+        assert read_scores(marked) == [ScoreSet(None, table)]
     file = tmp_path / "scores.json"
     file.write_text('{"scores": [[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], "seed": 1}')
     assert read_scores(file) == [ScoreSet(None, table)]

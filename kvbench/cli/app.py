@@ -4,9 +4,11 @@ Exit codes: 0 done, 1 some cells failed, 2 bad input, 130 interrupted. Every err
 stderr; KVBENCH_DEBUG=1 shows the traceback.
 """
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -107,6 +109,9 @@ app.add_typer(converting, name="convert")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what an encoding lacks is shown as an escape
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = None if argv is None else list(argv)
         with plugins_named():

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from kvbench import escape
 from kvbench.cli import complete, options
 from kvbench.cli.messages import say
 from kvbench.cli.options import WHAT, comma_list, opt
@@ -67,7 +68,6 @@ def _holds(
     name: str, spec: MethodSpec | None, metric: str | None, max_new_tokens: int | None
 ) -> bool:
     """Make the checks of a method or a task and print a line for each; whether all hold."""
-    from rich.console import Console
     from rich.text import Text
 
     from kvbench.sweep.check import check_method, check_task
@@ -79,8 +79,8 @@ def _holds(
 
         tokenizer = load_model(MODEL, device="cpu").tokenizer
         findings = check_task(name, tokenizer, metric, max_new_tokens)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(Text(name, "bold"))
+    console = escape.console(soft_wrap=True)
+    console.print(name, style="bold")
     for finding in findings:
         if finding.faults:
             verdict, style, text = "FAIL", "bold red", "; ".join(finding.faults[:SHOWN])
@@ -90,6 +90,6 @@ def _holds(
             verdict, style, text = "skip", "yellow", finding.skipped
         else:
             verdict, style, text = "ok", "green", finding.meaning
-        line = Text.assemble("  ", (f"{verdict:<6}", style), f"{finding.check:<12}", text)
-        console.print(line)
+        text = escape.plain(text)
+        console.print(Text.assemble("  ", (f"{verdict:<6}", style), f"{finding.check:<12}", text))
     return not any(finding.faults for finding in findings)

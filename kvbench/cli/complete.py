@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
+from kvbench.escape import plain
 from kvbench.models.card import EMBEDDED
 from kvbench.models.wheel import WHEELS
 from kvbench.registry import PLUGIN_GROUP
@@ -46,8 +47,8 @@ def runs(incomplete: str) -> list[str]:
     """Runs in results/runs by name, the latest first, or in another folder by path."""
     if "/" in incomplete:
         folder = Path(incomplete.rpartition("/")[0] or "/")
-        return [str(run) for run in find_runs(folder)]
-    return [run.name for run in reversed(find_runs(RUNS))]
+        return _typable(str(run) for run in find_runs(folder))
+    return _typable(run.name for run in reversed(find_runs(RUNS)))
 
 
 def method_names() -> Iterator[str]:
@@ -105,4 +106,9 @@ def _lineage(cls: ast.ClassDef, classes: Iterable[ast.ClassDef]) -> Iterator[ast
 def _in_list(names: Iterable[str], incomplete: str) -> list[str]:
     """`names` as completions of the last item of a comma-separated list."""
     before, comma, _ = incomplete.rpartition(",")
-    return [before + comma + name for name in names if name not in before.split(",")]
+    return _typable(before + comma + name for name in names if name not in before.split(","))
+
+
+def _typable(names: Iterable[str]) -> list[str]:
+    """The names that a shell can show and take as they are: no control characters."""
+    return [name for name in names if name == plain(name)]

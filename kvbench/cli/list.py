@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from kvbench import escape
 from kvbench.cli import complete, options
 from kvbench.cli.options import OUTPUT, comma_list, opt
 from kvbench.errors import InputError, did_you_mean
@@ -54,22 +55,24 @@ def list_command(
 
 def print_listing(listing: dict[str, list[dict[str, Any]]]) -> None:
     """Print each thing as a paragraph: its name and facts, what it is, its options."""
-    from rich.console import Console
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = escape.console()
     indent = (0, 0, 0, 4)
     for kind, rows in listing.items():
-        console.print(Text(kind.upper(), style="bold"))
+        console.print(kind.upper(), style="bold")
         for row in rows:
             name, about, facts = row[kind[:-1]], row["about"], FACTS[kind].format(**row)
+            name, facts = escape.plain(name), escape.plain(facts)
             console.print(Text.assemble((name, "bold cyan"), "  ", (facts, "dim")))
-            console.print(Padding(Text(about), indent))
+            console.print(Padding(about, indent))
             if row.get("variants"):
-                console.print(Padding(Text(f"forms: {', '.join(row['variants'])}"), indent))
+                console.print(Padding(f"forms: {', '.join(row['variants'])}", indent))
             table = Table.grid(padding=(0, 2))
+            table.add_column(style="green")
+            table.add_column()
             for option, default in row.get("options", {}).items():
                 cards = [
                     f"on {model}: {value}" for model, value in row["on_models"][option].items()
@@ -79,7 +82,7 @@ def print_listing(listing: dict[str, list[dict[str, Any]]]) -> None:
                 note = "; ".join([type_name, *cards])
                 help = f"{row['option_help'][option]} ({note})".strip()
                 value = f"{option}={missing if default is None else default}"
-                table.add_row(Text(value, style="green"), Text(help))
+                table.add_row(value, help)
             if table.row_count:
                 console.print(Padding(table, indent))
         console.print()

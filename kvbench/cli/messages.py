@@ -4,6 +4,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from kvbench.escape import console, plain
 from kvbench.sweep.progress import Listener, Progress
 
 if TYPE_CHECKING:
@@ -14,7 +15,12 @@ SECONDS_BETWEEN_LINES = 20.0
 
 def say(text: str, name: str = "kvbench: ") -> None:
     """Print one line for the user on stderr."""
-    print(f"{name}{text}", file=sys.stderr, flush=True)
+    print(plain(f"{name}{text}"), file=sys.stderr, flush=True)
+
+
+def show(text: str = "") -> None:
+    """Print one line of a result on stdout."""
+    print(plain(text))
 
 
 class Terminal(Listener):
@@ -33,17 +39,21 @@ class Terminal(Listener):
             self.last = time.monotonic()
             say(f"measuring {progress.cells} cells{progress.left}", name="")
             return
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
+        from rich.text import Text
+
+        class Measuring(ProgressColumn):
+            def render(self, task: object) -> Text:
+                return Text(plain(f"measuring {progress.task}"))
 
         self.bar = Bar(
-            TextColumn("measuring {task.fields[sweep].task}", markup=False),
+            Measuring(),
             BarColumn(),
             TextColumn("{task.fields[sweep].done}/{task.fields[sweep].cells} cells,"),
             TimeElapsedColumn(),
             TextColumn("passed{task.fields[sweep].left}"),
-            console=Console(stderr=True),
+            console=console(stderr=True),
         )
         self.bar.add_task("", total=progress.tokens, sweep=progress)
         self.bar.start()

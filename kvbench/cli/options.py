@@ -11,6 +11,7 @@ from typer.core import TyperCommand, TyperOption
 
 from kvbench.cli import complete
 from kvbench.errors import InputError
+from kvbench.machine import use_threads
 
 T = TypeVar("T")
 
@@ -96,6 +97,24 @@ MaxNewTokens = Annotated[
 ]
 Threshold = Annotated[
     float, opt(OUTPUT, "Share of full attention's score to keep.", min=0.001, max=1)
+]
+
+
+def set_threads(ctx: typer.Context, value: int | None) -> None:
+    """Use this many threads, before PyTorch is imported."""
+    if value is not None and not ctx.resilient_parsing:
+        use_threads(value)
+
+
+Threads = Annotated[
+    int | None,
+    opt(
+        MODEL,
+        "Threads on the CPU.",
+        "OMP_NUM_THREADS, or the free cores",
+        min=1,
+        callback=set_threads,
+    ),
 ]
 DryRun = Annotated[
     bool,

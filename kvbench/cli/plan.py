@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from kvbench import escape
 from kvbench.cli import options
 from kvbench.cli.config import use_config
 from kvbench.cli.messages import say
@@ -131,14 +132,13 @@ def print_text(found: "Forecast") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from kvbench.report.tables import console_of_stdout
     from kvbench.sweep.runner import gib
 
-    console = console_of_stdout()
+    console = escape.console()
     gpu, total = found.gpu, found.total
     tasks = list(dict.fromkeys(line.task for line in found.lines))
     room = f"leaves a run {gib(found.free)}" if found.free > 0 else "is too small for the weights"
-    console.print(f"{found.model}: weights {gib(found.weights)}; {gpu.name} {room}", markup=False)
+    console.print(f"{found.model}: weights {gib(found.weights)}; {gpu.name} {room}")
     places = 1 if total.seconds >= 36_000 else 3
 
     def as_hours(seconds: float) -> str:
@@ -181,7 +181,6 @@ def print_text(found: "Forecast") -> None:
         f"all: {total.cells:,.0f} cells, {total.tokens:.3g} tokens, {total.flops:.3g} FLOP, "
         f"{total.bytes_moved:.3g} bytes moved, {as_hours(total.seconds)} GPU-hours; answers are "
         "as long as their limit, memory is beside the weights (docs/cost.md)",
-        markup=False,
     )
     left = sum(line.left_out for line in found.lines)
     if left:
@@ -201,9 +200,7 @@ def print_csv(found: "Forecast") -> None:
     """Print one line per task and method."""
     from pandas import DataFrame
 
-    from kvbench.report.tables import csv_text
-
-    print(csv_text(DataFrame([vars(line) for line in found.lines])), end="")
+    print(escape.csv(DataFrame([vars(line) for line in found.lines])), end="")
 
 
 PRINT = {"text": print_text, "json": print_json, "csv": print_csv}

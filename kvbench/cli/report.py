@@ -9,7 +9,7 @@ import typer
 from kvbench.cli import complete, options
 from kvbench.cli.messages import say
 from kvbench.cli.options import FOLDER, OUTPUT, opt
-from kvbench.errors import InputError
+from kvbench.errors import BAD_INPUT, InputError
 from kvbench.sweep.command import RUNS
 
 Form = Literal["table", "json", "csv", "markdown", "latex"]
@@ -56,7 +56,7 @@ def write_report(
     form: Form = "table",
     out: Path | None = None,
 ) -> int:
-    """Write the report of run folders and print it; the exit code."""
+    """Write the report of run folders and print it; the exit code, 2 if records are damaged."""
     from kvbench.report.build import make_report
     from kvbench.report.publish import publish
     from kvbench.report.tables import print_report
@@ -70,4 +70,4 @@ def write_report(
     for note in found.notes:
         say(note, name="note: ")
     say(published.message, name="")
-    return 0
+    return BAD_INPUT if found.damaged else 0

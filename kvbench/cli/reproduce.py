@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from kvbench.cli import options
-from kvbench.cli.messages import Terminal, say
+from kvbench.cli.messages import Terminal, say, show
 from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, MODEL, OUTPUT, WHAT, comma_list, opt
 from kvbench.cli.run import print_plan
 from kvbench.errors import InputError
@@ -53,6 +53,7 @@ def reproduce(
     ] = None,
     seed: options.Seed = 0,
     model: Annotated[str, opt(MODEL, "Model of a rehearsal: tiny or smollm2-135m.")] = "tiny",
+    threads: options.Threads = None,
     judge: options.JudgeModel = None,
     judge_url: options.JudgeUrl = None,
     threshold: options.Threshold = 0.9,
@@ -133,8 +134,9 @@ def full_scale(
 
     missing = full.missing_for_full_scale(data, given, judge is not None, part)
     if missing:
-        lines = "".join(f"\n  - {text}" for text in missing)
-        say(f"the full scale ({full.FULL_SCALE}) cannot run here; missing:{lines}")
+        say(f"the full scale ({full.FULL_SCALE}) cannot run here; missing:")
+        for text in missing:
+            say(text, name="  - ")
         say("its cost: kvbench plan --gpu h100", name="")
         say("its path on this machine: kvbench reproduce --scale full --rehearse", name="")
         say("'kvbench reproduce' without --scale measures the embedded model", name="")
@@ -162,7 +164,7 @@ def print_reproduction(found: "Reproduction") -> None:
     if found.report is None:
         return
     for note in found.notes:
-        print(note)
+        show(note)
     print_table(found.table, found.claims, found.report.threshold, found.paper)
     for note in found.report.notes[len(found.notes) :]:
         say(note, name="note: ")

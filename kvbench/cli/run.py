@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+from kvbench import escape
 from kvbench.cli import complete, options
 from kvbench.cli.config import read_config
-from kvbench.cli.messages import Terminal, say
+from kvbench.cli.messages import Terminal, say, show
 from kvbench.cli.options import (
     FOLDER,
     HOW_MUCH,
@@ -90,6 +91,7 @@ def run(
     model: options.Model = "tiny",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
     attention: Annotated[str, opt(MODEL, "Attention of prompts: auto, sdpa or flash.")] = "auto",
     compress: Annotated[
         Literal["prompt", "context"],
@@ -210,7 +212,7 @@ def measure(choices: Choices) -> int:
     result = start(choices, Terminal())
     if result.interrupted:
         return result.exit_code
-    print_summary(read_records(result.folder), current_codes([read_settings(result.folder)]))
+    print_summary(read_records(result.folder, []), current_codes([read_settings(result.folder)]))
     say(f"records are in {result.folder}; for tables and figures: kvbench report {result.folder}")
     for line in failures(result.failed):
         say(line)
@@ -234,8 +236,6 @@ def failures(failed: Sequence[Record]) -> list[str]:
 
 def print_plan(choices: Choices) -> None:
     """Show what a run would measure, in which groups, and about what it would take."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from kvbench.sweep.runner import gib
@@ -243,7 +243,7 @@ def print_plan(choices: Choices) -> None:
     plan = plan_sweep(choices)
     for note in plan.notes:
         say(note)
-    console = Console()
+    console = escape.console()
     methods = Table("methods", "budgets", "prefill chunks", "tasks", "cells each", box=None)
     alike: dict[tuple[str, ...], list[str]] = {}  # methods that are measured on the same
     specs = list({id(cell.spec): cell.spec for cell in plan.cells}.values())
@@ -253,12 +253,12 @@ def print_plan(choices: Choices) -> None:
         row = (
             ", ".join(f"{b:g}" for b in sorted({c.budget for c in cells})),
             ", ".join(map(str, chunks)) or "any",
-            escape(", ".join(dict.fromkeys(c.sample.task for c in cells))),
+            ", ".join(dict.fromkeys(c.sample.task for c in cells)),
             str(len(cells)),
         )
         alike.setdefault(row, []).append(method)
     for shared, names in alike.items():
-        methods.add_row(escape(", ".join(names)), *shared)
+        methods.add_row(", ".join(names), *shared)
     console.print(methods, "")
 
     groups = Table(
@@ -269,7 +269,7 @@ def print_plan(choices: Choices) -> None:
         here = [b for b, kind in zip(plan.batches, kinds, strict=True) if kind == (task, chunk)]
         sizes = sorted({len(batch) for batch, _ in here})
         groups.add_row(
-            escape(task),
+            task,
             str(chunk),
             str(len(here)),
             f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}",
@@ -281,9 +281,10 @@ def print_plan(choices: Choices) -> None:
     broken = [cell for cell in plan.cells if cell.error]
     for error in dict.fromkeys(cell.error for cell in broken):
         say(f"{sum(cell.error == error for cell in broken)} cells cannot be measured: {error}")
-    line = f"\n{len(plan.cells)} of {plan.planned} cells to measure in {plan.folder}: "
+    show()
+    line = f"{len(plan.cells)} of {plan.planned} cells to measure in {plan.folder}: "
     if plan.batches:
         line += f"{sum(cost.tokens for _, cost in plan.batches)} tokens at most, "
         line += f"about {duration(plan.seconds() or 0)}, "
         line += f"{gib(max(cost.bytes for _, cost in plan.batches))} beside the model "
-    print(line + f"(memory limit {gib(plan.sweep.memory_limit)})")
+    show(line + f"(memory limit {gib(plan.sweep.memory_limit)})")

@@ -22,6 +22,7 @@ DATA = (
     "Texts to train on: 'stdlib' (Python's standard library), 'tasks' (generated, for the model "
     "tiny), a folder of text or code, or datasets:NAME@CONFIG#SPLIT."
 )
+INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
 TARGET = "Sparsity to reach. With several, each budget uses the nearest one. PruLong only."
 
 
@@ -43,6 +44,7 @@ def heads(
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
     out: Annotated[
         Path | None,
         opt(OUTPUT, "Folder to write to.", "results/training/NAME", metavar=FOLDER),
@@ -73,7 +75,7 @@ def heads(
         say,
     )
     if result.interrupted:
-        say("interrupted; the same command goes on from the last checkpoint")
+        say(INTERRUPTED)
         return 130
     if path := result.scores:
         say(f"scores are in {path}: kvbench run --method {method} --option scores={path}")
@@ -82,16 +84,27 @@ def heads(
 
 def tiny(
     out: Annotated[Path, opt(OUTPUT, "Folder to write to.", metavar=FOLDER, file_okay=False)],
-    minutes: Annotated[float, opt(HOW_MUCH, "Minutes of training.", min=0.001)] = 60.0,
+    minutes: Annotated[float | None, opt(HOW_MUCH, "Minutes of training.", "60", min=0.001)] = None,
+    steps: Annotated[
+        int | None,
+        opt(HOW_MUCH, "Steps instead: equal seeds then give equal models.", "by minutes", min=1),
+    ] = None,
     seed: options.Seed = 0,
+    threads: options.Threads = None,
     start: Annotated[
         Path | None,
         opt(TRAINING, "Folder of an earlier training to start from.", metavar=FOLDER, exists=True),
     ] = None,
 ) -> int:
-    """Train the embedded model from scratch."""
+    """Train the embedded model from scratch; a training that is there is continued."""
     from kvbench.learning.recipe import TinyRecipe
     from kvbench.learning.tiny import train_tiny
 
-    train_tiny(TinyRecipe(minutes=minutes, seed=seed), out, say, start)
+    if minutes is not None and steps is not None:
+        raise InputError("--minutes and --steps both say how long to train; give one")
+    try:
+        train_tiny(TinyRecipe(minutes=minutes or 60.0, steps=steps, seed=seed), out, say, start)
+    except KeyboardInterrupt:
+        say(INTERRUPTED)
+        return 130
     return 0

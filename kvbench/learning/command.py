@@ -8,7 +8,8 @@ the objective of `prulong.py` or `duoattention.py`), write scores and pictures.
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from kvbench.engine.self_check import self_check
 from kvbench.errors import InputError
 from kvbench.files import write_atomically
 from kvbench.heads import Table
+from kvbench.learning.checkpoint import holding, save_model, writing
 from kvbench.learning.corpus import STANDARD_LIBRARY
 from kvbench.learning.duoattention import DuoAttention
 from kvbench.learning.loop import learn
@@ -85,13 +87,10 @@ def train_heads(choices: HeadChoices, say: Callable[[str], None]) -> TrainingRes
             "processes: give a --batch that they divide"
         )
     rows = make_rows(recipes[0], model.tokenizer)
+    recipes = [replace(recipe, data_hash=rows.data_hash) for recipe in recipes]
     net = network(model, recipes[0], accelerator)
-    try:
+    with writing(choices.out):
         choices.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to '{choices.out}': {error.strerror}; choose another --out"
-        ) from None
     sets: list[LearntSet] = []
     try:
         for recipe in recipes:
@@ -102,10 +101,10 @@ def train_heads(choices: HeadChoices, say: Callable[[str], None]) -> TrainingRes
     path = choices.out / f"scores-{choices.method}.json" if accelerator.is_main_process else None
     if path:
         how = {"processes": accelerator.num_processes, "dtype": str(model.dtype)[6:]}
-        write_atomically(path, score_file(recipes[0], sets, how))
-        if recipes[0].weights_rate:
-            model.model.save_pretrained(choices.out / "model")
-            model.tokenizer.save_pretrained(choices.out / "model")
+        with writing(choices.out):  # the scores last: where they are, all is done
+            if recipes[0].weights_rate:
+                save_model(choices.out / "model", model.model, model.tokenizer)
+            write_atomically(path, score_file(recipes[0], sets, how))
     accelerator.end_training()
     return TrainingResult(path, tuple(sets))
 
@@ -122,10 +121,13 @@ def learn_set(
     """Learn the scores of one recipe; checkpoint, log and pictures are written to `folder`."""
     kind = PruLong if recipe.method == "prulong" else DuoAttention
     objective = kind(model.shape, recipe, model.device)
-    log = learn(net, objective, rows, recipe, folder, accelerator, progress_lines(recipe, say))
-    scores = [[round(s, 6) for s in row] for row in objective.scores().tolist()]
-    if accelerator.is_main_process:
-        save_training_pictures(log, scores, folder / "training", recipe)
+    lines = progress_lines(recipe, say)
+    with holding(folder) if accelerator.is_main_process else nullcontext():
+        log = learn(net, objective, rows, recipe, folder, accelerator, lines, say)
+        scores = [[round(s, 6) for s in row] for row in objective.scores().tolist()]
+        if accelerator.is_main_process:
+            with writing(folder):
+                save_training_pictures(log, scores, folder / "training", recipe)
     return LearntSet(
         target=recipe.target,
         sparsity=round(objective.state(recipe.steps - 1)["sparsity"], 6),
@@ -143,7 +145,12 @@ def make_recipes(choices: HeadChoices, model: LoadedModel) -> list[HeadRecipe]:
         "length": min(model.max_context, LONGEST),
         "seed": 0,
     }
-    layers = [common, model.card.training.get(choices.method, {}), choices.settings]
+    of_card = model.card.training.get(choices.method, {})
+    try:
+        make_recipe(choices.method, common, of_card)
+    except InputError as error:
+        raise InputError(f"'{model.card.file}' is not a model card: {error}") from None
+    layers = [common, of_card, choices.settings]
     recipe = make_recipe(choices.method, *layers)
     if recipe.length > model.max_context:
         raise InputError(

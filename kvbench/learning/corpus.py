@@ -36,7 +36,10 @@ def documents(data: str, seed: int) -> Iterator[str]:
     )
     random.Random(f"corpus/{seed}").shuffle(groups)
     for paths in groups:
-        text = "\n".join(path.read_text("utf-8", errors="replace") for path in paths)
+        try:
+            text = "\n".join(path.read_text("utf-8", errors="replace") for path in paths)
+        except OSError as error:
+            raise InputError(f"data '{data}' cannot be read: {error}") from None
         if text.strip():
             yield text
 
@@ -62,7 +65,8 @@ def files(root: Path) -> list[list[Path]]:
             f"no data '{root}': give a folder of text or code files, '{STANDARD_LIBRARY}' or "
             f"'{DATASET}NAME'"
         )
-    found = [[path] for path in sorted(root.rglob("*")) if path.suffix.lower() in TEXT_SUFFIXES]
+    texts = (p for p in sorted(root.rglob("*")) if p.suffix.lower() in TEXT_SUFFIXES)
+    found = [[path] for path in texts if path.is_file()]
     if not found:
         raise InputError(
             f"no text or code files in '{root}'; give a folder that has some (.txt, .md, .py, ...)"
@@ -84,15 +88,17 @@ def dataset_documents(name: str, seed: int) -> Iterator[str]:
         rows: Any = datasets.load_dataset(
             name, config or None, split=split or "train", streaming=True
         )
+        for row in rows.shuffle(seed=seed, buffer_size=100):
+            if not isinstance(row.get("text"), str):
+                raise InputError(
+                    f"dataset '{name}' has no column 'text'; its columns: {', '.join(row)}"
+                )
+            yield row["text"]
+    except InputError:
+        raise
     except Exception as error:  # a dataset's builder may raise anything
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"dataset '{name}' cannot be read (check its name and the connection to the hub): "
             f"{reason}"
         ) from None
-    for row in rows.shuffle(seed=seed, buffer_size=100):
-        if not isinstance(row.get("text"), str):
-            raise InputError(
-                f"dataset '{name}' has no column 'text'; its columns: {', '.join(row)}"
-            )
-        yield row["text"]

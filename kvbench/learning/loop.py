@@ -1,7 +1,6 @@
 """The training loop of head scores: on one process or, under `accelerate launch`, on several."""
 
 import json
-import os
 import signal
 import threading
 import time
@@ -13,19 +12,15 @@ from types import FrameType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from kvbench.errors import InputError
+from kvbench.learning.checkpoint import Checkpoints, resume_log, writing
 from kvbench.learning.objective import Objective
 from kvbench.learning.recipe import HeadRecipe
 from kvbench.learning.rows import Rows
 
 FORWARD_TOKENS = 8192  # tokens of a forward pass, unless one row is longer
-CHECKPOINT_SECONDS = 60
-CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
-ADAM = ("step", "exp_avg", "exp_avg_sq")  # Adam's state of a tensor
+LOG = "log.jsonl"
 
 
 def learn(
@@ -36,15 +31,18 @@ def learn(
     out: Path,
     accelerator: Any,
     report: Callable[[dict[str, float]], None],
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, float]]:
     """Train to the recipe's last step, continuing from a checkpoint in `out`; return the log.
 
     A line of the log has `step`, `loss`, the objective's `state` and `seconds`; `report` gets each
-    as it is written. Every process computes its share of each step's rows. Gradients are summed
-    over processes, so the number of processes changes nothing but rounding. A checkpoint is saved
-    every minute and on an interrupt. InputError if the training diverges, or if the checkpoint is
-    unusable. On processes other than the first, nothing is written and the log is empty.
+    as it is written, and `note` what a user should know. Every process computes its share of each
+    step's rows. Gradients are summed over processes, so the number of processes changes nothing but
+    rounding. A checkpoint is saved every minute or more often, and on an interrupt. InputError if
+    the training diverges, if a file cannot be written, or if the checkpoint is unusable. On
+    processes other than the first, nothing is written and the log is empty.
     """
+    writes = accelerator.is_main_process
     out.mkdir(parents=True, exist_ok=True)
     weights, groups = {}, objective.groups()
     if recipe.weights_rate:
@@ -53,10 +51,16 @@ def learn(
         groups.append({"params": list(weights.values()), "rate": share})
     optimizer = torch.optim.Adam(groups, lr=recipe.rate)
     learnt = objective.tensors() | weights
-    step = restore(out / CHECKPOINT, recipe, learnt, optimizer)
-    writes = accelerator.is_main_process
-    log = resume_log(out / LOG, step) if writes else []
-    saved, diverged = time.monotonic(), False
+    settings = {**asdict(recipe), "dtype": str(next(model.parameters()).dtype)[6:]}
+    checkpoints = Checkpoints(out, settings, learnt, [optimizer])
+    step = int((checkpoints.restore() or {"step": 0})["step"])
+    log: list[dict[str, float]] = []
+    if writes:
+        with writing(out):
+            log = resume_log(out / LOG, step)
+        if checkpoints.note:
+            note(checkpoints.note)
+    diverged = False
     try:
         while step < recipe.steps:
             for group in optimizer.param_groups:
@@ -75,19 +79,18 @@ def learn(
                 line["seconds"] = time.monotonic() - started
                 if writes:
                     log.append(line)
-                    with (out / LOG).open("a") as file:
+                    with writing(out), (out / LOG).open("a") as file:
                         file.write(json.dumps(line) + "\n")
             diverged = not all(torch.isfinite(t).all() for t in learnt.values())
             if diverged:
                 raise InputError(f"the training diverged at step {step - 1}: give a smaller --rate")
             if writes:
                 report(line)
-            if writes and time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save_checkpoint(out / CHECKPOINT, recipe, learnt, optimizer, step)
-                saved = time.monotonic()
+            if writes and checkpoints.due:
+                checkpoints.save({"step": step})
     finally:
         if writes and not diverged:
-            save_checkpoint(out / CHECKPOINT, recipe, learnt, optimizer, step)
+            checkpoints.save({"step": step})
     return log
 
 
@@ -122,71 +125,3 @@ def gradients(
         total += loss.detach()
     (objective.penalty(step) / accelerator.num_processes).backward()
     return float(accelerator.reduce(total, "sum"))
-
-
-def save_checkpoint(
-    path: Path,
-    recipe: HeadRecipe,
-    learnt: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    step: int,
-) -> None:
-    """Write the learnt tensors, Adam's state and the step; an earlier file is replaced at once."""
-    tensors = {name: t.detach().contiguous() for name, t in learnt.items()}
-    for name, tensor in learnt.items():
-        for key, value in optimizer.state.get(tensor, {}).items():
-            tensors[f"adam.{key}/{name}"] = value.contiguous()
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"step": str(step), "recipe": recipe_text(recipe)})
-    os.replace(part, path)
-
-
-def restore(
-    path: Path, recipe: HeadRecipe, learnt: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> int:
-    """Load a checkpoint and return its step, 0 if there is none.
-
-    InputError if the checkpoint is broken or belongs to other settings.
-    """
-    if not path.is_file():
-        return 0
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"checkpoint '{path}' is broken ({error}); delete it to start again"
-        ) from None
-    if metadata.get("recipe") != recipe_text(recipe):
-        raise InputError(
-            f"'{path.parent}' holds a training with other settings: choose another --out"
-        )
-    with torch.no_grad():
-        for name, tensor in learnt.items():
-            tensor.copy_(tensors[name])
-            if f"adam.step/{name}" in tensors:
-                optimizer.state[tensor] = {
-                    key: tensors[f"adam.{key}/{name}"].to(tensor.device) for key in ADAM
-                }
-    return int(metadata["step"])
-
-
-def recipe_text(recipe: HeadRecipe) -> str:
-    """A recipe as text, to compare."""
-    return json.dumps(asdict(recipe), sort_keys=True)
-
-
-def resume_log(path: Path, step: int) -> list[dict[str, float]]:
-    """The log's lines before `step`; lines that a killed run added after its checkpoint go."""
-    lines = []
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if line["step"] < step:
-                lines.append(line)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return lines

@@ -1,6 +1,7 @@
 """Pictures of a training of head scores: the map of the heads, and the course of the training."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from kvbench import escape
+from kvbench.files import write_together
 from kvbench.heads import Table, retrieval_heads
 from kvbench.learning.recipe import HeadRecipe
 
@@ -34,11 +37,14 @@ def save_training_pictures(
         f"{recipe.method} on {recipe.model}{goal}: {recipe.steps} steps, seed {recipe.seed}",
         fontsize=11,
     )
-    files = [path.with_suffix(".png"), path.with_suffix(".pdf")]
-    for file in files:
-        dated = {"Software": None} if file.suffix == ".png" else {"CreationDate": None}
-        figure.savefig(file, dpi=160, metadata=dated)
-    return files
+    files: dict[Path, str | bytes] = {}
+    for kind, dated in (("png", "Software"), ("pdf", "CreationDate")):
+        drawn = BytesIO()
+        with escape.drawing(figure):
+            figure.savefig(drawn, format=kind, dpi=160, metadata={dated: None})
+        files[path.with_suffix(f".{kind}")] = drawn.getvalue()
+    write_together(files)
+    return list(files)
 
 
 def smallest_budgets(scores: Table) -> npt.NDArray[np.float64]:

@@ -69,6 +69,7 @@ class HeadRecipe:
     l1: float | None = None  # duoattention: weight of the mean gate in the loss
     passkeys: int | None = None  # duoattention: most passkeys in a row
     passkey_words: int | None = None  # duoattention: words of a passkey
+    data_hash: str = ""  # of the tokens that the rows are made of; "" if tasks make the rows
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
@@ -99,7 +100,7 @@ def make_recipe(method: str, *layers: Mapping[str, Any]) -> HeadRecipe:
     hints = typing.get_type_hints(HeadRecipe)
     values: dict[str, Any] = {"method": method, **PUBLISHED[method]}
     foreign = {name for other in PUBLISHED.values() for name in other} - set(PUBLISHED[method])
-    known = {field.name for field in fields(HeadRecipe)} - foreign - {"method"}
+    known = {field.name for field in fields(HeadRecipe)} - foreign - {"method", "data_hash"}
     for layer in layers:
         for name, value in layer.items():
             if name not in known:
@@ -131,3 +132,8 @@ class TinyRecipe:
     cool_down: float = 0.35  # share of the time in which the rates fall to zero
     decay: float = 0.01
     minutes: float = 32.0
+    steps: int | None = None  # instead of minutes; then equal seeds give equal models
+
+    def done(self, step: int, seconds: float) -> float:
+        """The share of the training that is over."""
+        return seconds / (60 * self.minutes) if self.steps is None else step / self.steps

@@ -1,5 +1,6 @@
 """The sequences that head scores are learnt on; row (step, index) is the same on every process."""
 
+import hashlib
 import random
 from dataclasses import dataclass
 from itertools import chain
@@ -21,6 +22,11 @@ Tokens = npt.NDArray[np.int64]
 
 class Rows(Protocol):
     """Rows by step and by index in the step's whole batch."""
+
+    @property
+    def data_hash(self) -> str:
+        """A hash of the data that rows are made of; "" if tasks make them."""
+        ...
 
     def row(self, step: int, index: int) -> TrainingRow:
         """The row; equal arguments give equal rows."""
@@ -57,6 +63,11 @@ class PackedRows:
     batch: int
 
     @property
+    def data_hash(self) -> str:
+        """A hash of the stream."""
+        return hash_of(self.tokens)
+
+    @property
     def count(self) -> int:
         """How many different rows there are."""
         return len(self.tokens) // self.length
@@ -77,6 +88,11 @@ class TaskRows:
     def __init__(self, tokenizer: Any, length: int, seed: int) -> None:
         self.maker = ExampleMaker(tokenizer, tokenizer.eos_token_id)
         self.length, self.seed = length, seed
+
+    @property
+    def data_hash(self) -> str:
+        """Nothing: there is no data."""
+        return ""
 
     def row(self, step: int, index: int) -> TrainingRow:
         """An episode of a random subtask, at most `length` tokens."""
@@ -105,6 +121,11 @@ class PasskeyRows:
                 "the data has fewer than two words of lower-case letters, of which passkeys are "
                 "made; choose other --data"
             )
+
+    @property
+    def data_hash(self) -> str:
+        """A hash of the filler."""
+        return hash_of(self.filler)
 
     def row(self, step: int, index: int) -> TrainingRow:
         """Filler with passkeys at random depths, then the questions; the passkeys are predicted."""
@@ -143,6 +164,11 @@ class PasskeyRows:
         """Token ids without special tokens."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
+
+
+def hash_of(tokens: Tokens) -> str:
+    """A hash of tokens, 20 hexadecimal digits."""
+    return hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()[:20]
 
 
 def read_tokens(data: str, tokenizer: Any, wanted: int, seed: int, *, least: int) -> Tokens:

@@ -18,14 +18,23 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvbench.errors import InputError
+from kvbench.files import write_atomically
+from kvbench.learning.checkpoint import (
+    Checkpoints,
+    digest,
+    holding,
+    resume_log,
+    save_model,
+    writing,
+)
 from kvbench.learning.examples import ExampleMaker, TrainingRow, padded
+from kvbench.learning.loop import LOG, uninterrupted
 from kvbench.learning.recipe import TinyRecipe
 from kvbench.learning.tiny_model import tiny_model
 from kvbench.learning.tiny_tokenizer import tiny_tokenizer
+from kvbench.machine import limit_threads
 from kvbench.models.load import quiet
 
-SAVE_SECONDS = 120
 LEAST_STEPS = 100  # of a stage
 
 
@@ -60,42 +69,66 @@ class Progress:
 def train_tiny(
     recipe: TinyRecipe, out: Path, say: Callable[[str], None], start: Path | None = None
 ) -> Progress:
-    """Train for `recipe.minutes` and write the model, its tokenizer and the log to `out`.
+    """Train as long as the recipe says and write the model, its tokenizer and the log to `out`.
 
     `start` is the folder of an earlier training, to continue from its weights and tokenizer.
-    `say` gets a line of progress now and then. Returns how far the training has come. InputError if
-    `out` cannot be written to.
+    `say` gets a line of progress now and then. A training that is in `out` is continued from its
+    last checkpoint. Returns how far the training has come. InputError if `out` cannot be written
+    to, or holds a training with other settings.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
-    except OSError as error:
-        raise InputError(
-            f"cannot write to '{out}': {error.strerror}; choose another --out"
-        ) from None
     quiet()
-    tokenizer = (
-        PreTrainedTokenizerFast.from_pretrained(start) if start else tiny_tokenizer(recipe.seed)
-    )
-    tokenizer.save_pretrained(out)
-    model = tiny_model(recipe, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
-    if start:
-        earlier = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
-        model.load_state_dict(earlier.state_dict())
-    model.train()
-    optimizers = make_optimizers(model, recipe)
+    limit_threads()
+    with holding(out):
+        tokenizer = (
+            PreTrainedTokenizerFast.from_pretrained(start) if start else tiny_tokenizer(recipe.seed)
+        )
+        model = tiny_model(recipe, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+        if start:
+            earlier = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+            model.load_state_dict(earlier.state_dict())
+        model.train()
+        optimizers = make_optimizers(model, recipe)
+        checkpoints = Checkpoints(
+            out,
+            {**asdict(recipe), "start": weights_hash(model) if start else None},
+            dict(model.named_parameters()),
+            [optimizer for optimizer, _ in optimizers],
+        )
+        progress = Progress(**(checkpoints.restore() or {}))
+        if checkpoints.note:
+            say(checkpoints.note)
+        with writing(out):
+            write_atomically(out / "recipe.json", json.dumps(asdict(recipe), indent=1) + "\n")
+            resume_log(out / LOG, progress.step + 1)
+        try:
+            train_steps(recipe, model, tokenizer, optimizers, progress, checkpoints, say)
+        finally:
+            checkpoints.save(asdict(progress))
+        with writing(out):
+            save_model(out, model, tokenizer)
+    return progress
+
+
+def train_steps(
+    recipe: TinyRecipe,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    optimizers: list[tuple[torch.optim.Optimizer, float]],
+    progress: Progress,
+    checkpoints: Checkpoints,
+    say: Callable[[str], None],
+) -> None:
+    """Make the steps that are left, with a line of the log every 25 and checkpoints in between."""
     maker = ExampleMaker(tokenizer, tokenizer.eos_token_id)
-    progress = Progress()
-    saved = started = time.monotonic()
-    with (out / "log.jsonl").open("w") as log:
-        while progress.seconds < 60 * recipe.minutes:
-            done = progress.seconds / (60 * recipe.minutes)
-            warmth = min(1.0, (progress.step + 1) / recipe.warm_up)
-            factor = warmth * min(1.0, (1 - done) / recipe.cool_down)
-            examples = draw_examples(recipe, progress, maker)
-            loss, shares = answer_loss(model, *padded(examples, tokenizer.pad_token_id))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    started = time.monotonic() - progress.seconds
+    while (done := recipe.done(progress.step, progress.seconds)) < 1:
+        warmth = min(1.0, (progress.step + 1) / recipe.warm_up)
+        factor = warmth * min(1.0, (1 - done) / recipe.cool_down)
+        examples = draw_examples(recipe, progress, maker)
+        loss, shares = answer_loss(model, *padded(examples, tokenizer.pad_token_id))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with uninterrupted():
             for optimizer, rate in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * factor
@@ -106,17 +139,19 @@ def train_tiny(
             progress.step += 1
             progress.seconds = time.monotonic() - started
             progress.maybe_next_stage(recipe, done)
-            if progress.step % 25 == 0:
-                line = log_line(recipe, progress, loss.item())
+        if progress.step % 25 == 0:
+            line = log_line(recipe, progress, loss.item())
+            with writing(checkpoints.folder), (checkpoints.folder / LOG).open("a") as log:
                 log.write(json.dumps(line) + "\n")
-                log.flush()
             if progress.step % 100 == 0:
-                say(progress_text(line, recipe.minutes))
-            if time.monotonic() - saved > SAVE_SECONDS:
-                model.save_pretrained(out)
-                saved = time.monotonic()
-    model.save_pretrained(out)
-    return progress
+                say(progress_text(line, recipe))
+        if checkpoints.due:
+            checkpoints.save(asdict(progress))
+
+
+def weights_hash(model: LlamaForCausalLM) -> str:
+    """A hash of a model's weights."""
+    return digest(model.state_dict(), "")[:20]
 
 
 def draw_examples(recipe: TinyRecipe, progress: Progress, maker: ExampleMaker) -> list[TrainingRow]:
@@ -185,10 +220,13 @@ def log_line(recipe: TinyRecipe, progress: Progress, loss: float) -> dict[str, A
     }
 
 
-def progress_text(line: dict[str, Any], minutes: float) -> str:
+def progress_text(line: dict[str, Any], recipe: TinyRecipe) -> str:
     """A line of the log as a user reads it."""
     weakest, accuracy = min(line["accuracy"].items(), key=lambda item: item[1])
+    passed = f"{line['seconds'] / 60:.1f} of {recipe.minutes:g} min, step {line['step']}"
+    if recipe.steps is not None:
+        passed = f"step {line['step']} of {recipe.steps}"
     return (
-        f"{line['seconds'] / 60:.1f} of {minutes:g} min, step {line['step']}, {line['length']} "
-        f"tokens, loss {line['loss']:.3f}, weakest {weakest} {accuracy:.2f}"
+        f"{passed}, {line['length']} tokens, loss {line['loss']:.3f}, "
+        f"weakest {weakest} {accuracy:.2f}"
     )

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from kvbench.errors import InputError, did_you_mean
+from kvbench.machine import limit_threads
 from kvbench.method import KVShape
 from kvbench.models.attention import ATTENTION, KVAttention, LayerShape
 from kvbench.models.card import ModelCard, model_folder, read_card
@@ -81,7 +82,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a model by a name that kvbench knows, from a local folder, or from the Hugging Face hub.
 
-    `dtype` "auto" is float32 on a CPU and the checkpoint's dtype on a GPU. InputError if the model
+    `dtype` "auto" is float32 on a CPU and the checkpoint's dtype on a GPU. Threads are
+    limited to the cores that are free (`kvbench.machine`). InputError if the model
     cannot be loaded: no such model, hub not reachable, no GPU, weights that are not safetensors, or
     an architecture that kvbench does not measure.
     """
@@ -89,6 +91,7 @@ def load_model(
     kind = resolve_dtype(dtype, where)
     folder = model_folder(name)
     quiet()
+    limit_threads()
     try:
         model, tokenizer = read_model(name, attn_implementation=ATTENTION, dtype=kind)
     except InputError:

@@ -42,7 +42,7 @@ def read_shapes(name: str, config: Path | None, dtype: str) -> LoadedModel:
         if source is None:
             found = AutoConfig.from_pretrained(name, trust_remote_code=False)
         else:
-            given = json.loads(source.read_text(encoding="utf-8"))
+            given = json.loads(source.read_text(encoding="utf-8-sig"))
             found = AutoConfig.for_model(given.pop("model_type"), **given)
         return shapes_of(found, name, kind)
     except InputError:

@@ -6,8 +6,10 @@ statistics of `statistics.py`. `tables.py`, `figures/` and `page.py` present it.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
@@ -19,14 +21,15 @@ from numpy.typing import NDArray
 from pandas import DataFrame, Series, concat, isna
 
 from kvbench.errors import InputError
-from kvbench.records import BASELINE, SAMPLE_FILES, Record
+from kvbench.files import open_regular
+from kvbench.records import BASELINE, SAMPLE_FILES, Record, told
 from kvbench.report.frames import (
     POOLED,
     SAMPLE,
     SETTING,
     code_name,
     frame_of,
-    load_records,
+    read_frame,
     select,
 )
 from kvbench.report.statistics import (
@@ -245,6 +248,7 @@ class Report:
     runs: tuple[dict[str, Any], ...] = ()  # each run.json, with the name of its folder
     records: DataFrame = field(default_factory=DataFrame, repr=False, compare=False)
     source: str = field(default="", repr=False, compare=False)  # hash of the files it was made from
+    damaged: tuple[str, ...] = ()  # what was left out since it cannot be read; the first notes
 
     def __repr__(self) -> str:
         curves, settings = len(self.curves), len(self.settings())
@@ -296,14 +300,18 @@ def make_report(folders: Sequence[Path], threshold: float = 0.9, *, latest: bool
     """Read runs and compute their curves.
 
     `threshold` is the share of the baseline's score to keep. `latest` leaves out cells of older
-    code of a method, which are curves of their own otherwise. Raises InputError if there is nothing
-    to report: no record, or no baseline for any.
+    code of a method, which are curves of their own otherwise. Damaged records are left out, and
+    the first notes name them. Raises InputError if there is nothing to report: no record, or no
+    baseline for any.
     """
     folders = find_run_folders(folders, Path())
     names = ", ".join(str(folder) for folder in folders)
     # Hash before reading: if a file grows in between, the next report is made anew.
     source = _hash_of_files(folders, f"{threshold} {latest}")
-    records = load_records(*folders)
+    records, damaged = read_frame(folders)
+    left_out = tuple(f"left out: {text}" for text in told(damaged))
+    if records.empty and damaged:
+        raise InputError(f"{names}: nothing to report; {'; '.join(left_out)}")
     if records.empty:
         raise InputError(f"{names}: no sample is finished yet; continue it with 'kvbench run'")
     runs = tuple(
@@ -311,7 +319,9 @@ def make_report(folders: Sequence[Path], threshold: float = 0.9, *, latest: bool
         for folder in folders
         if (settings := read_settings(folder)) is not None
     )
-    report = replace(report_records(records, threshold, runs, latest=latest), source=source)
+    report = report_records(records, threshold, runs, latest=latest)
+    notes = (*left_out, *report.notes)
+    report = replace(report, source=source, notes=notes, damaged=left_out)
     if not report.curves:
         raise InputError(f"{names}: nothing to report; " + "; ".join(report.notes))
     return report
@@ -323,12 +333,9 @@ def _hash_of_files(folders: Sequence[Path], more: str) -> str:
     for folder in folders:
         names = (RUN_FILE, INVOCATION_FILES, SAMPLE_FILES)
         for path in sorted(path for name in names for path in folder.glob(name)):
-            total.update(f"\n{folder.name}/{path.name} ".encode())
-            try:
-                with path.open("rb") as file:
-                    total.update(hashlib.file_digest(file, "sha256").digest())
-            except OSError as error:
-                raise InputError(f"cannot read {path}: {error.strerror}") from error
+            total.update(os.fsencode(f"\n{folder.name}/{path.name} "))
+            with suppress(OSError), open_regular(path) as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 
 

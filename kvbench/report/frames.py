@@ -12,16 +12,17 @@ other numbers `float64`, and `options`, `reference` and `timeline` are Python ob
 
 import gc
 import json
+import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from pandas import DataFrame, Series
 
 from kvbench.arguments import check_paths
 from kvbench.errors import InputError
-from kvbench.records import BASELINE, Record, read_values
+from kvbench.files import as_bytes
+from kvbench.records import BASELINE, Damage, Record, read_records, told
 from kvbench.run_folder import END, find_run_folders
 
 SETTING = ["model", "task", "context", "seed", "compress"]  # what the curves of one picture share
@@ -46,20 +47,30 @@ def load_records(*folders: str | Path) -> DataFrame:
     """Return the records of run folders, or of folders of run folders, as one frame.
 
     The module's docstring describes the columns. Failed cells are included; `error` is missing
-    where a cell was measured. Raises InputError if a folder holds no run or a record is damaged.
+    where a cell was measured. Damaged records are left out, with a warning that names their lines.
+    Raises InputError if a folder holds no run.
     """
     check_paths("load_records", folders)
     if not folders:
         raise InputError("load_records: name at least one run folder")
-    rows: list[dict[str, Any]] = []
+    frame, damaged = read_frame(folders)
+    for text in told(damaged):
+        warnings.warn(text, stacklevel=2)
+    return frame
+
+
+def read_frame(folders: Iterable[str | Path]) -> tuple[DataFrame, list[Damage]]:
+    """As `load_records`; what is damaged is returned."""
+    rows: list[Record] = []
     runs: list[str] = []
+    damaged: list[Damage] = []
     collecting = gc.isenabled()
     gc.disable()  # the collector would walk over all rows again and again: a third of the time
     try:
         for folder in find_run_folders(folders, Path()):
-            rows += read_values(folder)
-            runs += [folder.name] * (len(rows) - len(runs))
-        return _frame(rows, runs)
+            rows += read_records(folder, damaged)
+            runs += [as_bytes(folder.name).decode()] * (len(rows) - len(runs))
+        return _frame(rows, runs), damaged
     finally:
         if collecting:
             gc.enable()
@@ -67,14 +78,14 @@ def load_records(*folders: str | Path) -> DataFrame:
 
 def frame_of(records: Iterable[Record]) -> DataFrame:
     """Return records that are in memory as such a frame; `run` is empty."""
-    rows = [vars(record) for record in records]
+    rows = list(records)
     return _frame(rows, [""] * len(rows))
 
 
-def _frame(rows: list[dict[str, Any]], runs: list[str]) -> DataFrame:
+def _frame(rows: list[Record], runs: list[str]) -> DataFrame:
     columns = {
-        field.name: Series([row[field.name] for row in rows], dtype=_TYPES.get(field.type, object))
-        for field in fields(Record)
+        name: Series([getattr(row, name) for row in rows], dtype=_TYPES.get(kind, object))
+        for name, kind in get_type_hints(Record).items()
     }
     return DataFrame({**columns, "run": runs}, copy=False).rename(columns={"sample_seed": "seed"})
 

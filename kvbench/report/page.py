@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from pandas import concat
 
+from kvbench.escape import plain
 from kvbench.records import BASELINE
 from kvbench.report.build import Curve, Report, Setting, by_critical, difference
 from kvbench.report.tables import (
@@ -95,6 +97,7 @@ def _fill(template: str, report: Report, **values: Any) -> str:
         autoescape=True,
         loader=FileSystemLoader(HOME),
         undefined=StrictUndefined,
+        finalize=_plain,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -110,6 +113,10 @@ def _fill(template: str, report: Report, **values: Any) -> str:
     return environment.get_template(template).render(
         tasks=list(grid.columns), rows=rows, legend=legend(report), notes=report.notes, **values
     )
+
+
+def _plain(value: Any) -> Any:
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _budgets(curves: Sequence[Curve]) -> list[float]:
@@ -217,7 +224,8 @@ def _setting_data(
             if index not in samples:
                 if not isinstance(reference, str):
                     reference = json.dumps(reference, ensure_ascii=False)
-                samples[index] = {"subtask": subtask, "tail": tail, "reference": cut(reference)}
+                texts = {"tail": tail, "reference": cut(reference)}
+                samples[index] = {"subtask": plain(subtask), **texts}
         budgets = [{"budget": budget, "cells": rows[budget]} for budget in sorted(rows)]
-        data.append({"label": curve.label, "budgets": budgets})
-    return {"title": title(report, setting), "curves": data, "samples": samples}
+        data.append({"label": plain(curve.label), "budgets": budgets})
+    return {"title": plain(title(report, setting)), "curves": data, "samples": samples}

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import kvbench.escape
 import kvbench.records
 import kvbench.run_folder
+from kvbench import escape
 from kvbench.errors import InputError
-from kvbench.files import write_atomically
+from kvbench.files import as_bytes, read_regular, write_together
 from kvbench.report.build import Report
 from kvbench.report.figures import draw_pictures
 from kvbench.report.page import Image, render
-from kvbench.report.tables import csv_text, to_csv
+from kvbench.report.tables import to_csv
 
 STAMP = ".report.json"
 LIBRARIES = ("numpy", "scipy", "pandas", "matplotlib", "jinja2")  # whose versions change the files
@@ -49,12 +51,11 @@ def publish(report: Report, folder: Path) -> Published:
     if there is not None:
         return Published(folder, there, written=False)
     files = _files(report)
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    hashes = {name: hashlib.sha256(as_bytes(data)).hexdigest() for name, data in files.items()}
     stamp = json.dumps({"made_from": made_from, "files": hashes}, indent=1) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, data in {**files, STAMP: stamp.encode()}.items():
-            write_atomically(folder / name, data)
+        write_together({folder / name: data for name, data in {**files, STAMP: stamp}.items()})
     except OSError as error:
         raise InputError(
             f"cannot write to {folder}: {error.strerror}; choose another --out"
@@ -62,16 +63,16 @@ def publish(report: Report, folder: Path) -> Published:
     return Published(folder, [folder / name for name in files], written=True)
 
 
-def _files(report: Report) -> dict[str, bytes]:
+def _files(report: Report) -> dict[str, str | bytes]:
     """Return the contents of every file of a report."""
-    tables = {"critical.csv": to_csv(report), "differences.csv": csv_text(report.differences)}
-    files = {name: text.encode() for name, text in tables.items()}
+    tables = {"critical.csv": to_csv(report), "differences.csv": escape.csv(report.differences)}
+    files: dict[str, str | bytes] = dict(tables)
     images = []
     for picture in draw_pictures(report):
         drawn = picture.files()
         images.append(Image(drawn[f"{picture.stem}.png"], picture.caption, picture.setting))
         files |= drawn
-    return {**files, "report.html": render(report, images).encode()}
+    return {**files, "report.html": render(report, images)}
 
 
 def _made_from(report: Report) -> str | None:
@@ -79,7 +80,8 @@ def _made_from(report: Report) -> str | None:
     if not report.source:
         return None
     total = hashlib.sha256(report.source.encode())
-    code = [Path(kvbench.records.__file__), Path(kvbench.run_folder.__file__)]
+    modules = (kvbench.escape, kvbench.records, kvbench.run_folder)
+    code = [Path(str(module.__file__)) for module in modules]
     code += Path(__file__).parent.rglob("*.*")
     for path in sorted(path for path in code if path.suffix in (".py", ".jinja", ".js")):
         total.update(path.name.encode() + path.read_bytes())
@@ -91,12 +93,12 @@ def _made_from(report: Report) -> str | None:
 def _up_to_date(folder: Path, made_from: str | None) -> list[Path] | None:
     """Return the files of a folder if they are a report made from the same, else None."""
     try:
-        stamp = json.loads((folder / STAMP).read_bytes())
+        stamp = json.loads(read_regular(folder / STAMP))
         if made_from is None or stamp["made_from"] != made_from:
             return None
         files = {folder / str(name): digest for name, digest in stamp["files"].items()}
         unchanged = all(
-            hashlib.sha256(path.read_bytes()).hexdigest() == digest
+            hashlib.sha256(read_regular(path)).hexdigest() == digest
             for path, digest in files.items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -1,11 +1,9 @@
 """A report as text: for the terminal, as JSON, CSV, Markdown and LaTeX.
 
-Text from outside is escaped by one function per medium: rich's `escape` for the terminal,
-`escape_markdown`, `escape_latex`. The page escapes by its template (`page.py`).
+`kvbench/escape.py` escapes text from outside; the page escapes by its template (`page.py`).
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -13,9 +11,9 @@ from statistics import fmean
 from pandas import DataFrame
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from kvbench import escape
 from kvbench.records import BASELINE, Record
 from kvbench.report.build import (
     Critical,
@@ -30,7 +28,6 @@ from kvbench.report.build import (
 from kvbench.report.frames import as_text, frame_of, select
 from kvbench.report.statistics import ROUNDING, Status
 
-WIDTH_OF_A_FILE = 120  # columns, if stdout is no terminal
 NOTICEABLE = 0.1  # costs that differ by more than this share of the smallest are shown
 
 CSV_COLUMNS = [
@@ -169,11 +166,6 @@ def overview(report: Report, cell: Callable[[Curve], object]) -> DataFrame:
     return DataFrame(columns, index=labels).fillna("")
 
 
-def console_of_stdout() -> Console:
-    """Return rich's console on stdout, as wide as the terminal."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
-
-
 def print_tables(report: Report, console: Console) -> None:
     """Print one table per setting, with a table of other costs below it where these differ."""
     for setting in report.settings():
@@ -190,7 +182,7 @@ def print_tables(report: Report, console: Console) -> None:
             points = "  ".join(score_text(p.score, p.kv_footprint) for p in curve.points)
             table.add_row(
                 mark(curve),
-                escape(curve.label),
+                curve.label,
                 critical_text(curve.footprint),
                 interval_text(curve.footprint),
                 critical_text(curve.peak),
@@ -202,7 +194,7 @@ def print_tables(report: Report, console: Console) -> None:
         columns = costs(curves)
         if columns:
             console.print(_cost_table(setting, curves, columns))
-    console.print(legend(report), highlight=False)
+    console.print(legend(report))
 
 
 def _cost_table(setting: Setting, curves: Sequence[Curve], columns: Sequence[CostColumn]) -> Table:
@@ -213,7 +205,7 @@ def _cost_table(setting: Setting, curves: Sequence[Curve], columns: Sequence[Cos
         table.add_column(column.header, justify="right")
     rows = zip(*(column.cells for column in columns), strict=True)
     for curve, cells in zip(curves, rows, strict=True):
-        table.add_row(escape(curve.label), *(text for text, _ in cells))
+        table.add_row(curve.label, *(text for text, _ in cells))
     return table
 
 
@@ -226,42 +218,33 @@ def to_json(report: Report) -> str:
 def to_csv(report: Report) -> str:
     """Return one line per curve, without its points; `label` joins it with `differences.csv`."""
     frame = report.critical.assign(options=report.critical["options"].map(as_text))
-    return csv_text(frame[CSV_COLUMNS])
-
-
-def csv_text(frame: DataFrame) -> str:
-    """Return a frame as CSV, the same on every system."""
-    return frame.to_csv(index=False, lineterminator="\n")
+    return escape.csv(frame[CSV_COLUMNS])
 
 
 def to_markdown(report: Report) -> str:
-    """Return critical footprints in per cent with intervals, methods by tasks; the best in bold."""
+    """Return critical footprints in per cent with intervals, methods by tasks; the best in bold.
+
+    Damaged records are named below.
+    """
 
     def cell(curve: Curve) -> str:
-        text = escape_markdown(critical_text(curve.footprint))
+        text = escape.markdown(critical_text(curve.footprint))
         ends = interval_text(curve.footprint)
         text = f"**{text}**" if curve.best else text + (" =" if curve.tied else "")
         return text if curve.method == BASELINE or ends == "-" else f"{text} ({ends})"
 
     grid = overview(report, cell)
-    header = ["method", *map(escape_markdown, grid.columns)]
-    rows = [[escape_markdown(label), *cells] for label, *cells in grid.itertuples()]
-    text = escape_markdown(legend(report)).replace("\\* marks", "Bold marks")
-    return f"{markdown_table(header, rows)}\n\n{text}"
+    header = ["method", *map(escape.markdown, grid.columns)]
+    rows = [[escape.markdown(label), *cells] for label, *cells in grid.itertuples()]
+    text = escape.markdown(legend(report)).replace("\\* marks", "Bold marks")
+    damaged = [f"- {escape.markdown(line)}" for line in report.damaged]
+    return "\n".join([markdown_table(header, rows), "", text, *([""] if damaged else []), *damaged])
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table of texts that are Markdown already, the first column left-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def escape_markdown(text: str) -> str:
-    """Return Markdown that shows the text as it is, in a table too."""
-    signs = {"<=": "≤", ">=": "≥", "<": "&lt;", ">": "&gt;", "~": "\\~", "*": "\\*", "|": "\\|"}
-    for sign, shown in signs.items():
-        text = text.replace(sign, shown)
-    return text
 
 
 def to_latex(report: Report) -> str:
@@ -272,7 +255,7 @@ def to_latex(report: Report) -> str:
     """
 
     def value(curve: Curve) -> str:
-        text = escape_latex(critical_text(curve.footprint))
+        text = escape.latex(critical_text(curve.footprint))
         if curve.best:
             return rf"\textbf{{{text}}}"
         return rf"\underline{{{text}}}" if curve.tied else text
@@ -287,11 +270,11 @@ def to_latex(report: Report) -> str:
     lines = [
         rf"\begin{{tabular}}{{l{'r' * len(values.columns)}}}",
         r"\toprule",
-        _latex_row(["method", *map(escape_latex, values.columns)]),
+        _latex_row(["method", *map(escape.latex, values.columns)]),
         r"\midrule",
     ]
     for (label, *cells), (_, *below) in zip(values.itertuples(), spread.itertuples(), strict=True):
-        lines.append(_latex_row([escape_latex(label), *cells]))
+        lines.append(_latex_row([escape.latex(label), *cells]))
         if any(below):
             lines.append(_latex_row(["", *below]))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
@@ -301,27 +284,10 @@ def _latex_row(cells: Iterable[str]) -> str:
     return " & ".join(cells) + r" \\"
 
 
-_LATEX = {
-    **{character: "\\" + character for character in "_%&#${}"},
-    "\\": r"\textbackslash{}",
-    "~": r"$\approx$",
-    "^": r"\textasciicircum{}",
-    "<": "$<$",
-    ">": "$>$",
-}
-
-
-def escape_latex(text: str) -> str:
-    """Return LaTeX that shows the text, with a leading `<=` as one sign."""
-    at_most = text.startswith("<=")
-    rest = "".join(_LATEX.get(character, character) for character in text[2 * at_most :])
-    return r"$\leq$" + rest if at_most else rest
-
-
 def print_report(report: Report, form: str) -> None:
     """Print a report on stdout as `form`: table, json, csv, markdown or latex."""
     if form == "table":
-        print_tables(report, console_of_stdout())
+        print_tables(report, escape.console())
         return
     text = {"json": to_json, "csv": to_csv, "markdown": to_markdown, "latex": to_latex}[form]
     print(text(report).rstrip("\n"))
@@ -332,7 +298,7 @@ def print_summary(records: Sequence[Record], codes: Mapping[str, str]) -> None:
 
     Only the current code of each method and task counts; see `kvbench.run_folder.current_codes`.
     """
-    console = console_of_stdout()
+    console = escape.console()
     cells, _ = select(frame_of(records), True, codes)
     by_task = cells.groupby("task", sort=False)
     tasks = {str(task): (of_task, group_cells(of_task)) for task, of_task in by_task}
@@ -348,5 +314,5 @@ def print_summary(records: Sequence[Record], codes: Mapping[str, str]) -> None:
         for group, label in zip(groups, labels_of(groups, peers, with_chunk=True), strict=True):
             means = means_over_subtasks(group.cells, ["score", "kv_footprint"])
             texts = {b: score_text(score, kv) for b, score, kv in means.itertuples()}
-            table.add_row(escape(label), *(texts.get(budget, "") for budget in budgets))
+            table.add_row(label, *(texts.get(budget, "") for budget in budgets))
         console.print(table)

@@ -12,21 +12,18 @@ from pathlib import Path
 
 from pandas import DataFrame
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
-from kvbench.errors import InputError
-from kvbench.files import write_atomically
+from kvbench import escape
+from kvbench.errors import BAD_INPUT, InputError
+from kvbench.files import write_together
 from kvbench.models.card import EMBEDDED, read_card
 from kvbench.records import BASELINE
 from kvbench.registry import tasks as task_registry
 from kvbench.report.build import Curve, Report, make_report
 from kvbench.report.publish import publish
 from kvbench.report.tables import (
-    console_of_stdout,
     critical_text,
-    csv_text,
-    escape_markdown,
     interval_text,
     legend,
     mark,
@@ -86,7 +83,7 @@ def reproduced(
     report = replace(report, notes=(*notes, *report.notes))
     table = compare(report, paper_report(threshold))
     claims = judge(report)
-    head = "".join(f"**{escape_markdown(note)}**\n\n" for note in notes)
+    head = "".join(f"**{escape.markdown(note)}**\n\n" for note in (*notes, *report.damaged))
     texts = {
         "table.csv": table_csv(table),
         "table.md": head + table_markdown(table, report, paper),
@@ -94,16 +91,14 @@ def reproduced(
     }
     published = publish(report, out)
     try:
-        for name, text in texts.items():
-            write_atomically(out / name, text)
+        write_together({out / name: text for name, text in texts.items()})
     except OSError as error:
         raise InputError(
             f"cannot write to {out}: {error.strerror}; choose another --out"
         ) from error
     files = (*(out / name for name in texts), *published.files)
-    return Reproduction(
-        result.exit_code, out, report, table, tuple(claims), files, tuple(notes), paper
-    )
+    code = result.exit_code or (BAD_INPUT if report.damaged else 0)
+    return Reproduction(code, out, report, table, tuple(claims), files, tuple(notes), paper)
 
 
 def small_choices(run: Path, *, samples: int, seed: int) -> Choices:
@@ -151,7 +146,7 @@ def compare(report: Report, paper: Report) -> DataFrame:
 def table_csv(table: DataFrame) -> str:
     """Return one line per method, task and prefill chunk."""
     ours = ["critical_footprint", "ci_low", "ci_high", "status", "baseline", "samples"]
-    return csv_text(table[["task", "method", "prefill_chunk", *ours, *PAPER.values()]])
+    return escape.csv(table[["task", "method", "prefill_chunk", *ours, *PAPER.values()]])
 
 
 def _paper_text(critical_footprint: float, bound: str) -> str:
@@ -183,9 +178,9 @@ def table_markdown(table: DataFrame, report: Report, paper: str = "paper") -> st
     parts = [
         "# Critical KV footprints, ours and the paper's\n",
         f"{_setting_text(report)} Per cent of full attention's footprint; in brackets the 95 % "
-        f"interval. {escape_markdown(paper_text(report.threshold))} Model, context and tasks' data "
+        f"interval. {escape.markdown(paper_text(report.threshold))} Model, context and tasks' data "
         "differ, so orders are to be compared, not values.\n",
-        escape_markdown(legend(report)) + "\n",
+        escape.markdown(legend(report)) + "\n",
     ]
     for task in table["task"].unique():
         header, rows = _cells(table, task, paper)
@@ -193,8 +188,8 @@ def table_markdown(table: DataFrame, report: Report, paper: str = "paper") -> st
         scores = f"full attention scores {ours.baseline:.3f} here" if ours else "not measured here"
         if ours and ours.baseline <= 0:
             scores += ", so that no critical footprint is measurable"
-        parts.append(f"## {task}\n\n{scores}\n")
-        escaped = [[escape_markdown(cell) for cell in row] for row in rows]
+        parts.append(f"## {escape.markdown(task)}\n\n{scores}\n")
+        escaped = [[escape.markdown(cell) for cell in row] for row in rows]
         parts += [markdown_table(header, escaped), ""]
     return "\n".join(parts)
 
@@ -224,9 +219,9 @@ def claims_markdown(claims: Sequence[Claim], report: Report) -> str:
     for claim in claims:
         tick = "x" if claim.verdict is Verdict.TRUE else " "
         parts.append(f"- [{tick}] **{claim.text}: {claim.verdict}**")
-        parts.append(f"  Judged by: {escape_markdown(claim.rule)}.")
+        parts.append(f"  Judged by: {escape.markdown(claim.rule)}.")
         parts += [
-            f"  - {finding.verdict}: {finding.where}: {escape_markdown(finding.what)}"
+            f"  - {finding.verdict}: {escape.markdown(f'{finding.where}: {finding.what}')}"
             for finding in claim.findings
         ]
     return "\n".join([*parts, ""])
@@ -235,7 +230,7 @@ def claims_markdown(claims: Sequence[Claim], report: Report) -> str:
 def _setting_text(report: Report) -> str:
     setting = report.settings()[0]
     return (
-        f"Model {setting.model}, {setting.context:,} tokens, "
+        f"Model {escape.markdown(setting.model)}, {setting.context:,} tokens, "
         f"{max(c.samples for c in report.curves)} samples a task, seed {setting.seed}, threshold "
         f"{report.threshold:g}."
     )
@@ -245,7 +240,7 @@ def print_table(
     table: DataFrame, claims: Sequence[Claim], threshold: float, paper: str = "paper"
 ) -> None:
     """Print the table of each task, and the claims' verdicts, on stdout."""
-    console = console_of_stdout()
+    console = escape.console()
     for task in table.loc[~table["not_ours"], "task"].unique():
         header, rows = _cells(table, task, paper)
         shown = Table(
@@ -254,9 +249,9 @@ def print_table(
         for index, name in enumerate(header):
             shown.add_column(name, justify="right" if index else "left", no_wrap=True)
         for row in rows:
-            shown.add_row(*map(escape, row))
+            shown.add_row(*row)
         console.print(shown)
-    console.print(paper_text(threshold), highlight=False)
+    console.print(paper_text(threshold))
     console.print("Claims of the paper, on these data:")
     for claim in claims:
-        console.print(f"  {claim.verdict:12} {claim.text}", highlight=False)
+        console.print(f"  {claim.verdict:12} {claim.text}")

@@ -133,7 +133,10 @@ class Claims:
             yield
         except OSError as error:
             self._writer.check()
-            raise InputError(f"cannot write to {self._path}: {error.strerror}") from error
+            raise InputError(
+                f"cannot read or write {error.filename or self._path}: {error.strerror}; what was "
+                "finished before is kept, mend this and give the same command again"
+            ) from error
 
     def __enter__(self) -> "Claims":
         return self

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from kvbench.arguments import LARGEST, MOST_SAMPLES, check_share, check_text, check_whole
 from kvbench.errors import InputError, did_you_mean
 from kvbench.judge import Judge, use_judge
+from kvbench.machine import limit_threads
 from kvbench.models.card import ModelCard, model_folder, read_card
-from kvbench.records import BASELINE, COMPRESS, Record, read_records
+from kvbench.records import BASELINE, COMPRESS, Damage, Record, read_records, told
 from kvbench.registry import tasks as task_registry
 from kvbench.run_folder import (
     END,
@@ -327,7 +328,8 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     every = make_plan(model, tasks, specs, settings, choices.seeds)
     cells = [cell for cell in every if not cell.skipped]
     added = AddedRecords(out)  # before the others are read, so that none is missed in between
-    known = {r.fingerprint: r for r in read_records(out)} if out.is_dir() else {}
+    damaged: list[Damage] = []
+    known = {r.fingerprint: r for r in read_records(out, damaged)} if out.is_dir() else {}
     sweep = Sweep(
         model=model,
         tasks={task.name: task for task in tasks},
@@ -346,6 +348,8 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     if choices.shard is not None:
         index, count = choices.shard
         notes.append(f"shard {index} of {count}: {len(mine)} of {len(cells)} cells")
+    notes += [note] if (note := limit_threads()) else []
+    notes += note_on_damage(damaged)
     notes += note_on_template(model, settings)
     notes += [remark for task in tasks for remark in task.remarks]
     notes += notes_on_samples(every, tasks, settings)
@@ -372,6 +376,16 @@ def plan_sweep(choices: Choices) -> SweepPlan:
         codes,
         skipped,
     )
+
+
+def note_on_damage(damaged: Sequence[Damage]) -> list[str]:
+    """A note on lines that are no records; InputError for a file that cannot be read."""
+    for each in damaged:
+        if each.line is None:
+            raise InputError(f"{each}; mend it, or move it away to measure all of it again")
+    if not damaged:
+        return []
+    return [f"what is damaged is measured again: {'; '.join(told(damaged))}"]
 
 
 def ready_tasks(choices: Choices) -> list[Task]:
@@ -458,9 +472,10 @@ def choose_settings(choices: Choices, model: "LoadedModel", reads: bool = False)
     """
     context = choices.context or model.card.context or min(model.max_context, CONTEXT)
     if context > model.max_context:
+        where = "" if choices.context else f" (it is the context in '{model.card.file}')"
         raise InputError(
             f"context {context} is more than model '{model.name}' takes: at most "
-            f"{model.max_context}"
+            f"{model.max_context}{where}"
         )
     default = model.card.prefill_chunk if not choices.context else 0
     has_template = model.tokenizer.chat_template is not None

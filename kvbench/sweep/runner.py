@@ -10,12 +10,12 @@ from datetime import UTC, datetime
 from itertools import groupby
 from typing import TypeVar
 
-import psutil
 import torch
 
 from kvbench.engine.row import Outcome, Row
 from kvbench.engine.run import run_rows
 from kvbench.engine.stop import cut
+from kvbench.machine import free_memory
 from kvbench.models.load import LoadedModel
 from kvbench.records import BASELINE, Record, from_line
 from kvbench.run_folder import AddedRecords, RunWriter
@@ -332,7 +332,7 @@ def free_bytes(model: LoadedModel) -> int:
     if model.device.type == "cuda":
         free = int(torch.cuda.mem_get_info(model.device)[0])
     else:
-        free = psutil.virtual_memory().available
+        free = free_memory()
     return int(free * MEMORY_SHARE)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.process import KVBENCH, interrupted, kvbench, kvbench_here
+from helpers.process import KVBENCH, interrupted, interrupted_at_import, kvbench, kvbench_here
 
 from kvbench.cli.app import main
 from kvbench.errors import InputError
@@ -73,6 +73,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
         ("train tinny --out x", "did you mean 'tiny'"),
         ("train duoattention --target 0.5", "has no --target"),
         ("run --memory-limit lots", "not an amount of memory"),
+        ("run --threads 0", "--threads"),
+        ("run --threads 100000", "100000 threads are too many: this machine has"),
         ("run --chat-template of", "'off'"),
         ("reproduce --threshold 0", "--threshold"),
     ],
@@ -176,6 +178,23 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     assert records(tmp_path / "r")
 
 
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("kvbench.errors", "list"),
+        ("typer.core", "--help"),
+        ("kvbench.cli.app", "list"),
+        ("numpy", "run --task rag --samples 1 --out r"),
+        ("torch._utils", "run --task rag --samples 1 --out r"),
+        ("transformers.utils", "run --task rag --samples 1 --out r"),
+    ],
+)
+def test_ctrl_c_before_the_work_is_one_line(module: str, command: str, tmp_path: Path) -> None:
+    code, errors = interrupted_at_import(module, command.split(), tmp_path)
+    assert (code, errors) == (130, "kvbench: interrupted")
+    assert not (tmp_path / "r").exists()
+
+
 def test_help_and_report_import_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys\n"
@@ -272,7 +291,8 @@ def test_a_configuration_gives_defaults(
     monkeypatch.chdir(tmp_path)
     Path("sweep.yaml").write_text(
         "method: [recency, snapkv]\ntask: rag\nbudgets: 0.5\nsamples: 1\ncontext: 256\n"
-        "chat-template: off\noption: {window: 8}\n"
+        "chat-template: off\noption: {window: 8}\n",
+        encoding="utf-8-sig",  # as editors of Windows write it
     )
     sweep = ["run", "--config", "sweep.yaml", "--dry-run"]
     assert main(sweep) == 0

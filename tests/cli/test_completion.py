@@ -83,3 +83,17 @@ def test_zsh_is_offered_methods_without_importing_torch(tmp_path: Path) -> None:
         '_arguments \'*: :(("recency,knorm"\n"recency,knorm-bounded"\n"recency,knorm-naive"))\''
     )
     assert done.stdout.strip() == offered
+
+
+def test_names_that_steer_a_terminal_are_not_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["run 1", "[v2]", "\x1b[31m", "a\nb", "\u202ex", "x\udcff"]
+    for name in names:
+        folder = tmp_path / "results" / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"common": {}, "invocations": []}))
+    assert sorted(complete.runs("")) == ["[v2]", "run 1"]
+    offered = [Path(run).name for run in complete.runs(str(tmp_path / "results" / "runs") + "/")]
+    assert sorted(offered) == ["[v2]", "run 1"]

@@ -1,13 +1,18 @@
 """Kernels for single tokens: compared with float64, and without a compiler."""
 
+import ctypes
+import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.models import loaded_model
+from helpers.process import kvbench_here
 from helpers.sequences import Made
 
+from kvbench.engine.kernels import cpu
 from kvbench.engine.kernels.cpu import library, token_kernel
 from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
@@ -76,3 +81,139 @@ def test_a_compiler_that_fails_leaves_nothing(
         with pytest.raises((OSError, subprocess.SubprocessError)):
             library(8, 8)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_compiler_that_is_no_command_is_bad_input(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CC", 'gcc "-O2')
+    monkeypatch.setattr("kvbench.engine.kernels.cpu.token_kernel", token_kernel.__wrapped__)
+    done = kvbench_here("run", "--task", "rag", "--samples", "1", "--out", "r", folder=tmp_path)
+    assert done.returncode == 2
+    assert "CC is 'gcc \"-O2', which is not a command (No closing quotation)" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of compiled files, not made yet, in an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "kvbench" / "kernels"
+
+
+def place(loaded: ctypes.CDLL) -> Path:
+    return Path(loaded._name)
+
+
+@without_compiler
+def test_a_compiled_file_is_kept_and_found_again(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = place(library(8, 8))
+    assert list(kernels.iterdir()) == [kept]
+    assert kernels.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(subprocess, "run", None)
+    assert place(library(8, 8)) == kept
+
+
+@without_compiler
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda contents: b"",
+        lambda contents: contents[:5000],
+        lambda contents: contents[:-1],
+        lambda contents: contents + b"\0",
+        lambda contents: contents[:5000] + bytes([contents[5000] ^ 1]) + contents[5001:],
+        lambda contents: b"not a library",
+    ],
+)
+def test_a_damaged_file_is_compiled_anew(kernels: Path, damage: Callable[[bytes], bytes]) -> None:
+    kept = place(library(8, 8))
+    whole = kept.read_bytes()
+    kept.unlink()  # this process has loaded it
+    kept.write_bytes(damage(whole))
+    again = place(library(8, 8))
+    assert list(kernels.iterdir()) == [again]
+    assert cpu.named_after(again.read_bytes(), kernels, again.name.split("-")[1]) == again
+
+
+def open_to_all(kernels: Path) -> None:
+    kernels.mkdir(parents=True)
+    kernels.chmod(0o777)
+
+
+def open_to_a_group(kernels: Path) -> None:
+    kernels.mkdir(parents=True)
+    kernels.chmod(0o770)
+
+
+def below_an_open_one(kernels: Path) -> None:
+    kernels.mkdir(parents=True, mode=0o700)
+    kernels.parent.chmod(0o777)
+
+
+def a_link(kernels: Path) -> None:
+    kernels.parent.mkdir(parents=True)
+    (kernels.parent / "other").mkdir(mode=0o700)
+    kernels.symlink_to("other")
+
+
+def a_file(kernels: Path) -> None:
+    kernels.parent.mkdir(parents=True)
+    kernels.write_text("")
+
+
+@without_compiler
+@pytest.mark.parametrize("make", [open_to_all, open_to_a_group, below_an_open_one, a_link, a_file])
+def test_nothing_is_loaded_from_a_folder_that_others_can_change(
+    kernels: Path, make: Callable[[Path], None]
+) -> None:
+    make(kernels)
+    before = sorted(kernels.parent.rglob("*"))
+    assert not place(library(8, 8)).is_relative_to(kernels.parents[1])
+    assert token_kernel.__wrapped__(8, 8) is not None
+    assert sorted(kernels.parent.rglob("*")) == before
+
+
+@without_compiler
+def test_nothing_is_loaded_from_a_folder_of_another_user(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = place(library(8, 8))
+    other = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    assert place(library(8, 8)) != kept
+
+
+@without_compiler
+def test_a_relative_cache_folder_is_ignored(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert place(library(8, 8)).is_relative_to(tmp_path / "home" / ".cache" / "kvbench" / "kernels")
+    assert not (tmp_path / "cache").exists()
+
+
+@without_compiler
+def test_a_full_disk_costs_the_cache_alone(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, contents: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cpu, "write_atomically", full)
+    assert token_kernel.__wrapped__(8, 8) is not None
+    assert not list(kernels.iterdir())
+
+
+@without_compiler
+def test_the_kernel_has_no_threads_of_its_own() -> None:
+    """Two OpenMP libraries in a process are two pools, and each waits for the other's cores."""
+    assert token_kernel(8, 8) is not None
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system does not list what is loaded")
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
+    assert len(loaded) == 1

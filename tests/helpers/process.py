@@ -55,3 +55,23 @@ def interrupted(arguments: list[str], folder: Path, under_way: Callable[[], bool
     assert process.returncode == 130
     assert "Traceback" not in errors
     return errors
+
+
+def interrupted_at_import(module: str, arguments: list[str], folder: Path) -> tuple[int, str]:
+    """Press Ctrl-C once a module is imported; the exit code, and what was on stderr after it."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "kvbench", *arguments],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=interruptible,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("import time:") and line.split()[-1] == module:
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=60)
+    lines = [line for line in errors.splitlines() if not line.startswith("import time:")]
+    return process.returncode, "\n".join(lines)

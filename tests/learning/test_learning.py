@@ -26,10 +26,11 @@ from kvbench.learning.attention import (
     streaming_blocks,
     streaming_flex,
 )
+from kvbench.learning.checkpoint import CHECKPOINT
 from kvbench.learning.corpus import documents
 from kvbench.learning.duoattention import DuoAttention
 from kvbench.learning.examples import TrainingRow
-from kvbench.learning.loop import CHECKPOINT, learn, uninterrupted
+from kvbench.learning.loop import learn, uninterrupted
 from kvbench.learning.masks import (
     HIGH,
     LOW,
@@ -65,6 +66,8 @@ class OneProcess:
 
 class RandomRows:
     """Rows of random ids; every token is predicted."""
+
+    data_hash = ""
 
     def __init__(self, length: int) -> None:
         self.length = length

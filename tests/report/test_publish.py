@@ -1,11 +1,17 @@
 """What a report's folder holds, and that nothing is drawn twice."""
 
+import errno
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers.records import record, store
 
-from kvbench.files import write_atomically
+from kvbench.errors import InputError
+from kvbench.files import write_atomically, write_together
+from kvbench.learning.pictures import save_training_pictures
 from kvbench.report import publish as module
 from kvbench.report.build import make_report, report_records
 from kvbench.report.publish import publish
@@ -20,16 +26,13 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_the_same_report_is_not_drawn_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name for path in run.iterdir()}
     first = publish(make_report([run], 0.9), run)
     assert first.written
     assert first.message.startswith("wrote critical.csv")
     names = {path.name for path in first.files}
     assert {"critical.csv", "differences.csv", "recall.png", "recall.pdf", "report.html"} <= names
-    assert {path.name for path in run.iterdir() if path.suffix != ".jsonl"} == {
-        *names,
-        "run.json",
-        ".report.json",
-    }
+    assert {path.name for path in run.iterdir()} == before | names | {".report.json"}
     monkeypatch.setattr(module, "_files", lambda report: pytest.fail("it was drawn again"))
     second = publish(make_report([run], 0.9), run)
     assert not second.written
@@ -68,6 +71,55 @@ def test_a_report_of_records_in_memory_is_always_written(tmp_path: Path) -> None
     report = report_records([record("full", 1.0, 0, 1.0)], 0.9)
     assert publish(report, tmp_path).written
     assert publish(report, tmp_path).written
+
+
+@pytest.mark.parametrize("written", [0, 1, 5])
+def test_a_full_disk_leaves_the_old_report(
+    written: int, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(make_report([run], 0.9), run)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    left = iter(range(written))
+    sync = os.fsync
+
+    def full(file: int) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left on device; choose another --out"):
+        publish(make_report([run], 0.8), run)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_an_interrupt_leaves_no_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(file: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_together({tmp_path / "a": "x", tmp_path / "b": b"y"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_of_a_training_are_whole_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = "[/v2] $\\frac{$\x1b[31m"
+    recipe: Any = SimpleNamespace(method="prulong", model=odd, steps=2, seed=0, target=0.5)
+    log = [{"step": i, "loss": 1.0, "sparsity": 0.1, "target": 0.2} for i in range(2)]
+    files = save_training_pictures(log, [[0.1, 0.9]], tmp_path / "training", recipe)
+    assert [path.read_bytes()[:4] for path in files] == [b"\x89PNG", b"%PDF"]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_training_pictures(log, [[0.2, 0.1]], tmp_path / "training", recipe)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -313,13 +313,15 @@ def test_a_folder_of_an_older_version_is_read_and_continued(tmp_path: Path) -> N
         read_settings(folder)
 
 
+def replace_folder(folder: Path) -> None:
+    folder.rename(folder.with_name("other"))
+    folder.mkdir()
+
+
 GONE: dict[str, Callable[[Path], Any]] = {
     "deleted": shutil.rmtree,
     "renamed": lambda folder: folder.rename(folder.with_name("other")),
-    "renamed, and another in its place": lambda folder: (
-        folder.rename(folder.with_name("other")),
-        folder.mkdir(),
-    ),
+    "renamed, and another in its place": replace_folder,
     "its records deleted": lambda folder: next(folder.glob("samples-*")).unlink(),
     "its records emptied": lambda folder: os.truncate(next(folder.glob("samples-*")), 0),
 }

@@ -1,6 +1,7 @@
 """A sweep as a function: its result, its silence, and the folder that it writes to."""
 
 import json
+import os
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -155,3 +156,25 @@ def test_only_the_same_experiment_is_continued(tmp_path: Path) -> None:
     assert find_folder(tmp_path, {**COMMON, "seed": 1}, same).name == f"model-rag-{today}"
     stored(tmp_path / f"model-rag-{today}", COMMON, experiment(["rag"], None, {}))
     assert find_folder(tmp_path, {**COMMON, "seed": 1}, same).name == f"model-rag-{today}-2"
+
+
+def test_a_damaged_line_is_measured_again_and_nothing_else(tmp_path: Path) -> None:
+    choices = Choices(
+        method=("recency",), task=("recall",), samples=2, budgets=(0.5,), out=tmp_path
+    )
+    run_sweep(choices)
+    (file,) = tmp_path.glob("samples-*.jsonl")
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([lines[0], lines[1][:100] + b"\n", *lines[2:]]))
+    listener = Notes()
+    again = run_sweep(choices, listener)
+    assert (again.planned, again.reused, again.measured) == (4, 3, 1)
+    (note,) = [note for note in listener.notes if "is measured again" in note]
+    assert note.startswith(f"what is damaged is measured again: {file}, line 2: not a record")
+    found = read_records(tmp_path, [])
+    assert sorted((r.method, r.sample) for r in found) == [
+        (method, sample) for method in ("full", "recency") for sample in (0, 1)
+    ]
+    os.mkfifo(tmp_path / "samples-pipe.jsonl")
+    with pytest.raises(InputError, match=r"samples-pipe.jsonl: it is not a regular file; mend it"):
+        run_sweep(choices)

@@ -157,8 +157,8 @@ def test_a_line_that_changes_during_the_run_fails_alone(
 ) -> None:
     path = write(tmp_path / "my.jsonl", 2, 3, 4)
     good = path.read_text()
-    plan = plan_sweep(choices(path))
-    monkeypatch.setattr("kvbench.sweep.command.plan_sweep", lambda _: plan)
+    plans = [plan_sweep(choices(path, out=tmp_path / name)) for name in ("out", "other")]
+    monkeypatch.setattr("kvbench.sweep.command.plan_sweep", lambda _: plans.pop(0))
     lines = good.splitlines(keepends=True)
     path.write_text(lines[0] + lines[1].replace("owl", "elk") + lines[2])
     result = run_sweep(choices(path))

@@ -6,7 +6,6 @@ letter below 6.5 points), legends are outside the axes, and colours can be told 
 colour vision.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -18,7 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 
-from kvbench.files import write_atomically
+from kvbench import escape
+from kvbench.files import write_together
 from kvbench.report.build import Curve, Report, Setting
 from kvbench.report.figures.bytes import draw_bytes
 from kvbench.report.figures.chunks import draw_chunks
@@ -28,7 +28,6 @@ from kvbench.report.figures.style import (
     Styles,
     choose_styles,
     chunk_sizes,
-    plain_text,
     with_chunk,
 )
 from kvbench.report.figures.timeline import draw_timeline
@@ -53,9 +52,8 @@ class Picture:
         computed once, and each format draws once.
         """
         png, pdf = BytesIO(), BytesIO()
-        with matplotlib.rc_context(RC):
+        with matplotlib.rc_context(RC), escape.drawing(self.figure):
             self.figure.set_dpi(DOTS)
-            plain_text(self.figure)
             canvas = FigureCanvasAgg(self.figure)
             self.figure.draw_without_rendering()
             self.figure.set_layout_engine("none")
@@ -74,7 +72,7 @@ def draw_pictures(report: Report) -> list[Picture]:
         alone = sum(other.task == setting.task for other in settings) == 1
         pictures.append(
             Picture(
-                _file_name(setting.task + ("" if alone else _tail(setting))),
+                escape.file_name(setting.task + ("" if alone else _tail(setting))),
                 f"{setting.task}: score against KV footprint. Lines are the fitted curves, marks "
                 "are the measured means, bands their 95 % intervals. A stroke on the dashed line "
                 f"is a critical footprint.{_on_reads(curves)}",
@@ -87,7 +85,7 @@ def draw_pictures(report: Report) -> list[Picture]:
         tasks = [s for s in settings if (s.model, s.context, s.seed, s.compress) == group]
         tail = "" if len(groups) == 1 else _tail(tasks[0])
         pictures += [
-            Picture(_file_name(stem + tail), caption, figure)
+            Picture(escape.file_name(stem + tail), caption, figure)
             for stem, caption, figure in _over_tasks({s: report.of(s) for s in tasks}, styles)
         ]
     return list(_told_apart(pictures))
@@ -106,8 +104,7 @@ def _told_apart(pictures: Iterable[Picture]) -> Iterator[Picture]:
 def save_pictures(pictures: Sequence[Picture], folder: Path) -> list[Path]:
     """Write every picture as STEM.png and STEM.pdf and return the paths; raises OSError."""
     files = {name: data for picture in pictures for name, data in picture.files().items()}
-    for name, data in files.items():
-        write_atomically(folder / name, data)
+    write_together({folder / name: data for name, data in files.items()})
     return [folder / name for name in files]
 
 
@@ -121,10 +118,6 @@ def _on_reads(curves: Iterable[Curve]) -> str:
 def _tail(setting: Setting) -> str:
     compress = "" if setting.compress == "prompt" else f"-{setting.compress}"
     return f"-{setting.model}-{setting.context}-s{setting.seed}{compress}"
-
-
-def _file_name(stem: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "picture"
 
 
 def _over_tasks(curves: CurvesBySetting, styles: Styles) -> Iterator[tuple[str, str, Figure]]:

@@ -11,7 +11,6 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
 from matplotlib.ticker import MultipleLocator
 
 from kvbench.report.build import Curve, Setting
@@ -122,13 +121,6 @@ def make_grid(count: int, height: float, legend_rows: int) -> tuple[Figure, list
         axes.tick_params(labelsize=SMALL, length=2.5)
         light_axes(axes)
     return figure, every[:count]
-
-
-def plain_text(figure: Figure) -> None:
-    """Let every text of a figure be drawn as it is: a `$` from outside starts no formula."""
-    for text in figure.findobj(Text):
-        if isinstance(text, Text):
-            text.set_parse_math(False)
 
 
 def light_axes(axes: Axes) -> None:
