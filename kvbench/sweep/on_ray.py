@@ -7,6 +7,7 @@ measured again in halves; a cell that ended two actors alone is recorded as fail
 and leave meanwhile.
 """
 
+import importlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -177,15 +178,12 @@ def run_on_ray(choices: Choices, listener: Listener | None = None) -> SweepResul
     if any(not isinstance(task, str) for task in choices.task or ()):
         raise InputError("workers open tasks by their names or paths; give these, or one process")
     try:
-        import ray
+        ray: Any = importlib.import_module("ray")
     except ImportError:
         raise InputError("--ray needs Ray: pip install 'kvbench[ray]'") from None
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+    where = {"include_dashboard": False} if choices.ray == LOCAL else {"address": choices.ray}
     try:
-        if choices.ray == LOCAL:
-            ray.init(**quiet)
-        else:
-            ray.init(address=choices.ray, log_to_driver=False, logging_level="ERROR")
+        ray.init(**where, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"cannot reach a Ray cluster at '{choices.ray}': {reason}") from None

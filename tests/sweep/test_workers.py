@@ -6,42 +6,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import psutil
 import pytest
 from helpers.process import KVBENCH, kvbench, kvbench_here
+from helpers.runs import SMALL, results
 
 from kvbench.errors import InputError
-from kvbench.records import Record, read_records
 from kvbench.report.build import make_report
 from kvbench.sweep.command import Choices
 from kvbench.sweep.progress import Listener, Progress
 from kvbench.sweep.workers import Crew, environments, from_json, run_workers, to_json
-
-SMALL = [
-    *("--task", "recall,rag", "--context", "256", "--samples", "3", "--budgets", "0.3,0.6"),
-    *("--method", "snapkv,recency", "--device", "cpu"),
-]
-# What depends on when, where and beside what a cell was measured.
-CIRCUMSTANCES = (
-    *("finished", "prefill_seconds", "decode_seconds", "shared_rows", "group_bytes_peak"),
-    "device_bytes_peak",
-)
-
-
-def results(folder: Path) -> dict[str, dict[str, Any]]:
-    """What was measured, by fingerprint; each cell once."""
-    lines = [line for path in folder.glob("samples-*") for line in path.open("rb")]
-    records = read_records(folder)
-    assert len(lines) == len(records)
-    return {record.fingerprint: without_circumstances(record) for record in records}
-
-
-def without_circumstances(record: Record) -> dict[str, Any]:
-    return {key: value for key, value in asdict(record).items() if key not in CIRCUMSTANCES}
 
 
 @pytest.fixture(scope="module")
