@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 import kvbench
-from kvbench.cli import check, convert, plan, report, reproduce, run, slurm, train
+from kvbench.cli import check, convert, merge, plan, report, reproduce, run, slurm, train
 from kvbench.cli import list as listing
 from kvbench.cli.messages import say
 from kvbench.cli.options import Command
@@ -91,6 +91,7 @@ app.command("report", cls=Command, epilog=report.EXAMPLES)(report.report)
 app.command("list", cls=Command, epilog=listing.EXAMPLES)(listing.list_command)
 app.command("check", cls=Command, epilog=check.EXAMPLES)(check.check)
 app.command("plan", cls=Command, epilog=plan.EXAMPLES)(plan.plan)
+app.command("merge", cls=Command, epilog=merge.EXAMPLES)(merge.merge)
 app.command("slurm", cls=Command, epilog=slurm.EXAMPLES)(slurm.slurm)
 app.command("reproduce", cls=Command, epilog=reproduce.EXAMPLES)(reproduce.reproduce)
 training = new_group(callback=show_help, help=train.ABOUT, epilog=train.EXAMPLES)

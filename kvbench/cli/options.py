@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 WHAT, HOW_MUCH, MODEL = "What to measure", "How much", "Model"
 MEMORY, OUTPUT, TRAINING = "Memory", "Output", "Training"
+SCALE = "Several processes"
 METHOD_OPTION = "Option of a method, like window=32 or snapkv.window=32; repeatable."
 SWEPT_OPTION = "Option of a method, like snapkv.window=32, or window=8,32 to try both; repeatable."
 LIST, FOLDER = "A,B,...", "FOLDER"  # placeholders of values
@@ -154,6 +155,14 @@ def swept(options: Mapping[str, str]) -> dict[str, str | tuple[str, ...]]:
         values = comma_list(text, f"values of {name}", str) if text else (text,)
         found[name] = values if len(values) > 1 else values[0]
     return found
+
+
+def shard(text: str) -> tuple[int, int]:
+    """`I/N` as two numbers; InputError for anything else."""
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise InputError(f"'{text}' is not a shard; write it like 2/8, for the second of eight")
+    return int(parts[0]), int(parts[1])
 
 
 def number(kind: Callable[[str], T], what: str) -> Callable[[str], T]:

@@ -1,5 +1,6 @@
 """`kvbench run`: the options of a sweep, and what it prints."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,14 +9,27 @@ from kvbench import escape
 from kvbench.cli import complete, options
 from kvbench.cli.config import read_config
 from kvbench.cli.messages import Terminal, say, show
-from kvbench.cli.options import FOLDER, HOW_MUCH, LIST, MEMORY, MODEL, OUTPUT, WHAT, comma_list, opt
+from kvbench.cli.options import (
+    FOLDER,
+    HOW_MUCH,
+    LIST,
+    MEMORY,
+    MODEL,
+    OUTPUT,
+    SCALE,
+    WHAT,
+    comma_list,
+    opt,
+)
 from kvbench.errors import InputError
 from kvbench.records import Record, read_records
 from kvbench.run_folder import current_codes, read_settings
 from kvbench.spec import labels_of
 from kvbench.sweep.chat import TEMPLATE_DATE
-from kvbench.sweep.command import Choices, plan_sweep, run_sweep
+from kvbench.sweep.command import Choices, plan_sweep
 from kvbench.sweep.progress import duration
+from kvbench.sweep.start import start
+from kvbench.sweep.units import slurm_shard
 
 EXAMPLES = options.examples(
     "kvbench run --method snapkv,prulong --task recall,rag --budgets 0.1,0.3",
@@ -115,6 +129,19 @@ def run(
             metavar="SIZE",
         ),
     ] = None,
+    shard: Annotated[
+        str | None,
+        opt(SCALE, "The part of the cells to measure.", "all, or a Slurm array's", metavar="I/N"),
+    ] = None,
+    workers: Annotated[
+        int, opt(SCALE, "Processes that share the work: one a GPU, or of a CPU's cores.", min=1)
+    ] = 1,
+    ray: Annotated[
+        str | None,
+        opt(
+            SCALE, "Ray cluster that measures; 'local' starts one here.", "none", metavar="ADDRESS"
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         opt(OUTPUT, "Folder for the records.", "results/runs/MODEL-TASKS-DATE", metavar=FOLDER),
@@ -155,6 +182,9 @@ def run(
         template_option=options.key_value(template_option, "--template-option"),
         batch_rows=batch_rows,
         memory_limit=None if memory_limit is None else options.memory(memory_limit),
+        shard=slurm_shard(os.environ) if shard is None else options.shard(shard),
+        workers=workers,
+        ray=ray,
     )
     if dry_run:
         print_plan(choices)
@@ -179,7 +209,7 @@ def measure(choices: Choices) -> int:
     """Run a sweep with its progress on stderr and its summary on stdout; the exit code."""
     from kvbench.report.tables import print_summary
 
-    result = run_sweep(choices, Terminal())
+    result = start(choices, Terminal())
     if result.interrupted:
         return result.exit_code
     print_summary(read_records(result.folder, []), current_codes([read_settings(result.folder)]))

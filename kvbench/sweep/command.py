@@ -50,6 +50,7 @@ from kvbench.sweep.folder import experiment, find_folder
 from kvbench.sweep.length import TOO_LONG
 from kvbench.sweep.plan import Cell, Settings, common_settings, get_tasks, make_plan
 from kvbench.sweep.progress import Listener, Progress
+from kvbench.sweep.units import shard
 from kvbench.task import Task
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ COMPARED = (  # without --method: what arXiv 2506.17121 compares, controls, and 
     *("knorm", "knorm-naive", "random", "random-naive"),
 )
 MOST_NAMED = 5  # samples in a note
+MOST_WORKERS = 1024
 TRIAL_SHARE = 0.01  # of a sweep's tokens, at most, are spent on predicting its time
 
 
@@ -101,6 +103,9 @@ class Choices:
     judge_url: str | None = None  # its OpenAI-compatible address
     batch_rows: int | None = None  # cells measured together, at most
     memory_limit: int | None = None  # bytes beside the model
+    shard: tuple[int, int] | None = None  # I of N, from 1: the part of the cells that is measured
+    workers: int = 1  # processes that share the sweep
+    ray: str | None = None  # the address of a Ray cluster that measures it; "local" starts one
 
     def __post_init__(self) -> None:
         """Raise InputError for a value that no sweep can have."""
@@ -124,6 +129,12 @@ class Choices:
         if self.memory_limit is not None:
             what = "a whole number of bytes"
             check_whole("memory_limit", self.memory_limit, most=LARGEST, what=what)
+        if self.shard is not None:
+            check_whole("the number of shards", self.shard[1])
+            check_whole("a shard", self.shard[0], most=self.shard[1])
+        check_whole("workers", self.workers, most=MOST_WORKERS)
+        if self.ray is not None:
+            check_text("ray", self.ray)
         if self.metric is not None:
             check_text("metric", self.metric)
         for name, known in (
@@ -244,7 +255,9 @@ def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult
             listener.stopped()
         writer.check_stored(sweep.recorded)
     if sweep.elsewhere:
-        listener.note(f"other processes measured {sweep.elsewhere} of the {len(cells)} cells")
+        listener.note_on_others(
+            f"other processes measured {sweep.elsewhere} of the {len(cells)} cells"
+        )
     if interrupted:
         listener.note(f"interrupted; what is finished is in {out}, the same command continues it")
     return SweepResult(
@@ -323,13 +336,19 @@ def plan_sweep(choices: Choices) -> SweepPlan:
         tasks={task.name: task for task in tasks},
         context=settings.context,
         prefill_chunk=settings.prefill_chunks[0],
-        memory_limit=choices.memory_limit or free_bytes(model),
+        memory_limit=choices.memory_limit
+        or free_bytes(model) // (choices.workers if model.device.type == "cpu" else 1),
         batch_rows=choices.batch_rows,
+        by_workers=choices.workers > 1,
         recorded={name for name, record in known.items() if record.error is None},
         added=added,
     )
-    missing = [c for c in cells if c.fingerprint not in known or known[c.fingerprint].error]
+    mine = cells if choices.shard is None else shard(cells, *choices.shard)
+    missing = [c for c in mine if c.fingerprint not in known or known[c.fingerprint].error]
     notes = [f"left out: {'; '.join(left_out)}"] if left_out else []
+    if choices.shard is not None:
+        index, count = choices.shard
+        notes.append(f"shard {index} of {count}: {len(mine)} of {len(cells)} cells")
     notes += [note] if (note := limit_threads()) else []
     notes += note_on_damage(damaged)
     notes += note_on_template(model, settings)
@@ -351,7 +370,7 @@ def plan_sweep(choices: Choices) -> SweepPlan:
         out,
         common,
         wanted,
-        len(cells),
+        len(mine),
         missing,
         left_out,
         notes,

@@ -13,6 +13,10 @@ class Listener:
     def note(self, text: str) -> None:
         """One line for the user, such as which run is continued."""
 
+    def note_on_others(self, text: str) -> None:
+        """One line about other processes that write to the same run folder."""
+        self.note(text)
+
     def started(self, progress: "Progress") -> None:
         """Measuring starts. `progress` is the same object in every call, and kept up to date."""
 
@@ -47,9 +51,14 @@ class Progress:
         self.listener.advanced(self)
 
     def finished(self, cell: Cell) -> None:
+        """Count a cell."""
+        self.count(self.task, cell.tokens)
+
+    def count(self, task: str, tokens: int) -> None:
         """Count a cell; from the first one on, the time left is predicted by tokens a second."""
+        self.task = task
         self.done += 1
-        self.done_tokens += cell.tokens
+        self.done_tokens += tokens
         self.expected = (time.monotonic() - self.began) * self.tokens / max(1, self.done_tokens)
         self.listener.advanced(self)
 

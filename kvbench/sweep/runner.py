@@ -23,6 +23,7 @@ from kvbench.spec import parse_method
 from kvbench.sweep.claims import Claims, Mark
 from kvbench.sweep.cost import cost_of
 from kvbench.sweep.plan import PROMPT_TAIL, Cell, StoredPrompt, one_line
+from kvbench.sweep.units import longest_first, tokens_of
 from kvbench.task import Task
 
 MEMORY_SHARE = 0.75  # of the free memory, that a sweep takes by default
@@ -46,6 +47,7 @@ class Sweep:
     memory_limit: int  # bytes beside the weights
     batch_rows: int | None = None  # at most; None: as many as memory allows
     run_rows: RunRows = run_rows
+    by_workers: bool = False  # of one command: others are expected, the longest groups come first
     recorded: set[str] = field(default_factory=set)  # fingerprints of cells that have a record
     added: AddedRecords | None = None  # what others record; None: from the start of `run` on
     failed: list[Record] = field(default_factory=list, init=False)
@@ -77,6 +79,8 @@ class Sweep:
         waiting = {cell.fingerprint: cell for cell in cells}
         batches = [[cell for cell in cells if cell.error], *self.batches(cells)]
         batches = [batch for batch in batches if batch]
+        if self.by_workers:
+            batches = longest_first(batches, tokens_of)
         waits = False
         if not writer.has_locks:
             note(f"{writer.folder} is on a file system without locks; start no other run there")
@@ -95,7 +99,7 @@ class Sweep:
                             self._count(record)
                             finished(waiting.pop(cell.fingerprint))
                 elif batches:
-                    if not waits:
+                    if not waits and not self.by_workers:
                         note(f"waiting for {cells_text(len(waiting))} that other processes measure")
                     waits = True
                     time.sleep(POLL_SECONDS)

@@ -5,9 +5,10 @@ The cells of a sample share the prefill of its prompt, so they are never split b
 """
 
 import heapq
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from kvbench.errors import InputError
 from kvbench.sweep.plan import Cell
 
 C = TypeVar("C", bound=Cell)
@@ -16,7 +17,7 @@ U = TypeVar("U")
 
 def unit_of(cell: Cell) -> Hashable:
     """The unit that a cell belongs to."""
-    return cell.sample.task, cell.sample.index
+    return cell.sample.task, cell.sample_seed, cell.sample.index
 
 
 def units_of(cells: Sequence[C]) -> list[list[C]]:
@@ -55,3 +56,24 @@ def shard(cells: Sequence[C], index: int, count: int) -> list[C]:
     """The cells of shard `index` of `count`, counted from 1, in the order of the plan."""
     mine: set[Any] = {unit_of(u[0]) for u in dealt(units_of(cells), count, tokens_of)[index - 1]}
     return [cell for cell in cells if unit_of(cell) in mine]
+
+
+def slurm_shard(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """The shard of a job in a Slurm array, by its variables; None outside of an array.
+
+    InputError if they cannot be understood, since another shard would measure other cells.
+    """
+    names = ("ID", "COUNT", "MIN", "MAX", "STEP")
+    texts = [environment.get(f"SLURM_ARRAY_TASK_{name}") for name in names]
+    if texts[0] is None:
+        return None
+    try:
+        number, count, first, last, step = (int(text) for text in texts if text is not None)
+    except ValueError:
+        number = count = first = last = step = 0
+    if step < 1 or (last - first) // step + 1 != count or not first <= number <= last:
+        raise InputError(
+            "this job is part of a Slurm array whose SLURM_ARRAY_TASK_* variables do not say "
+            "which part (an array like 1-8, or 0-14:2, does); give --shard I/N"
+        )
+    return (number - first) // step + 1, count

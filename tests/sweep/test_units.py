@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvbench.spec import parse_method
@@ -50,6 +50,7 @@ lengths = st.dictionaries(
 )
 
 
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lengths, st.integers(1, 9))
 def test_shards_split_the_plan(given_lengths: dict[str, list[int]], count: int) -> None:
     cells = cells_of(given_lengths)
@@ -66,6 +67,7 @@ def test_shards_split_the_plan(given_lengths: dict[str, list[int]], count: int) 
     assert all(len(found) == 1 for found in owners.values())
 
 
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lengths, st.integers(1, 9))
 def test_no_share_is_longer_than_the_shortest_and_one_unit(
     given_lengths: dict[str, list[int]], count: int

@@ -1,0 +1,86 @@
+"""Puts run folders together that machines without a common file system wrote (docs/scale.md)."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kvbench.errors import InputError
+from kvbench.files import write_atomically
+from kvbench.records import SAMPLE_FILES, read_records
+from kvbench.run_folder import (
+    INVOCATION_FILES,
+    RUN_FILE,
+    RUN_FORMAT,
+    check_common,
+    find_run_folders,
+    read_settings,
+    write_once,
+)
+
+
+def merge(names: Sequence[str | Path], out: Path, home: Path) -> tuple[int, int]:
+    """Copy the records and invocations of run folders into the run folder `out`, old or new.
+
+    Returns how many cells it holds then, and how many of them have failed. `names` and `home` are
+    as in `find_run_folders`. Raises InputError, before anything is written, if a folder is no run,
+    cannot be read, or has other settings than the rest; what is damaged is named.
+    """
+    folders = find_run_folders(names, home)
+    if any(folder.resolve() == out.resolve() for folder in folders):
+        raise InputError(f"{out} is one of the folders to merge; choose another --out")
+    common = None
+    for folder in folders:
+        settings = read_settings(folder)
+        if settings is None:
+            raise InputError(f"{folder} has no {RUN_FILE}, so its settings are not known")
+        common = settings["common"] if common is None else common
+        check_common(folder, common)
+        read_records(folder)
+    if common is None:
+        raise InputError("nothing to merge: name run folders")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; choose another --out")
+    check_common(out, common)
+    copies = [copy for folder in folders for copy in files_of(folder)]
+    for name, contents in copies:
+        check_same_history(out / name, contents)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_once(out / RUN_FILE, json.dumps({"format": RUN_FORMAT, "common": common}) + "\n")
+        for name, contents in copies:
+            if not (out / name).exists() or len(contents) > (out / name).stat().st_size:
+                write_atomically(out / name, contents)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+    records = read_records(out)
+    return len(records), sum(record.error is not None for record in records)
+
+
+def files_of(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """The files of a run folder that a merged one needs, by name, with their contents.
+
+    Invocations of the older format, which are in `run.json`, become files.
+    """
+    try:
+        for pattern in (INVOCATION_FILES, SAMPLE_FILES):
+            for path in sorted(folder.glob(pattern)):
+                yield path.name, path.read_bytes()
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {error.strerror}") from None
+    for invocation in run.get("invocations", []):
+        text = json.dumps(invocation, indent=2) + "\n"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        yield INVOCATION_FILES.replace("*", f"merged-{digest}"), text.encode()
+
+
+def check_same_history(path: Path, contents: bytes) -> None:
+    """InputError if a file of this name is there that does not grow into `contents`, or from it."""
+    if not path.exists():
+        return
+    known = path.read_bytes()
+    if not contents.startswith(known) and not known.startswith(contents):
+        raise InputError(
+            f"{path} is another file than the one of that name to merge; choose another --out"
+        )

@@ -1,0 +1,290 @@
+"""A sweep in several processes of one machine: `kvbench run --workers N` (docs/scale.md).
+
+Every worker runs the whole sweep into the same folder, where each claims what it measures
+(`claims.py`): a process for each GPU, or for an equal part of a CPU's cores. A worker tells the
+process that started it what it does, in lines of JSON. One that dies is started again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvbench.errors import InputError
+from kvbench.records import Record, from_line, to_line
+from kvbench.sweep.command import Choices, SweepResult, ended_by_signals, run_sweep
+from kvbench.sweep.progress import Listener, Progress
+
+TUPLES = ("method", "task", "budgets", "prefill_chunk", "seed", "shard")
+MOST_STARTS = 10  # of a worker in a row, without a cell that is finished in between
+GRACE_SECONDS = 30.0  # that workers have to end when the sweep is interrupted
+
+
+def run_workers(choices: Choices, listener: Listener | None = None) -> SweepResult:
+    """As `run_sweep`, in `choices.workers` processes. Raises InputError as it does."""
+    given = [str(task) for task in choices.task or () if not isinstance(task, str)]
+    if given:
+        raise InputError("workers open tasks by their names or paths; give these, or one worker")
+    crew = Crew(choices, listener or Listener(), environments(choices))
+    threads = [
+        threading.Thread(target=crew.work, args=(index,), daemon=True)
+        for index in range(choices.workers)
+    ]
+    interrupted = False
+    with ended_by_signals():
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)
+        except KeyboardInterrupt:
+            interrupted = True
+            crew.stop()
+            for thread in threads:
+                thread.join(GRACE_SECONDS)
+    return crew.result(interrupted)
+
+
+def environments(choices: Choices) -> list[dict[str, str]]:
+    """The environment of each worker: its GPU, or its part of the cores."""
+    count = choices.workers
+    if choices.device == "cpu":
+        gpus = 0
+    else:
+        import torch
+
+        gpus = torch.cuda.device_count()
+    if choices.device == "auto" and not gpus:
+        gpus = 0
+    elif choices.device in ("auto", "cuda") and gpus < count:
+        raise InputError(f"{count} workers need a GPU each, this machine has {gpus}")
+    elif choices.device not in ("auto", "cuda", "cpu"):
+        raise InputError(
+            f"device '{choices.device}' is for one process; with workers, give cuda or cpu"
+        )
+    if not gpus:
+        cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        return [{**os.environ, "OMP_NUM_THREADS": str(max(1, cores // count))}] * count
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    return [{**os.environ, "CUDA_VISIBLE_DEVICES": name.strip()} for name in names[:count]]
+
+
+@dataclass
+class Crew:
+    """The workers of a sweep, as the process that started them sees them."""
+
+    choices: Choices
+    listener: Listener
+    environments: list[dict[str, str]]
+    results: list[dict[str, Any]] = field(default_factory=list)
+    processes: dict[int, "subprocess.Popen[str]"] = field(default_factory=dict)
+    error: str = ""  # of input that cannot be measured
+    stopping: bool = False
+    cells: int = 0  # to measure, when the first worker started
+    finished: int = 0  # cells, so that a worker that dies without any is not started forever
+    speaker: int | None = None  # the worker whose progress is shown
+    progress: Progress | None = None
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def work(self, index: int) -> None:
+        """Start a worker, again if it dies, until the sweep ends."""
+        starts, finished = 0, -1
+        while not self.stopping:
+            with self.lock:
+                starts = 1 if self.finished > finished else starts + 1
+                finished = self.finished
+            with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+                code = self.watch(index, errors)
+                if code is None or self.stopping:
+                    return
+                errors.seek(0)
+                last = (errors.read().strip().splitlines() or [""])[-1]
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            if starts == MOST_STARTS:
+                self.say(f"worker {index + 1} ended {starts} times ({how}); it is given up. {last}")
+                return
+            self.say(f"worker {index + 1} ended ({how}) and is started again. {last}".rstrip())
+
+    def watch(self, index: int, errors: Any) -> int | None:
+        """Run a worker to its end; its exit code if it died, else None."""
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from kvbench.sweep.workers import main; main()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=self.environments[index],
+            start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
+        )
+        with self.lock:
+            self.processes[index] = process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        ended = False
+        try:
+            process.stdin.write(to_json(self.choices) + "\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                event = json.loads(line)
+                ended |= event["what"] in ("result", "error")
+                self.hear(index, event)
+        except (OSError, ValueError):
+            pass  # it died in the middle of a line
+        code = process.wait()
+        with self.lock:
+            if self.speaker == index:
+                self.speaker = None
+        return None if ended else code
+
+    def hear(self, index: int, event: Mapping[str, Any]) -> None:
+        """Take in what a worker tells."""
+        with self.lock:
+            what = event["what"]
+            if what == "error":
+                self.error = self.error or event["text"]
+                self.stop()
+            elif what == "result":
+                self.results.append(dict(event))
+            if what == "progress" and event["finished"]:
+                self.finished += 1
+            if self.speaker is None:
+                self.speaker = index
+            if self.speaker == index and what == "note":
+                self.listener.note(event["text"])
+            elif self.speaker == index and what == "progress":
+                self.show(event)
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Pass a worker's progress on; it counts the cells of all workers."""
+        first = self.progress is None
+        if self.progress is None:
+            self.progress = Progress(self.listener, event["cells"], event["tokens"])
+            self.cells = event["cells"]
+        progress, before = self.progress, self.cells - event["cells"]
+        progress.task, progress.done = event["task"], before + event["done"]
+        progress.done_tokens = progress.tokens - event["tokens"] + event["done_tokens"]
+        progress.began, progress.expected = time.monotonic(), event["left"]
+        if first:
+            self.listener.started(progress)
+        self.listener.advanced(progress)
+
+    def say(self, text: str) -> None:
+        """Tell the user."""
+        with self.lock:
+            self.listener.note(text)
+
+    def stop(self) -> None:
+        """End all workers; what they have finished is kept."""
+        with self.lock:
+            self.stopping = True
+            for process in self.processes.values():
+                if process.poll() is None:
+                    process.terminate()
+
+    def result(self, interrupted: bool) -> SweepResult:
+        """What came of it. Raises InputError if a worker could not use its input, or none ended."""
+        if self.progress is not None:
+            self.listener.stopped()
+        if self.error:
+            raise InputError(self.error)
+        whole = [each for each in self.results if not each["interrupted"]]
+        if not whole and not interrupted:
+            raise InputError("all workers died; what was finished is kept, see the lines above")
+        if not self.results:
+            raise KeyboardInterrupt
+        failed: dict[str, Record] = {}
+        for each in self.results:
+            records = [from_line(line.encode()) for line in each["failed"]]
+            failed |= {record.fingerprint: record for record in records}
+        first = min(self.results, key=lambda each: int(each["reused"]))
+        planned, reused = int(first["planned"]), int(first["reused"])
+        done = planned - reused - len(failed)
+        if interrupted:
+            done = sum(int(each["measured"]) for each in self.results)
+        return SweepResult(
+            Path(first["folder"]),
+            planned,
+            reused,
+            done,
+            list(failed.values()),
+            first["left_out"],
+            interrupted,
+        )
+
+
+class Pipe(Listener):
+    """A worker's side: tells what it hears to the process that started it."""
+
+    done = 0
+
+    def tell(self, what: str, **told: Any) -> None:
+        """Write an event; the sweep is interrupted if nobody reads any more."""
+        try:
+            print(json.dumps({"what": what, **told}), flush=True)
+        except BrokenPipeError:
+            raise KeyboardInterrupt from None
+
+    def note(self, text: str) -> None:
+        """Tell a line for the user."""
+        self.tell("note", text=text)
+
+    def note_on_others(self, text: str) -> None:
+        """Tell nothing: other workers are expected."""
+
+    def started(self, progress: Progress) -> None:
+        """Tell how much there is to do."""
+        self.advanced(progress)
+
+    def advanced(self, progress: Progress) -> None:
+        """Tell how far the sweep is."""
+        names = ("task", "cells", "tokens", "done", "done_tokens")
+        told = {name: getattr(progress, name) for name in names}
+        finished, self.done = progress.done > self.done, progress.done
+        self.tell("progress", left=progress.seconds_left, finished=finished, **told)
+
+
+def to_json(choices: Choices) -> str:
+    """The choices as a line of JSON."""
+    return json.dumps(asdict(choices), default=str)
+
+
+def from_json(text: str) -> Choices:
+    """The choices that `to_json` wrote."""
+    given = json.loads(text)
+    for name in TUPLES:
+        if isinstance(given[name], list):
+            given[name] = tuple(given[name])
+    options = given["option"].items()
+    given["option"] = {k: tuple(v) if isinstance(v, list) else v for k, v in options}
+    given["out"] = given["out"] and Path(given["out"])
+    return Choices(**given)
+
+
+@contextmanager
+def told_errors(pipe: Pipe) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        pipe.tell("error", text=str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def main() -> None:
+    """A worker: measures the choices on its standard input."""
+    pipe = Pipe()
+    with told_errors(pipe):
+        result = run_sweep(from_json(sys.stdin.readline()), pipe)
+        lines = [to_line(record).decode() for record in result.failed]
+        names = ("planned", "reused", "measured", "left_out", "interrupted")
+        told = {name: getattr(result, name) for name in names}
+        pipe.tell("result", folder=str(result.folder), failed=lines, **told)

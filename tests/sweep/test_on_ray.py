@@ -1,0 +1,165 @@
+"""Sweeps on Ray: units that are lost, actors that die, nodes that join; and a real Ray, if any."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.process import kvbench
+from helpers.records import record
+from helpers.runs import SMALL, results
+
+from kvbench.errors import InputError
+from kvbench.records import read_records, to_line
+from kvbench.sweep.command import Choices
+from kvbench.sweep.on_ray import ENDED, Driver, Unit, measured, run_on_ray
+from kvbench.sweep.progress import Listener
+
+COMMON = {"model": "m", "kvbench": "1"}
+
+
+class Died(Exception):
+    """Ray's error for an actor that died."""
+
+
+@dataclass(eq=False)
+class Sent:
+    """What an actor will send."""
+
+    lines: list[bytes]
+    dead: bool
+
+
+class Cluster:
+    """Stands in for Ray: `cpus` actors, which `dies` may end with the cells that they are given."""
+
+    def __init__(self, cpus: int, dies: Callable[[list[str]], bool] = lambda cells: False) -> None:
+        self.cpus, self.dies = cpus, dies
+        self.exceptions = SimpleNamespace(RayActorError=Died)
+        self.started, self.killed = 0, 0
+        self.given: list[list[str]] = []
+        self.cannot_start = False  # whether all actors die, whatever they are given
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": self.cpus, "memory": 1e9}
+
+    def remote(self, worker: Any) -> Any:
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self.actor))
+
+    def actor(self, choices: Choices) -> Any:
+        self.started += 1
+        return SimpleNamespace(measure=SimpleNamespace(remote=self.measure))
+
+    def measure(self, cells: list[str], error: str) -> Any:
+        self.given.append(cells)
+        dead = self.cannot_start or (not error and self.dies(cells))
+        return Sent([line(name, error) for name in cells], dead)
+
+    def wait(self, sent: list[Any], timeout: float) -> Any:
+        return sent[:1], sent[1:]
+
+    def get(self, sent: Sent) -> list[bytes]:
+        if sent.dead:
+            raise Died
+        return sent.lines
+
+    def kill(self, actor: Any, no_restart: bool) -> None:
+        self.killed += 1
+
+
+def line(name: str, error: str) -> bytes:
+    return to_line(record("full", 1.0, int(name), 1.0, fingerprint=name, error=error or None))
+
+
+def told(*sizes: int) -> dict[str, Any]:
+    """What an actor tells of units with so many cells."""
+    names = iter(range(sum(sizes)))
+    units = [Unit({str(next(names)): 10 for _ in range(size)}, "echo") for size in sizes]
+    invocation = {"started": "2026-01-01T00:00:00"}
+    return {
+        "common": COMMON,
+        "experiment": {"tasks": ["echo"]},
+        "invocation": invocation,
+        "notes": [],
+        "left_out": [],
+        "units": units,
+    }
+
+
+def test_the_longest_unit_is_given_out_first_and_all_are_recorded(tmp_path: Path) -> None:
+    cluster = Cluster(2)
+    choices = Choices(out=tmp_path / "out", ray="local")
+    result = measured(Driver(cluster, choices), told(4, 3, 2), choices, Listener())
+    assert [len(cells) for cells in cluster.given] == [4, 3, 2]
+    assert (result.planned, result.reused, result.measured, result.failed) == (9, 0, 9, [])
+    assert len(read_records(tmp_path / "out")) == 9
+    again = measured(Driver(cluster, choices), told(4, 3, 2), choices, Listener())
+    assert (again.reused, again.measured, len(cluster.given)) == (9, 0, 3)
+
+
+def test_what_is_recorded_already_is_not_measured(tmp_path: Path) -> None:
+    cluster = Cluster(1)
+    choices = Choices(out=tmp_path / "out", ray="local")
+    measured(Driver(cluster, choices), told(2), choices, Listener())
+    measured(Driver(cluster, choices), told(4), choices, Listener())
+    assert cluster.given == [["0", "1"], ["2", "3"]]
+
+
+def test_a_unit_whose_actor_dies_is_measured_again_in_halves(tmp_path: Path) -> None:
+    deaths = iter([True, False, False, False])
+    cluster = Cluster(1, lambda cells: next(deaths))
+    choices = Choices(out=tmp_path / "out", ray="local")
+    result = measured(Driver(cluster, choices), told(5, 1), choices, Listener())
+    assert sorted(map(len, cluster.given)) == [1, 2, 3, 5]
+    assert (result.measured, cluster.killed, cluster.started) == (6, 1, 2)
+    assert len(read_records(tmp_path / "out")) == 6
+
+
+def test_a_cell_that_ends_two_actors_alone_fails_and_the_rest_goes_on(tmp_path: Path) -> None:
+    cluster = Cluster(2, lambda cells: "2" in cells)
+    choices = Choices(out=tmp_path / "out", ray="local")
+    result = measured(Driver(cluster, choices), told(6), choices, Listener())
+    assert [(each.fingerprint, each.error) for each in result.failed] == [("2", ENDED)]
+    assert (result.measured, result.exit_code) == (5, 1)
+    assert cluster.given.count(["2"]) == 3  # twice measured, once recorded
+
+
+def test_actors_that_all_die_end_the_run(tmp_path: Path) -> None:
+    cluster = Cluster(2)
+    cluster.cannot_start = True
+    choices = Choices(out=tmp_path / "out", ray="local")
+    with pytest.raises(InputError, match="20 workers died one after the other"):
+        measured(Driver(cluster, choices), told(64), choices, Listener())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_node_that_joins_gets_an_actor(tmp_path: Path) -> None:
+    cluster = Cluster(1)
+    driver = Driver(cluster, Choices(ray="local"))
+    driver.look()
+    assert cluster.started == 1
+    cluster.cpus = 4
+    driver.look()
+    assert cluster.started == 4
+    bounded = Driver(cluster, Choices(ray="local", workers=2))
+    bounded.look()
+    assert len(bounded.actors) == 2
+
+
+def test_ray_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"pip install 'kvbench\[ray\]'"):
+        run_on_ray(Choices(ray="local"))
+
+
+def test_a_real_ray_measures_what_one_process_does(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    for more in (["--out", "alone"], ["--ray", "local", "--workers", "2", "--out", "ray"]):
+        done = kvbench("run", *SMALL, *more, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "ray") == results(tmp_path / "alone")
+    done = kvbench("run", *SMALL, "--ray", "127.0.0.1:1", "--out", "x", folder=tmp_path)
+    assert (done.returncode, "cannot reach a Ray cluster" in done.stderr) == (2, True)

@@ -1,0 +1,173 @@
+"""Several processes for one command: the records of one process, whatever dies on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+import pytest
+from helpers.process import KVBENCH, kvbench, kvbench_here
+from helpers.runs import SMALL, results
+
+from kvbench.errors import InputError
+from kvbench.report.build import make_report
+from kvbench.sweep.command import Choices
+from kvbench.sweep.progress import Listener, Progress
+from kvbench.sweep.workers import Crew, environments, from_json, run_workers, to_json
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert kvbench("run", *SMALL, "--out", "alone", folder=folder).returncode == 0
+    return folder / "alone"
+
+
+def test_shards_put_together_are_one_run(alone: Path, tmp_path: Path) -> None:
+    for index in (1, 2, 3):
+        shard = ["--shard", f"{index}/3", "--out", f"shard-{index}"]
+        done = kvbench_here("run", *SMALL, *shard, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"shard {index} of 3: 10 of 30 cells" in done.stderr
+    found = [results(tmp_path / f"shard-{index}") for index in (1, 2, 3)]
+    assert sum(map(len, found)) == len(results(alone)) == 30
+    merge = ["merge", "shard-1", "shard-2", "shard-3", "--out", "all"]
+    for _ in range(2):  # the second time, nothing is added
+        done = kvbench_here(*merge, folder=tmp_path)
+        assert "all holds 30 cells" in done.stderr
+        assert results(tmp_path / "all") == results(alone)
+    again = kvbench_here("run", *SMALL, "--out", "all", folder=tmp_path)
+    assert "all 30 cells are measured already" in again.stderr
+    merged, whole = (make_report([folder], 0.9) for folder in (tmp_path / "all", alone))
+    assert merged.critical.equals(whole.critical)
+    assert merged.differences.equals(whole.differences)
+
+
+def test_a_slurm_array_says_which_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = {"ID": 4, "COUNT": 3, "MIN": 0, "MAX": 4, "STEP": 2}
+    for name, value in array.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    done = kvbench_here("run", *SMALL, "--dry-run", folder=tmp_path)
+    assert "shard 3 of 3: 10 of 30 cells" in done.stderr
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")  # such as --array=0,2,4 with a job left out
+    done = kvbench_here("run", *SMALL, "--dry-run", folder=tmp_path)
+    assert (done.returncode, "give --shard I/N" in done.stderr) == (2, True)
+
+
+def test_two_workers_measure_what_one_process_does(alone: Path, tmp_path: Path) -> None:
+    done = kvbench("run", *SMALL, "--workers", "2", "--out", "two", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "two") == results(alone)
+    assert len(list((tmp_path / "two").glob("invocation-*"))) == 2
+    assert not list((tmp_path / "two").glob("claims-*"))
+
+
+def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    return psutil.Process(process.pid).children()
+
+
+def until(true: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_worker_that_dies_costs_its_unit_once(alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*KVBENCH, "run", *SMALL, "--workers", "2", "--batch-rows", "4", "--out", "out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        until(lambda: any(path.stat().st_size for path in out.glob("samples-*")))
+        workers_of(process)[0].kill()
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "ended (signal 9) and is started again" in errors
+    assert results(out) == results(alone)
+
+
+def test_an_interrupt_ends_all_workers_and_the_run_continues(alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*KVBENCH, "run", *SMALL, "--workers", "2", "--batch-rows", "4", "--out", "out"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        until(lambda: any(path.stat().st_size for path in out.glob("samples-*")))
+        workers = workers_of(process)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert not any(worker.is_running() for worker in workers)
+    assert 0 < len(results(out)) < 30
+    assert kvbench("run", *SMALL, "--out", "out", folder=tmp_path).returncode == 0
+    assert results(out) == results(alone)
+
+
+def test_what_no_worker_can_measure_is_refused_once(tmp_path: Path) -> None:
+    bad = ["--workers", "2", "--context", "20", "--task", "recall", "--device", "cpu"]
+    done = kvbench("run", *bad, "--out", "x", folder=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "too short" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_worker_that_never_gets_anywhere_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("kvbench.sweep.workers.MOST_STARTS", 2)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(InputError, match="all workers died"):
+        run_workers(Choices(out=tmp_path / "x", workers=2, device="cpu"))
+
+
+def test_choices_reach_a_worker_as_they_are() -> None:
+    choices = Choices(
+        method=("snapkv",),
+        task=("recall", "a,b.jsonl"),
+        seed=(0, 2),
+        option={"window": ("8", "16"), "snapkv.kernel": "3"},
+        template_option={"enable_thinking": "false"},
+        out=Path("somewhere"),
+        shard=(1, 2),
+        workers=3,
+    )
+    assert from_json(to_json(choices)) == choices
+
+
+def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    found = environments(Choices(workers=3, device="cpu"))
+    assert [each["OMP_NUM_THREADS"] for each in found] == ["2", "2", "2"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-3f")
+    found = environments(Choices(workers=2))
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["5", "GPU-3f"]
+    with pytest.raises(InputError, match="3 workers need a GPU each, this machine has 2"):
+        environments(Choices(workers=3))
+    with pytest.raises(InputError, match="give cuda or cpu"):
+        environments(Choices(workers=2, device="cuda:1"))
+
+
+def test_progress_counts_the_cells_of_all_workers() -> None:
+    class Heard(Listener):
+        lines: ClassVar[list[str]] = []
+
+        def advanced(self, progress: Progress) -> None:
+            self.lines.append(f"{progress.task} {progress.done}/{progress.cells}")
+
+    heard = Heard()
+    crew = Crew(Choices(workers=2), heard, [])
+    told = {"what": "progress", "task": "rag", "finished": True, "left": 5.0}
+    crew.hear(0, {**told, "cells": 40, "tokens": 400, "done": 0, "done_tokens": 0})
+    crew.hear(1, {**told, "cells": 40, "tokens": 400, "done": 30, "done_tokens": 300})
+    crew.hear(0, {**told, "cells": 40, "tokens": 400, "done": 10, "done_tokens": 100})
+    crew.speaker = None  # the first one died, and another measures what is left
+    crew.hear(1, {**told, "cells": 30, "tokens": 300, "done": 10, "done_tokens": 100})
+    assert heard.lines == ["rag 0/40", "rag 10/40", "rag 20/40"]
