@@ -10,6 +10,7 @@ import pytest
 from kvbench.errors import InputError
 from kvbench.records import Record, read_records
 from kvbench.registry import tasks
+from kvbench.run_folder import read_settings
 from kvbench.spec import labels_of, parse_method, parse_methods
 from kvbench.sweep.command import Choices, plan_sweep, run_sweep
 from kvbench.task import Sample, Task
@@ -131,7 +132,8 @@ def test_every_value_of_an_option_is_a_method_of_its_own(tmp_path: Path) -> None
         out=tmp_path / "r",
     )
     assert run_sweep(swept).measured == 3
-    run = json.loads((tmp_path / "r" / "run.json").read_text())
+    run = read_settings(tmp_path / "r")
+    assert run is not None
     assert run["invocations"][0]["experiment"]["options"] == {"snapkv.window": ["4", "8"]}
     again = run_sweep(replace(swept, option={"snapkv.window": "8"}))
     assert (again.planned, again.reused) == (2, 2)  # the same cells as alone
