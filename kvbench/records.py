@@ -95,6 +95,10 @@ class Record:
     cut_tokens: Count | None = None  # of a prompt that was too long; None: its task makes it fit
     sample_code: str = ""  # a hash of a sample that was read, "" if its task makes it
     source: str = ""  # where its task read it: a path or an address; "" if its task makes it
+    sample_id: str | None = None  # what a sample that was read is called in its file
+    metric: str = ""  # what the score is, "" in records from before it was kept
+    max_new_tokens: Size | None = None  # limit of the answer
+    stop: list[str] | None = None  # texts at which the answer ended
     error: str | None = None
 
 

@@ -369,6 +369,7 @@ def report_records(
     shown = [names[key] for key in zip(frame["task"], frame["source"], strict=True)]
     cells, notes = select(frame.assign(task=shown), latest, current_codes(runs, names))
     notes = [*_notes_on_runs(runs), *notes, *_notes_on_lengths(cells, runs, names)]
+    notes += _notes_on_metrics(cells)
     curves: list[Curve] = []
     groups: dict[Setting, list[CellGroup]] = {}
     for key, in_setting in cells.groupby(["task", *(name for name in POOLED if name != "task")]):
@@ -409,6 +410,21 @@ def differences(curves: Iterable[Curve]) -> list[Difference]:
 def by_critical(curves: Iterable[Curve]) -> list[Curve]:
     """Return curves from the smallest critical footprint to the largest, unknown ones last."""
     return sorted(curves, key=lambda c: (c.footprint.value if c.footprint else np.inf, c.label))
+
+
+def _notes_on_metrics(cells: DataFrame) -> list[str]:
+    """Return notes on what the scores of read samples are, which their task does not say."""
+    notes = []
+    read = cells[cells["source"].fillna("") != ""]
+    for task, of_task in read.groupby("task"):
+        of_samples = of_task.drop_duplicates([*SAMPLE])["metric"].fillna("")
+        counts = of_samples[of_samples != ""].value_counts()
+        if len(counts) == 1:
+            notes.append(f"{task}: scores are {counts.index[0]}")
+        elif len(counts):
+            shown = ", ".join(f"{name} of {count} samples" for name, count in counts.items())
+            notes.append(f"{task}: scores are means over several metrics: {shown}")
+    return notes
 
 
 def _notes_on_lengths(

@@ -55,6 +55,7 @@ class Cell:
     skipped: bool = False  # the sample is too long and is left out
     sample_code: str = ""  # a hash of a sample that is read
     source: str = ""  # where it is read from, as records hold it
+    sample_id: str | None = None  # what a sample that is read is called
     sample_seed: int = 0  # of the sweep, that the sample was made with
 
     @property
@@ -191,6 +192,7 @@ def make_plan(
                             skipped=ready.skipped,
                             sample_code=ready.sample_code,
                             source=task.source if task.reads else "",
+                            sample_id=ready.sample_id,
                             sample_seed=one.seed,
                         )
                     )
@@ -265,6 +267,7 @@ class Prepared:
     cut_tokens: int | None = None
     skipped: bool = False
     sample_code: str = ""
+    sample_id: str | None = None
 
 
 def _samples_of_seeds(
@@ -373,14 +376,16 @@ def _read_sample(model: "LoadedModel", task: Task, index: int, settings: Setting
     told = [*asked_of(whole), whole.context_span, *scored_by(replace(whole, metadata={}))]
     code = content_digest(told)[:8]
     sample = replace(ready.sample, prompt=ready.sample.prompt[-PROMPT_TAIL:], metadata={})
+    own = whole.metadata.get("id")
+    ready = replace(ready, sample_code=code, sample_id=None if own is None else str(own))
     if ready.skipped:
-        return replace(ready, sample=sample, sample_code=code)
+        return replace(ready, sample=sample)
     prompt = StoredPrompt(
         ready.prompt,
         lambda: list(_prepare_sample(model, task, index, settings).prompt),
         task.place(index),
     )
-    return replace(ready, sample=sample, prompt=prompt, sample_code=code)
+    return replace(ready, sample=sample, prompt=prompt)
 
 
 def asked_of(sample: Sample) -> tuple[Any, ...]:

@@ -209,6 +209,10 @@ class Sweep:
         del measured["tokens"], measured["kept"], measured["failure"]
         return self._record(cell, prediction=prediction, score=score, **measured)
 
+    def metric_of(self, cell: Cell) -> str:
+        """What the task says its scores are, for samples that say nothing."""
+        return str(getattr(self.tasks.get(cell.sample.task), "metric", ""))
+
     def _record(self, cell: Cell, **measured: object) -> Record:
         return Record(
             fingerprint=cell.fingerprint,
@@ -235,6 +239,10 @@ class Sweep:
             cut_tokens=cell.cut_tokens,
             sample_code=cell.sample_code,
             source=cell.source,
+            sample_id=cell.sample_id,
+            metric=cell.sample.metric or self.metric_of(cell),
+            max_new_tokens=cell.sample.max_new_tokens or None,
+            stop=list(cell.sample.stop),
             **measured,  # type: ignore[arg-type]
         )
 
