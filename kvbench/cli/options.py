@@ -116,6 +116,13 @@ Threads = Annotated[
         callback=set_threads,
     ),
 ]
+Workers = Annotated[
+    int, opt(SCALE, "Processes that share the work: one a GPU, or of a CPU's cores.", min=1)
+]
+RayAddress = Annotated[
+    str | None,
+    opt(SCALE, "Ray cluster that measures; 'local' starts one.", "none", metavar="ADDRESS"),
+]
 DryRun = Annotated[
     bool,
     opt(OUTPUT, "Show the plan and its cost; measure nothing.", names=["--dry-run"], metavar=""),

@@ -25,7 +25,8 @@ EVERY = {"scale", "rehearse", "samples", "threads", "threshold", "out"}
 OF_SCALE = {
     "--scale small": EVERY | {"seed", "dry_run"},
     "--scale full": EVERY
-    | {"data", "method", "task", "option", "budgets", "judge", "judge_url", "dry_run"},
+    | {"data", "method", "task", "option", "budgets", "judge", "judge_url", "dry_run"}
+    | {"workers", "ray"},
     "--rehearse": EVERY | {"method", "task", "budgets", "model"},
 }
 REHEARSE = "Run the full scale on a CPU with small made-up data; its numbers mean nothing."
@@ -65,6 +66,8 @@ def reproduce(
     seed: options.Seed = 0,
     model: Annotated[str, opt(MODEL, "Model of a rehearsal: tiny or smollm2-135m.")] = "tiny",
     threads: options.Threads = None,
+    workers: options.Workers = 1,
+    ray: options.RayAddress = None,
     judge: options.JudgeModel = None,
     judge_url: options.JudgeUrl = None,
     threshold: options.Threshold = 0.9,
@@ -119,6 +122,7 @@ def reproduce(
         )
         print_reproduction(found)
         return found.code
+    part |= {"workers": workers, "ray": ray}
     if samples is not None:
         part["samples"] = samples
     return full_scale(

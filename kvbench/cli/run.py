@@ -133,15 +133,8 @@ def run(
         str | None,
         opt(SCALE, "The part of the cells to measure.", "all, or a Slurm array's", metavar="I/N"),
     ] = None,
-    workers: Annotated[
-        int, opt(SCALE, "Processes that share the work: one a GPU, or of a CPU's cores.", min=1)
-    ] = 1,
-    ray: Annotated[
-        str | None,
-        opt(
-            SCALE, "Ray cluster that measures; 'local' starts one here.", "none", metavar="ADDRESS"
-        ),
-    ] = None,
+    workers: options.Workers = 1,
+    ray: options.RayAddress = None,
     out: Annotated[
         Path | None,
         opt(OUTPUT, "Folder for the records.", "results/runs/MODEL-TASKS-DATE", metavar=FOLDER),

@@ -31,8 +31,9 @@ from kvbench.report.tables import (
 )
 from kvbench.reproduce.claims import Claim, Verdict, judge
 from kvbench.reproduce.paper import THRESHOLD, paper_report, paper_table
-from kvbench.sweep.command import COMPARED, Choices, default_tasks, run_sweep
+from kvbench.sweep.command import COMPARED, Choices, default_tasks
 from kvbench.sweep.progress import Listener
+from kvbench.sweep.start import start
 
 BUDGETS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 CHUNKS = (4, 8)  # the context is divided by these into prefill chunks; the paper uses a quarter
@@ -76,7 +77,7 @@ def reproduced(
     The records are in a folder in `out`, so that the same command continues an unfinished sweep.
     Nothing is written if the sweep is interrupted. Raises InputError.
     """
-    result = run_sweep(choices, listener)
+    result = start(choices, listener)
     if result.interrupted:
         return Reproduction(result.exit_code, out)
     report = make_report([result.folder], threshold, latest=True)

@@ -155,7 +155,7 @@ def missing_for_full_scale(
     settings = {**full_settings(), **part}
     model, context = str(settings["model"]), int(settings["context"])
     missing = [
-        _missing_gpu(context),
+        None if settings.get("ray") else _missing_gpu(context),  # the cluster has its own
         _missing_model(model),
         *missing_data(data, judged, settings["task"]),
         _missing_scores(model, settings["method"], options),
