@@ -9,12 +9,15 @@ from io import BufferedReader
 from pathlib import Path
 
 
-def write_atomically(path: Path, contents: str | bytes) -> None:
-    """Write a file so that a reader sees all of it or nothing; raises OSError."""
-    write_together({path: contents})
+def write_atomically(path: Path, contents: str | bytes, *, durable: bool = True) -> None:
+    """Write a file so that a reader sees all of it or nothing; raises OSError.
+
+    Without `durable` it may be lost if the machine stops, which is faster.
+    """
+    write_together({path: contents}, durable=durable)
 
 
-def write_together(files: Mapping[Path, str | bytes]) -> None:
+def write_together(files: Mapping[Path, str | bytes], *, durable: bool = True) -> None:
     """Write files, each whole; all of them or, if there is no room, none; raises OSError."""
     drafts = {path: path.with_name(f".kvbench-{secrets.token_hex(8)}") for path in files}
     try:
@@ -22,7 +25,8 @@ def write_together(files: Mapping[Path, str | bytes]) -> None:
             with drafts[path].open("wb") as file:
                 file.write(as_bytes(contents))
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
         for path, draft in drafts.items():
             os.replace(draft, path)
     finally:

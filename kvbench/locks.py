@@ -23,7 +23,7 @@ def hold(file: int) -> bool:
 def is_held(path: Path) -> bool:
     """Whether a living process holds the lock of a file; False if there is no such file."""
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it may be a pipe
     except FileNotFoundError:
         return False
     except PermissionError:

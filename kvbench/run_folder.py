@@ -22,7 +22,7 @@ from typing import Any, TypedDict
 import msgspec
 
 from kvbench.errors import InputError
-from kvbench.files import read_regular, write_atomically
+from kvbench.files import open_regular, read_regular, write_atomically
 from kvbench.locks import hold, locked, same_file
 from kvbench.records import SAMPLE_FILES, Record, check_depth, to_line
 
@@ -435,7 +435,7 @@ class AddedRecords:
 
 def _whole_lines(path: Path, start: int) -> Iterator[bytes]:
     """The lines of a file from byte `start` on, as far as they end with a newline."""
-    with suppress(OSError), path.open("rb") as file:
+    with suppress(OSError), open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > start:
             file.seek(start)
             yield from (line for line in file if line.endswith(b"\n"))

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from kvbench.errors import InputError
-from kvbench.files import write_atomically
+from kvbench.files import read_regular, write_atomically
 from kvbench.locks import is_held, locked
 from kvbench.records import SAMPLE_FILES
 from kvbench.run_folder import RUN_FILE, AddedRecords, RunWriter
@@ -125,7 +125,9 @@ class Claims:
 
     def _write(self, **measured: Any) -> None:
         if self._writer.has_locks:
-            write_atomically(self._path, json.dumps({"cells": self._cells, **measured}) + "\n")
+            write_atomically(
+                self._path, json.dumps({"cells": self._cells, **measured}) + "\n", durable=False
+            )
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -161,7 +163,7 @@ def _records_of(claim: Path) -> Path:
 def _read_claim(path: Path) -> tuple[set[str], Mark]:
     """The cells of a claim, and its mark; both are empty if the claim is gone or damaged."""
     try:
-        claim = json.loads(path.read_text(encoding="utf-8"))
+        claim = json.loads(read_regular(path))
         mark = Mark(
             frozenset(claim["measuring"]), str(claim.get("task", "")), int(claim.get("bytes", 0))
         )

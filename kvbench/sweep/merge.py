@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvbench.errors import InputError
-from kvbench.files import write_atomically
+from kvbench.files import read_regular, write_atomically
 from kvbench.records import SAMPLE_FILES, read_records
 from kvbench.run_folder import (
     INVOCATION_FILES,
@@ -65,7 +65,7 @@ def files_of(folder: Path) -> Iterator[tuple[str, bytes]]:
     try:
         for pattern in (INVOCATION_FILES, SAMPLE_FILES):
             for path in sorted(folder.glob(pattern)):
-                yield path.name, path.read_bytes()
+                yield path.name, read_regular(path)
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {folder}: {error.strerror}") from None
