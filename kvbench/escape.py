@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 WIDTH_OF_A_FILE = 120  # columns, if the output is no terminal
-LONGEST_ENTRY, LONGEST_LINE = 60, 110  # characters in a legend, and of a line in a picture
+LONGEST_ENTRY, LONGEST_LINE = 80, 90  # characters in a legend, and of a line in a picture
 LONGEST_NAME = 100  # of a file, without its suffix
 _JOINERS = "\u200c\u200d"  # parts of emoji and of some scripts
 _FORMULA = re.compile(r"[=+\-@\t\r]")  # begins what a spreadsheet would compute
