@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 def main() -> int:
     """Run this process's command line and return its exit code."""
+    open_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored
         signal.signal(signal.SIGINT, interrupt)
         sys.unraisablehook = end_if_interrupted
@@ -23,6 +24,16 @@ def main() -> int:
         return code
     except KeyboardInterrupt:
         leave()
+
+
+def open_streams() -> None:
+    """Open what is closed of the standard streams, so that no other file takes their numbers."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, os.fdopen(number, mode))
 
 
 def interrupt(_: int, frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@ template.
 """
 
 import hashlib
+import os
 import re
 import sys
 import unicodedata
@@ -49,10 +50,11 @@ def console(*, stderr: bool = False, soft_wrap: bool = False) -> "Console":
         def render_str(self, text: str, **how: Any) -> "Text":
             return super().render_str(plain(text), **how)
 
+    known = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
     return Plain(
         stderr=stderr,
         soft_wrap=soft_wrap,
-        width=None if (sys.stderr if stderr else sys.stdout).isatty() else WIDTH_OF_A_FILE,
+        width=None if known else WIDTH_OF_A_FILE,
         markup=False,
         emoji=False,
         highlight=False,

@@ -182,6 +182,10 @@ def _check(record: Record) -> None:
         if missing:
             raise ValueError(f"it has no error, and lacks {', '.join(missing)}")
     share, rows, full = record.kv_footprint, record.resident_rows, record.full_rows
+    if record.method == BASELINE and record.budget != 1:
+        raise ValueError(f"budget of {BASELINE} is {record.budget}; expected 1")
+    if (rows is None) != (full is None):
+        raise ValueError("it has one of resident_rows and full_rows; expected both or none")
     if (
         share is not None
         and rows is not None

@@ -90,7 +90,7 @@ def _read_object(path: Path, schema: Any) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         reason = str(error).replace("`", "")
         raise InputError(
-            f"{path} is damaged ({reason}); delete it to continue the run, or choose another --out"
+            f"{path} is damaged ({reason}); put back what it was, or choose another --out"
         ) from error
     return dict(contents)
 
@@ -287,6 +287,7 @@ class RunWriter:
                 check_common(self.folder, common)
                 with locked(run):
                     os.stat(self._invocation)
+                    self._run_file = os.stat(run)
                     check_sources(self.folder, invocation)
                     file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
                     self.has_locks = hold(file)
@@ -320,9 +321,15 @@ class RunWriter:
 
     def check(self) -> None:
         """InputError if what this process wrote is no longer at its path."""
-        if not self._in_place() or os.fstat(self._file).st_size < self._length:
+        gone = self.path.name if not self._in_place() else ""
+        if os.fstat(self._file).st_size < self._length:
+            gone = self.path.name
+        with suppress(OSError):
+            if not os.path.samestat(self._run_file, os.stat(self.folder / RUN_FILE)):
+                gone = RUN_FILE
+        if gone:
             raise InputError(
-                f"{self.folder} has changed under the run: {self.path.name} was deleted, moved, "
+                f"{self.folder} has changed under the run: {gone} was deleted, moved, "
                 "replaced or unmounted; put it back if it is elsewhere, and give the same command "
                 "again"
             )
@@ -444,6 +451,11 @@ def _whole_lines(path: Path, start: int) -> Iterator[bytes]:
 def check_common(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The contents of `run.json` if there is one; InputError if its records differ in `wanted`."""
     contents = read_settings(folder)
+    if contents is None and any(os.path.getsize(path) for path in folder.glob(SAMPLE_FILES)):
+        raise InputError(
+            f"{folder} holds records but no {RUN_FILE}, which says how they were measured; put it "
+            "back, or choose another --out"
+        )
     if contents is not None:
         known = contents["common"]
         different = [key for key in wanted if known.get(key) != wanted[key]]

@@ -1,5 +1,6 @@
 """The tests see the methods and tasks of this repository alone, whatever else is installed."""
 
+import os
 from importlib import metadata
 from typing import Any
 
@@ -15,3 +16,4 @@ def entry_points(**which: Any) -> metadata.EntryPoints:
 
 
 setattr(metadata, "entry_points", entry_points)  # noqa: B010  (before a test imports kvbench)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # whatever else runs on this machine

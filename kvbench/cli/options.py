@@ -167,7 +167,7 @@ def swept(options: Mapping[str, str]) -> dict[str, str | tuple[str, ...]]:
 def shard(text: str) -> tuple[int, int]:
     """`I/N` as two numbers; InputError for anything else."""
     parts = text.split("/")
-    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+    if len(parts) != 2 or not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", part) for part in parts):
         raise InputError(f"'{text}' is not a shard; write it like 2/8, for the second of eight")
     return int(parts[0]), int(parts[1])
 

@@ -320,8 +320,15 @@ def make_report(folders: Sequence[Path], threshold: float = 0.9, *, latest: bool
         for folder in folders
         if (settings := read_settings(folder)) is not None
     )
+    unknown = [folder for folder in folders if read_settings(folder) is None]
+    if unknown and len(folders) > 1:
+        raise InputError(
+            f"{unknown[0]} has no {RUN_FILE}, so whether its cells belong with the others is not "
+            "known; report it by itself"
+        )
     report = report_records(records, threshold, runs, latest=latest)
-    notes = (*left_out, *report.notes)
+    lost = [f"{folder} has no {RUN_FILE}: its settings are not known" for folder in unknown]
+    notes = (*left_out, *lost, *report.notes)
     report = replace(report, source=source, notes=notes, damaged=left_out)
     if not report.curves:
         raise InputError(f"{names}: nothing to report; " + "; ".join(report.notes))
@@ -456,11 +463,18 @@ def _notes_on_lengths(
     return notes
 
 
+# Settings that change results: runs that differ in them are not pooled.
+MEASURED_WITH = (
+    *("kvbench", "model_fingerprint", "dtype", "chat_template", "template_date"),
+    *("template_options", "rope", "judge"),
+)
+
+
 def _notes_on_runs(runs: Sequence[dict[str, Any]]) -> list[str]:
     """Return a note on how runs differ, beyond what the report keeps apart."""
     kept_apart = {"model", "context", "compress"}
     commons = [{k: v for k, v in run["common"].items() if k != "seed"} for run in runs]
-    for key in ("kvbench", "model_fingerprint"):
+    for key in MEASURED_WITH:
         measured: dict[str, Any] = {}
         for run in runs:
             setting = json.dumps([run["common"].get(name) for name in sorted(kept_apart)])
@@ -477,7 +491,10 @@ def _notes_on_runs(runs: Sequence[dict[str, Any]]) -> list[str]:
     ]
     if not different:
         return []
-    return [f"the runs differ in {', '.join(different)}; cells that both have: the latest counts"]
+    return [
+        f"the runs differ in {', '.join(different)}: their samples are pooled, and of cells that "
+        "both have, the latest counts"
+    ]
 
 
 @dataclass(frozen=True)

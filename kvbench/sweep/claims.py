@@ -168,5 +168,7 @@ def _read_claim(path: Path) -> tuple[set[str], Mark]:
             frozenset(claim["measuring"]), str(claim.get("task", "")), int(claim.get("bytes", 0))
         )
         return set(claim["cells"]), mark
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
+        return set(), Mark(frozenset(), "", 0)
+    except RecursionError:
         return set(), Mark(frozenset(), "", 0)

@@ -70,6 +70,7 @@ COMPARED = (  # without --method: what arXiv 2506.17121 compares, controls, and 
 )
 MOST_NAMED = 5  # samples in a note
 MOST_WORKERS = 1024
+MOST_SHARDS = 100_000
 TRIAL_SHARE = 0.01  # of a sweep's tokens, at most, are spent on predicting its time
 
 
@@ -130,7 +131,7 @@ class Choices:
             what = "a whole number of bytes"
             check_whole("memory_limit", self.memory_limit, most=LARGEST, what=what)
         if self.shard is not None:
-            check_whole("the number of shards", self.shard[1])
+            check_whole("the number of shards", self.shard[1], most=MOST_SHARDS)
             check_whole("a shard", self.shard[0], most=self.shard[1])
         check_whole("workers", self.workers, most=MOST_WORKERS)
         if self.ray is not None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,9 +27,14 @@ def merge(names: Sequence[str | Path], out: Path, home: Path) -> tuple[int, int]
     as in `find_run_folders`. Raises InputError, before anything is written, if a folder is no run,
     cannot be read, or has other settings than the rest; what is damaged is named.
     """
-    folders = find_run_folders(names, home)
-    if any(folder.resolve() == out.resolve() for folder in folders):
-        raise InputError(f"{out} is one of the folders to merge; choose another --out")
+    try:
+        target = out.resolve()
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}") from None
+    # A folder of run folders may hold `out` itself, from an earlier merge.
+    folders = [f for f in find_run_folders(names, home) if f.resolve() != target]
+    if not folders:
+        raise InputError(f"{out} is the only folder to merge; choose another --out")
     common = None
     for folder in folders:
         settings = read_settings(folder)
@@ -36,21 +42,27 @@ def merge(names: Sequence[str | Path], out: Path, home: Path) -> tuple[int, int]
             raise InputError(f"{folder} has no {RUN_FILE}, so its settings are not known")
         common = settings["common"] if common is None else common
         check_common(folder, common)
+        check_common(folders[0], settings["common"])  # it may have settings that the first lacks
         read_records(folder)
     if common is None:
         raise InputError("nothing to merge: name run folders")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; choose another --out")
     check_common(out, common)
-    copies = [copy for folder in folders for copy in files_of(folder)]
-    for name, contents in copies:
-        check_same_history(out / name, contents)
+    copies: dict[str, bytes] = {}
+    for name, contents in (copy for folder in folders for copy in files_of(folder)):
+        copies[name] = longer(name, copies.get(name, b""), contents)
+    try:
+        for path in (out / name for name in copies):
+            if os.path.lexists(path):
+                copies[path.name] = longer(path.name, read_regular(path), copies[path.name])
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_once(out / RUN_FILE, json.dumps({"format": RUN_FORMAT, "common": common}) + "\n")
-        for name, contents in copies:
-            if not (out / name).exists() or len(contents) > (out / name).stat().st_size:
-                write_atomically(out / name, contents)
+        for name, contents in copies.items():
+            write_atomically(out / name, contents)
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
     records = read_records(out)
@@ -75,12 +87,11 @@ def files_of(folder: Path) -> Iterator[tuple[str, bytes]]:
         yield INVOCATION_FILES.replace("*", f"merged-{digest}"), text.encode()
 
 
-def check_same_history(path: Path, contents: bytes) -> None:
-    """InputError if a file of this name is there that does not grow into `contents`, or from it."""
-    if not path.exists():
-        return
-    known = path.read_bytes()
-    if not contents.startswith(known) and not known.startswith(contents):
+def longer(name: str, first: bytes, second: bytes) -> bytes:
+    """Of two states of one file, the later one; InputError if neither grew out of the other."""
+    if not first.startswith(second) and not second.startswith(first):
         raise InputError(
-            f"{path} is another file than the one of that name to merge; choose another --out"
+            f"two files are called {name}, and neither is an earlier state of the other: one was "
+            "edited; rename it, or merge the folders into another --out"
         )
+    return max(first, second, key=len)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvbench.errors import InputError
+from kvbench.errors import InputError, debugging
 from kvbench.records import Record, from_line, to_line
 from kvbench.sweep.command import Choices, SweepResult, ended_by_signals, run_sweep
 from kvbench.sweep.progress import Listener, Progress
@@ -72,7 +72,8 @@ def environments(choices: Choices) -> list[dict[str, str]]:
             f"device '{choices.device}' is for one process; with workers, give cuda or cpu"
         )
     if not gpus:
-        cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # of nested levels
+        cores = int(given) if given.isdecimal() else len(os.sched_getaffinity(0))
         return [{**os.environ, "OMP_NUM_THREADS": str(max(1, cores // count))}] * count
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
     return [{**os.environ, "CUDA_VISIBLE_DEVICES": name.strip()} for name in names[:count]]
@@ -120,7 +121,7 @@ class Crew:
             [sys.executable, "-c", "from kvbench.sweep.workers import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=errors,
+            stderr=None if debugging() else errors,
             text=True,
             env=self.environments[index],
             start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
@@ -134,11 +135,13 @@ class Crew:
             process.stdin.write(to_json(self.choices) + "\n")
             process.stdin.flush()
             for line in process.stdout:
+                if not line.endswith("\n"):
+                    break  # it died in the middle of a line
                 event = json.loads(line)
                 ended |= event["what"] in ("result", "error")
                 self.hear(index, event)
-        except (OSError, ValueError):
-            pass  # it died in the middle of a line
+        except OSError:
+            pass  # it died before it read its choices
         code = process.wait()
         with self.lock:
             if self.speaker == index:
@@ -226,10 +229,15 @@ class Pipe(Listener):
 
     done = 0
 
+    def __init__(self) -> None:
+        # What plug-ins and libraries print must not get between the lines.
+        self.out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+
     def tell(self, what: str, **told: Any) -> None:
         """Write an event; the sweep is interrupted if nobody reads any more."""
         try:
-            print(json.dumps({"what": what, **told}), flush=True)
+            print(json.dumps({"what": what, **told}), file=self.out, flush=True)
         except BrokenPipeError:
             raise KeyboardInterrupt from None
 

@@ -14,7 +14,9 @@ from kvbench.task import Sample
 def cell(method: str, sample: int, chunk: int | None = None) -> Cell:
     made = Sample("echo", "any", sample, "prompt", "x", 3)
     spec = parse_method(method, {})
-    return Cell(f"{method}/{sample}/{chunk}", made, [1, 2], spec, 0.5, chunk, 0)
+    return Cell(
+        f"{method}/{sample}/{chunk}", made, [1, 2], spec, 1.0 if method == "full" else 0.5, chunk, 0
+    )
 
 
 def failing(rows: Sequence[Row]) -> list[Outcome]:

@@ -137,7 +137,7 @@ def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
         ("prulong --option length=1", "length must be at least 2"),
         (f"prulong --steps {10**30}", "steps is too large"),
         ("prulong --rate nan", "--rate"),
-        ("prulong --option weights_rate=inf", "weights_rate must be 0 or more"),
+        ("prulong --option weights_rate=inf", "weights_rate must be float"),
         ("duoattention --target 0.5", "--target"),
         ("prulong --data nowhere", "no data 'nowhere'"),
         ("prulong --data empty", "no text or code"),

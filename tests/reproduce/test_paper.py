@@ -230,7 +230,7 @@ def test_reproduce_writes_tables_claims_and_page(
         # some cells failed: reported all the same
         return SweepResult(choices.out, len(rows), 0, failed=rows[:1])
 
-    monkeypatch.setattr(reproduce, "run_sweep", sweep)
+    monkeypatch.setattr(reproduce, "start", sweep)
     how: Any = {"samples": 5, "seed": 3, "threshold": 0.9}
     found = reproduce.reproduce_small(tmp_path / "out", **how)
     assert found.code == 1
@@ -254,7 +254,7 @@ def test_reproduce_writes_tables_claims_and_page(
     assert "not measured Recency eviction fails at recall" in printed
 
     interrupted = SweepResult(tmp_path / "no", 5, 0, interrupted=True)
-    monkeypatch.setattr(reproduce, "run_sweep", lambda choices, listener: interrupted)
+    monkeypatch.setattr(reproduce, "start", lambda choices, listener: interrupted)
     stopped = reproduce.reproduce_small(tmp_path / "no", **how)
     assert (stopped.code, stopped.report, stopped.files) == (130, None, ())
     assert not (tmp_path / "no").exists()

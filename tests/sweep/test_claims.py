@@ -309,7 +309,7 @@ def test_a_folder_of_an_older_version_is_read_and_continued(tmp_path: Path) -> N
     assert current_codes([settings]) == {"task rag": "bb"}
     assert json.loads((folder / "run.json").read_text()) == contents
     next(folder.glob("invocation-*.json")).write_text("[1]")
-    with pytest.raises(InputError, match=r"invocation-.* is damaged .*; delete it"):
+    with pytest.raises(InputError, match=r"invocation-.* is damaged .*; put back"):
         read_settings(folder)
 
 

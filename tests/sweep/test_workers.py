@@ -171,3 +171,27 @@ def test_progress_counts_the_cells_of_all_workers() -> None:
     crew.speaker = None  # the first one died, and another measures what is left
     crew.hear(1, {**told, "cells": 30, "tokens": 300, "done": 10, "done_tokens": 100})
     assert heard.lines == ["rag 0/40", "rag 10/40", "rag 20/40"]
+
+
+PRINTING = """
+import kvbench
+print("a line", flush=True)
+print(5)
+"""
+
+
+def test_what_a_plugin_prints_does_not_disturb_workers(alone: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    info = site / "kv_printing-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "kv_printing.py").write_text(PRINTING)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kv-printing\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kvbench.plugins]\nprinting = kv_printing\n")
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "2,1"}
+    command = [*KVBENCH, "run", *SMALL, "--workers", "2", "--out", "out"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "started again" not in done.stderr
+    assert results(tmp_path / "out") == results(alone)
