@@ -23,8 +23,9 @@ from kvbench.report.frames import load_records
 from kvbench.report.show import Report, report
 from kvbench.spec import check_option_names, parse_method
 from kvbench.sweep.chat import TEMPLATE_DATE
-from kvbench.sweep.command import Choices, SweepResult, choose_settings, run_sweep
+from kvbench.sweep.command import Choices, SweepResult, choose_settings
 from kvbench.sweep.progress import Listener
+from kvbench.sweep.start import start
 from kvbench.task import Task
 
 
@@ -82,6 +83,8 @@ def run(
     batch_rows: int | None = None,
     memory_limit: int | None = None,
     threads: int | None = None,
+    workers: int = 1,
+    shard: tuple[int, int] | None = None,
     listener: Listener | None = None,
 ) -> RunResult:
     """Measure methods on tasks at several budgets, and full attention as the baseline.
@@ -118,6 +121,8 @@ def run(
         memory_limit: bytes beside the model; None for most of what is free.
         threads: threads on the CPU, of the whole process from now on; None for OMP_NUM_THREADS, or
             as many as there are free cores.
+        workers: processes that share the work, as with `kvbench run --workers`.
+        shard: the part of the cells to measure, as `(2, 8)` for the second of eight.
         listener: hears of the progress; None for silence.
 
     Raises:
@@ -155,8 +160,10 @@ def run(
         template_option=dict(template_options or {}),
         batch_rows=batch_rows,
         memory_limit=memory_limit,
+        workers=workers,
+        shard=shard,
     )
-    result = run_sweep(choices, listener)
+    result = start(choices, listener)
     if result.interrupted:
         raise KeyboardInterrupt(f"what is finished is in {result.folder}")
     return RunResult(result)

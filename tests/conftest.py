@@ -17,3 +17,4 @@ def entry_points(**which: Any) -> metadata.EntryPoints:
 
 setattr(metadata, "entry_points", entry_points)  # noqa: B010  (before a test imports kvbench)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # whatever else runs on this machine
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network

@@ -10,6 +10,7 @@ from kvbench.cli.options import LIST
 from kvbench.errors import InputError, did_you_mean
 
 MAPPINGS = ("option", "template-option")  # options that are KEY=VALUE
+LARGEST = 1_000_000  # characters of a configuration
 
 
 def read_config(ctx: typer.Context, value: Path | None) -> Path | None:
@@ -54,7 +55,11 @@ def load(file: Path) -> dict[str, Any]:
             return dict(super().construct_mapping(node, deep=deep))
 
     try:
-        config = yaml.load(file.read_text(encoding="utf-8"), Loader)
+        with file.open(encoding="utf-8-sig") as opened:
+            text = opened.read(LARGEST)
+        if len(text) == LARGEST:
+            raise InputError(f"the configuration {file} is longer than {LARGEST} characters")
+        config = yaml.load(text, Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the configuration {file}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -177,6 +177,8 @@ def number(kind: Callable[[str], T], what: str) -> Callable[[str], T]:
 
     def convert(text: str) -> T:
         try:
+            if "_" in text or not text.isascii():  # Python reads 1_0 as ten
+                raise ValueError
             return kind(text)
         except ValueError:
             raise InputError(f"'{text}' is not {what}") from None

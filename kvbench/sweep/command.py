@@ -131,6 +131,8 @@ class Choices:
             what = "a whole number of bytes"
             check_whole("memory_limit", self.memory_limit, most=LARGEST, what=what)
         if self.shard is not None:
+            if not isinstance(self.shard, tuple) or len(self.shard) != 2:
+                raise InputError(f"shard must be two numbers, like (2, 8), not {self.shard!r}")
             check_whole("the number of shards", self.shard[1], most=MOST_SHARDS)
             check_whole("a shard", self.shard[0], most=self.shard[1])
         check_whole("workers", self.workers, most=MOST_WORKERS)
