@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvbench.errors import InputError
+from kvbench.files import write_atomically
 
 CHECKPOINT, BEFORE = "checkpoint.safetensors", "checkpoint-before.safetensors"
 DRAFT, LOCK = "checkpoint.part", ".lock"
@@ -217,7 +218,5 @@ def resume_log(path: Path, step: int) -> list[dict[str, Any]]:
                     lines.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-    draft = path.with_suffix(".part")
-    draft.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(draft, path)
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines

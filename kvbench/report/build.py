@@ -315,12 +315,9 @@ def make_report(folders: Sequence[Path], threshold: float = 0.9, *, latest: bool
         raise InputError(f"{names}: nothing to report; {'; '.join(left_out)}")
     if records.empty:
         raise InputError(f"{names}: no sample is finished yet; continue it with 'kvbench run'")
-    runs = tuple(
-        {"folder": folder.name, **settings}
-        for folder in folders
-        if (settings := read_settings(folder)) is not None
-    )
-    unknown = [folder for folder in folders if read_settings(folder) is None]
+    found = {folder: read_settings(folder) for folder in folders}
+    runs = tuple({"folder": f.name, **known} for f, known in found.items() if known is not None)
+    unknown = [folder for folder, known in found.items() if known is None]
     if unknown and len(folders) > 1:
         raise InputError(
             f"{unknown[0]} has no {RUN_FILE}, so whether its cells belong with the others is not "
