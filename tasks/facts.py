@@ -41,7 +41,13 @@ WHO, DID, WHEN = (
 
 @register_task("facts")
 class Facts(GeneratedTask):
-    """Find facts in a generated story: one of three numbers, two numbers, a person, a list."""
+    """Find one number of two, both, facts about a person, or a list in a generated story.
+
+    Easy enough for small language models, and the same on every machine. The story shares no text
+    with the standard library, on which head scores are trained, and no word with the answers. Facts
+    stand at uniformly drawn depths. The answer restates the fact, so values are looked up while
+    decoding, after any eviction. The score is the share of the values that are found.
+    """
 
     metric = "values_found"
     subtasks = ("key", "pair", "person", "words")
