@@ -41,10 +41,10 @@ WHO, DID, WHEN = (
 
 @register_task("facts")
 class Facts(GeneratedTask):
-    """Find one number of two, both, facts about a person, or a list in a generated story.
+    """Find numbers, facts about a person or words in a generated story.
 
-    Easy enough for small language models, and the same on every machine. The story shares no text
-    with the standard library, on which head scores are trained, and no word with the answers. Facts
+    For small language models, and the same on every machine. The story is no text of the standard
+    library, on which head scores are trained, and has no word that answers are made of. Facts
     stand at uniformly drawn depths. The answer restates the fact, so values are looked up while
     decoding, after any eviction. The score is the share of the values that are found.
     """

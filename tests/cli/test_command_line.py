@@ -222,6 +222,7 @@ def test_lists_say_what_there_is(tmp_path: Path) -> None:
         "rag",
         "rerank",
         "html_to_tsv",
+        "facts",
         "needle",
         "yaml_to_tsv",
     }
