@@ -103,7 +103,7 @@ class Claims:
         busy: set[str] = set()
         marks = {}
         for path in self._writer.folder.glob(CLAIM_FILES) if self._writer.has_locks else ():
-            if path == self._path:
+            if path == self._path or not path.is_file():  # or it was removed meanwhile
                 continue
             lives = is_held(_records_of(path))
             mark = self.marks.get(path)
