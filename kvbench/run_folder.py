@@ -331,8 +331,8 @@ class RunWriter:
 
     def check(self) -> None:
         """InputError if what this process wrote is no longer at its path."""
-        gone = self.path.name if not self._in_place() else ""
-        if os.fstat(self._file).st_size < self._length:
+        gone = ""
+        if not self._in_place() or os.fstat(self._file).st_size < self._length:
             gone = self.path.name
         with suppress(OSError):
             if not os.path.samestat(self._run_file, os.stat(self.folder / RUN_FILE)):
