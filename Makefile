@@ -14,7 +14,7 @@ demo: $(READY)
 	@echo "The curves are in $(DEMO)"
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Types are checked across kvbench, methods and tasks as they lie once installed.
 lint: $(READY)

@@ -13,6 +13,11 @@ from typing import Any, NoReturn
 def main() -> int:
     """Run this process's command line and return its exit code."""
     open_streams()
+    try:
+        os.getcwd()
+    except OSError:  # libraries end with messages of their own
+        os.write(2, b"kvbench: the current directory no longer exists; change to another: cd ~\n")
+        return 2
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored
         signal.signal(signal.SIGINT, interrupt)
         sys.unraisablehook = end_if_interrupted

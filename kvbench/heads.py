@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import InputError
+from kvbench.files import read_regular
 from kvbench.method import Family, KVShape, Method, Window
 
 Table = list[list[float]]  # [layers][KV heads], a score for each KV head
@@ -110,9 +111,10 @@ def read_scores(path: Path) -> list[ScoreSet]:
     publishes them.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"head scores '{path}' cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"head scores '{path}' cannot be read: {reason}") from None
     try:
         if path.suffix == ".json":
             content = json.loads(text)

@@ -6,7 +6,7 @@ module needs no torch. See `docs/records.md`.
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -207,20 +207,44 @@ def _check(record: Record) -> None:
             raise ValueError("timeline: the rows of its points fall")
 
 
-def read_records(folder: Path, damaged: list[Damage] | None = None) -> list[Record]:
+def _check_common(record: Record, common: Mapping[str, Any]) -> None:
+    """Raise ValueError for a record that was measured with other settings than `run.json` states.
+
+    Samples that are read may have another context (`docs/records.md`), some are in no chat template
+    whatever the run's setting is, and a sample that could not be made has neither.
+    """
+    settings = {"model": record.model, "seed": record.sample_seed}
+    if not record.source and not record.sample_code:
+        settings["context"] = record.context
+    if record.error is None:
+        settings["compress"] = record.compress
+    if record.chat:
+        settings["chat_template"] = record.chat
+    for name, value in settings.items():
+        stated = common.get(name, value)
+        if value != stated and not (isinstance(stated, list) and value in stated):
+            raise ValueError(f"{name} is {value}, and {stated} in the settings of this run")
+
+
+def read_records(
+    folder: Path, damaged: list[Damage] | None = None, common: Mapping[str, Any] | None = None
+) -> list[Record]:
     """Return all records of a run folder, one per fingerprint, in order of file name.
 
-    A last line without a newline was cut by a kill and is dropped. Where a fingerprint occurs more
-    than once, a measured record is preferred to a failed one, otherwise the first is taken. Damaged
-    lines, and files that cannot be read, are left out and added to `damaged`; without such a list,
-    the first one raises InputError.
+    `common` holds the settings that all records share, as `run.json` states them; a record of
+    others is damaged. A last line without a newline was cut by a kill and is dropped. Where a
+    fingerprint occurs more than once, a measured record is preferred to a failed one, otherwise the
+    first is taken. Damaged lines, and files that cannot be read, are left out and added to
+    `damaged`; without such a list, the first one raises InputError.
     """
     by_cell: dict[str, Record] = {}
-    for found in _lines(folder):
+    for found in _lines(folder, common or {}):
         if isinstance(found, Damage):
             if damaged is None:
-                hint = "" if found.line is None else "; delete the line to measure that cell again"
-                raise InputError(f"{found}{hint}")
+                hint = "delete the line to measure that cell again"
+                if found.line is None:
+                    hint = "make it readable, or move it away"
+                raise InputError(f"{found}; {hint}")
             damaged.append(found)
             continue
         known = by_cell.get(found.fingerprint)
@@ -229,7 +253,7 @@ def read_records(folder: Path, damaged: list[Damage] | None = None) -> list[Reco
     return list(by_cell.values())
 
 
-def _lines(folder: Path) -> Iterator[Record | Damage]:
+def _lines(folder: Path, common: Mapping[str, Any]) -> Iterator[Record | Damage]:
     """Yield the record or the damage of every line that ends with a newline."""
     for path in sorted(folder.glob(SAMPLE_FILES)):
         try:
@@ -238,7 +262,9 @@ def _lines(folder: Path) -> Iterator[Record | Damage]:
                     if not line.endswith(b"\n"):
                         continue
                     try:
-                        yield from_line(line.removeprefix(_BOM) if number == 1 else line)
+                        record = from_line(line.removeprefix(_BOM) if number == 1 else line)
+                        _check_common(record, common)
+                        yield record
                     except ValueError as error:
                         yield Damage(path, number, str(error))
         except OSError as error:

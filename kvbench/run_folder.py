@@ -71,6 +71,14 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     return {**run, "invocations": invocations}
 
 
+def read_common(folder: Path) -> dict[str, Any]:
+    """The settings that all records of a run folder share; none if it has no `run.json`.
+
+    Raises InputError as `read_settings`.
+    """
+    return (_read_object(folder / RUN_FILE, _Settings) or {"common": {}})["common"]
+
+
 def _read_object(path: Path, schema: Any) -> dict[str, Any] | None:
     """The JSON object of a file, which must be as the schema says; None if there is no file."""
     try:
@@ -86,7 +94,9 @@ def _read_object(path: Path, schema: Any) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise InputError(
+            f"cannot read {path}: {error.strerror}; make it readable, or move it away"
+        ) from error
     except (ValueError, RecursionError) as error:
         reason = str(error).replace("`", "")
         raise InputError(
@@ -265,7 +275,7 @@ class RunWriter:
         except OSError as error:
             with suppress(OSError):
                 self._invocation.unlink(missing_ok=True)
-            self._remove_what_is_new()
+            self._remove_if_unused()
             raise InputError(
                 f"cannot write to {folder}: {error.strerror}; choose another --out"
             ) from error
@@ -321,8 +331,8 @@ class RunWriter:
 
     def check(self) -> None:
         """InputError if what this process wrote is no longer at its path."""
-        gone = self.path.name if not self._in_place() else ""
-        if os.fstat(self._file).st_size < self._length:
+        gone = ""
+        if not self._in_place() or os.fstat(self._file).st_size < self._length:
             gone = self.path.name
         with suppress(OSError):
             if not os.path.samestat(self._run_file, os.stat(self.folder / RUN_FILE)):
@@ -365,21 +375,28 @@ class RunWriter:
         os.close(self._file)
         if unused:
             self.path.unlink(missing_ok=True)
-            self._remove_what_is_new()
+            self._remove_if_unused()
 
-    def _remove_what_is_new(self) -> None:
-        """Remove what was made in a new folder, unless a process has a file of records there."""
-        if not self._is_new:
-            return
-        run = self.folder / RUN_FILE
-        with suppress(OSError):
-            with suppress(FileNotFoundError), locked(run):
-                if any(self.folder.glob(SAMPLE_FILES)):
-                    return
-                for path in (*self.folder.glob(INVOCATION_FILES), run):
-                    path.unlink(missing_ok=True)
-            for folder in self._new_folders:
-                folder.rmdir()
+    def _remove_if_unused(self) -> None:
+        if self._is_new:
+            remove_unused(self.folder, self._new_folders)
+
+
+def remove_unused(folder: Path, new: Iterable[Path]) -> None:
+    """Remove a run folder unless a process has a file of records there.
+
+    `new` are the folders to remove if they are empty then, the innermost one first.
+    """
+    run = folder / RUN_FILE
+    with suppress(OSError):
+        with suppress(FileNotFoundError), locked(run):
+            if any(folder.glob(SAMPLE_FILES)):
+                return
+            for path in (*folder.glob(INVOCATION_FILES), run):
+                path.unlink(missing_ok=True)
+        for each in new:
+            with suppress(FileNotFoundError):
+                each.rmdir()
 
 
 def write_once(path: Path, contents: str) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from kvbench.arguments import LARGEST
 from kvbench.errors import InputError, did_you_mean
+from kvbench.files import read_regular
 from kvbench.method import (
     EVERY_QUERY,
     Competition,
@@ -150,11 +151,11 @@ def option_values(method: Method) -> dict[str, Any]:
 
 
 def recorded(method: Method) -> dict[str, Any]:
-    """A method's options and remarks, JSON-serialisable."""
+    """A method's options and remarks, JSON-serialisable; OSError if a file cannot be read."""
     options = option_values(method)
     for name, value in options.items():
         if isinstance(value, Path):
-            digest = hashlib.sha256(value.read_bytes()).hexdigest()[:12]
+            digest = hashlib.sha256(read_regular(value)).hexdigest()[:12]
             options[name] = f"{value.name} sha256:{digest}"
     return options | method.remarks()
 

@@ -8,9 +8,10 @@ import typer
 
 from kvbench.cli.options import LIST
 from kvbench.errors import InputError, did_you_mean
+from kvbench.files import open_regular
 
 MAPPINGS = ("option", "template-option")  # options that are KEY=VALUE
-LARGEST = 1_000_000  # characters of a configuration
+LARGEST = 1_000_000  # bytes of a configuration
 
 
 def read_config(ctx: typer.Context, value: Path | None) -> Path | None:
@@ -55,12 +56,14 @@ def load(file: Path) -> dict[str, Any]:
             return dict(super().construct_mapping(node, deep=deep))
 
     try:
-        with file.open(encoding="utf-8-sig") as opened:
-            text = opened.read(LARGEST)
-        if len(text) == LARGEST:
-            raise InputError(f"the configuration {file} is longer than {LARGEST} characters")
-        config = yaml.load(text, Loader)
-    except (OSError, UnicodeDecodeError) as error:
+        with open_regular(file) as opened:
+            contents = opened.read(LARGEST)
+        if len(contents) == LARGEST:
+            raise InputError(f"the configuration {file} is longer than {LARGEST} bytes")
+        config = yaml.load(contents.decode("utf-8-sig"), Loader)
+    except OSError as error:
+        raise InputError(f"cannot read the configuration {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise InputError(f"cannot read the configuration {file}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())

@@ -23,7 +23,7 @@ from kvbench.cli.options import (
 )
 from kvbench.errors import InputError
 from kvbench.records import Record, read_records
-from kvbench.run_folder import current_codes, read_settings
+from kvbench.run_folder import current_codes, read_common, read_settings
 from kvbench.spec import labels_of
 from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.command import Choices, plan_sweep
@@ -205,7 +205,8 @@ def measure(choices: Choices) -> int:
     result = start(choices, Terminal())
     if result.interrupted:
         return result.exit_code
-    print_summary(read_records(result.folder, []), current_codes([read_settings(result.folder)]))
+    records = read_records(result.folder, [], read_common(result.folder))
+    print_summary(records, current_codes([read_settings(result.folder)]))
     say(f"records are in {result.folder}; for tables and figures: kvbench report {result.folder}")
     for line in failures(result.failed):
         say(line)

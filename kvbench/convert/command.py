@@ -21,6 +21,7 @@ import yaml
 
 import kvbench
 from kvbench.errors import InputError, did_you_mean
+from kvbench.files import read_regular
 from kvbench.registry import open_task
 from kvbench.reproduce.datasets import DataSet, published_data_sets
 
@@ -154,7 +155,7 @@ def configured(checkout: Path, paper: Iterable[DataSet]) -> Iterator[DataSet]:
     for task in dict.fromkeys(d.task for d in of_family.values()):
         path = checkout / "configs" / f"{task}_short.yaml"
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            settings = yaml.safe_load(read_regular(path))
             columns = [str(settings[key]).split(",") for key in CONFIGURED]
             rows = list(zip(*columns, strict=True))
         except (OSError, KeyError, ValueError, yaml.YAMLError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from kvbench.errors import InputError
+from kvbench.files import read_regular
 from kvbench.models.card import CARD
 
 # Suffixes of files that transformers and tokenizers read; safetensors are the only weights.
@@ -65,7 +66,7 @@ def check_files(folder: Path, name: str) -> None:
 def is_json_object(path: Path) -> bool:
     """Whether a file can be read as a JSON object."""
     try:
-        return isinstance(json.loads(path.read_text("utf-8")), dict)
+        return isinstance(json.loads(read_regular(path)), dict)
     except ValueError:
         return False
 
@@ -73,8 +74,8 @@ def is_json_object(path: Path) -> bool:
 def shards(index: Path) -> list[str]:
     """The files that an index of weights names; InputError if it is none."""
     try:
-        return sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return sorted(set(map(str, json.loads(read_regular(index))["weight_map"].values())))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"'{index}' is not an index of weights") from None
 
 

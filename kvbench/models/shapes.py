@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvbench.errors import InputError
+from kvbench.files import read_regular
 from kvbench.models.card import model_folder
 from kvbench.models.files import CONFIG
 from kvbench.models.load import DTYPES, LoadedModel, load_model, quiet, told, wrap_model
@@ -48,7 +49,7 @@ def read_shapes(name: str, config: Path | None, dtype: str) -> LoadedModel:
         if source is None:
             found = AutoConfig.from_pretrained(name, trust_remote_code=False)
         else:
-            given = json.loads(source.read_text(encoding="utf-8-sig"))
+            given = json.loads(read_regular(source).decode("utf-8-sig"))
             if not isinstance(given, dict) or not isinstance(given.get("model_type"), str):
                 raise InputError(
                     f"the configuration {source} has no key 'model_type'; give a model's "
@@ -66,7 +67,7 @@ def read_shapes(name: str, config: Path | None, dtype: str) -> LoadedModel:
             "is it spelt right there?"
         ) from None
     except Exception as error:
-        if isinstance(error, IsADirectoryError):
+        if source is not None and source.is_dir():
             raise InputError(f"{source} is a folder; give the config.json in it") from None
         hint = "give its config.json with --model-config" if source is None else "is it a model's?"
         raise InputError(

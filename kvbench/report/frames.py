@@ -23,7 +23,7 @@ from kvbench.arguments import check_paths
 from kvbench.errors import InputError
 from kvbench.files import as_bytes
 from kvbench.records import BASELINE, Damage, Record, read_records, told
-from kvbench.run_folder import END, find_run_folders
+from kvbench.run_folder import END, find_run_folders, read_common
 
 SETTING = ["model", "task", "context", "seed", "compress"]  # what the curves of one picture share
 POOLED = [name for name in SETTING if name != "seed"]  # what their records share
@@ -68,7 +68,7 @@ def read_frame(folders: Iterable[str | Path]) -> tuple[DataFrame, list[Damage]]:
     gc.disable()  # the collector would walk over all rows again and again: a third of the time
     try:
         for folder in find_run_folders(folders, Path()):
-            rows += read_records(folder, damaged)
+            rows += read_records(folder, damaged, read_common(folder))
             runs += [as_bytes(folder.name).decode()] * (len(rows) - len(runs))
         return _frame(rows, runs), damaged
     finally:

@@ -102,16 +102,15 @@ class Claims:
         """The fingerprints that living processes claim; reads the marks of the others."""
         busy: set[str] = set()
         marks = {}
-        for path in self._writer.folder.glob(CLAIM_FILES) if self._writer.has_locks else ():
-            if path == self._path:
+        claims = self._writer.folder.glob(CLAIM_FILES) if self._writer.has_locks else ()
+        for path in claims:
+            if path == self._path or not path.is_file():  # such as a folder of that name
                 continue
             lives = is_held(_records_of(path))
-            mark = self.marks.get(path)
-            if mark is None:
-                claimed, mark = _read_claim(path)
-                if lives:
-                    busy |= claimed
-            if not lives:
+            claimed, mark = _read_claim(path)
+            if lives:
+                busy |= claimed
+            else:
                 marks[path] = mark
         self.marks = marks
         return busy
@@ -168,7 +167,5 @@ def _read_claim(path: Path) -> tuple[set[str], Mark]:
             frozenset(claim["measuring"]), str(claim.get("task", "")), int(claim.get("bytes", 0))
         )
         return set(claim["cells"]), mark
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
-        return set(), Mark(frozenset(), "", 0)
-    except RecursionError:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
         return set(), Mark(frozenset(), "", 0)

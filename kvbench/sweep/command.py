@@ -333,7 +333,7 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     cells = [cell for cell in every if not cell.skipped]
     added = AddedRecords(out)  # before the others are read, so that none is missed in between
     damaged: list[Damage] = []
-    known = {r.fingerprint: r for r in read_records(out, damaged)} if out.is_dir() else {}
+    known = {r.fingerprint: r for r in read_records(out, damaged, common)} if out.is_dir() else {}
     sweep = Sweep(
         model=model,
         tasks={task.name: task for task in tasks},

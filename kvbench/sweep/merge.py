@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvbench.errors import InputError
-from kvbench.files import read_regular, write_atomically
+from kvbench.files import read_regular, write_together
 from kvbench.records import SAMPLE_FILES, read_records
 from kvbench.run_folder import (
     INVOCATION_FILES,
@@ -16,6 +16,7 @@ from kvbench.run_folder import (
     check_common,
     find_run_folders,
     read_settings,
+    remove_unused,
     write_once,
 )
 
@@ -43,12 +44,13 @@ def merge(names: Sequence[str | Path], out: Path, home: Path) -> tuple[int, int]
         common = settings["common"] if common is None else common
         check_common(folder, common)
         check_common(folders[0], settings["common"])  # it may have settings that the first lacks
-        read_records(folder)
+        read_records(folder, common=common)
     if common is None:
         raise InputError("nothing to merge: name run folders")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; choose another --out")
-    check_common(out, common)
+    is_new = check_common(out, common) is None
+    new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
     copies: dict[str, bytes] = {}
     for name, contents in (copy for folder in folders for copy in files_of(folder)):
         copies[name] = longer(name, copies.get(name, b""), contents)
@@ -61,11 +63,12 @@ def merge(names: Sequence[str | Path], out: Path, home: Path) -> tuple[int, int]
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_once(out / RUN_FILE, json.dumps({"format": RUN_FORMAT, "common": common}) + "\n")
-        for name, contents in copies.items():
-            write_atomically(out / name, contents)
+        write_together({out / name: contents for name, contents in copies.items()})
     except OSError as error:
+        if is_new:
+            remove_unused(out, new_folders)
         raise InputError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
-    records = read_records(out)
+    records = read_records(out, common=common)
     return len(records), sum(record.error is not None for record in records)
 
 
@@ -78,7 +81,7 @@ def files_of(folder: Path) -> Iterator[tuple[str, bytes]]:
         for pattern in (INVOCATION_FILES, SAMPLE_FILES):
             for path in sorted(folder.glob(pattern)):
                 yield path.name, read_regular(path)
-        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        run = json.loads(read_regular(folder / RUN_FILE))
     except OSError as error:
         raise InputError(f"cannot read {folder}: {error.strerror}") from None
     for invocation in run.get("invocations", []):

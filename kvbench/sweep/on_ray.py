@@ -200,7 +200,8 @@ def measured(
     """Measure the units that the run folder lacks."""
     out = choices.out or find_folder(RUNS, told["common"], told["experiment"])
     check_common(out, told["common"])
-    known = {r.fingerprint for r in read_records(out) if r.error is None} if out.is_dir() else set()
+    found = read_records(out, common=told["common"]) if out.is_dir() else []
+    known = {record.fingerprint for record in found if record.error is None}
     planned = sum(len(unit.cells) for unit in told["units"])
     for unit in reversed(told["units"]):
         if cells := {name: tokens for name, tokens in unit.cells.items() if name not in known}:

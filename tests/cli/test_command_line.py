@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -37,7 +38,12 @@ def records(folder: Path) -> list[dict[str, Any]]:
         ("run --budgets 1.5", "more than 0 and at most 1"),
         ("run --budgets abc", "'abc' is not a budget"),
         ("run --seed 1_0", "'1_0' is not a seed"),
-        ("run --config /dev/zero", "longer than 1000000 characters"),
+        ("run --config /dev/zero", "cannot read the configuration /dev/zero: it is not a regular"),
+        ("run --config pipe", "cannot read the configuration pipe: it is not a regular file"),
+        ("run --config long.yaml", "longer than 1000000 bytes"),
+        ("run --method prulong --option scores=pipe", "'pipe' cannot be read: it is not a regular"),
+        ("run --model piped", "'piped/model.safetensors.index.json' is not an index of weights"),
+        ("plan --model some --model-config pipe", "it is not a regular file"),
         ("run --shard 1", "not a shard"),
         (f"run --shard 1/{10**12}", "not a shard"),
         ("run --shard 3/2", "a shard is too large"),
@@ -92,6 +98,11 @@ def test_bad_input_is_one_line_and_code_2(arguments: str, message: str, tmp_path
     for file in EMBEDDED["tiny"].iterdir():
         if file.is_file() and not file.name.startswith("scores-"):
             (tmp_path / "plain" / file.name).symlink_to(file)
+    (tmp_path / "piped").mkdir()
+    (tmp_path / "piped" / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "piped" / "model.safetensors.index.json")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "long.yaml").write_text("#" * 1_000_001)
     (tmp_path / "words.tsv").write_text("not numbers\n")
     (tmp_path / "other.tsv").write_text("0.1\t0.2\n")
     (tmp_path / "unknown.yaml").write_text("budgts: 0.3\n")
@@ -104,9 +115,20 @@ def test_bad_input_is_one_line_and_code_2(arguments: str, message: str, tmp_path
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_current_directory_that_was_deleted(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = f"rmdir ../gone; {shlex.join([*KVBENCH, 'run', '--dry-run'])}"
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path / "gone", capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("kvbench: the current directory no longer exists")
+
+
 def test_a_sweep_a_report_and_the_same_sweep_again(tmp_path: Path) -> None:
     sweep = ["run", "--method", "snapkv-naive,recency", *SMALL, "--out", "r"]
-    dry = kvbench(*sweep, "--dry-run", folder=tmp_path)
+    dry = kvbench_here(*sweep, "--dry-run", folder=tmp_path)
     assert dry.returncode == 0
     assert "15 of 15 cells" in dry.stdout
     assert not (tmp_path / "r").exists()
@@ -122,12 +144,12 @@ def test_a_sweep_a_report_and_the_same_sweep_again(tmp_path: Path) -> None:
     run = json.loads((tmp_path / "r" / "run.json").read_text())
     assert run["common"]["model"] == "tiny"
 
-    again = kvbench(*sweep, folder=tmp_path)
+    again = kvbench_here(*sweep, folder=tmp_path)
     assert again.returncode == 0
     assert "measured already" in again.stderr
     assert records(tmp_path / "r") == found
 
-    report = kvbench("report", "r", "--format", "json", folder=tmp_path)
+    report = kvbench_here("report", "r", "--format", "json", folder=tmp_path)
     rows = json.loads(report.stdout)
     assert {row["method"] for row in rows} == {"full", "snapkv-naive", "recency"}
     for row in rows:
@@ -136,7 +158,7 @@ def test_a_sweep_a_report_and_the_same_sweep_again(tmp_path: Path) -> None:
     for name in ("critical.csv", "rag.png", "rag.pdf"):
         assert (tmp_path / "r" / name).stat().st_size > 0
 
-    other = kvbench(*sweep, "--seed", "1", folder=tmp_path)
+    other = kvbench_here(*sweep, "--seed", "1", folder=tmp_path)
     assert other.returncode == 2
     assert "seed was 0, now 1" in other.stderr
 
@@ -158,7 +180,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     # what a kill in the middle of a write leaves behind
     with next((tmp_path / "r").glob("samples-*.jsonl")).open("a") as file:
         file.write('{"fingerprint": "torn')
-    done = kvbench(*sweep, folder=tmp_path)
+    done = kvbench_here(*sweep, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [
         json.loads(line)
@@ -168,7 +190,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     ]
     assert len(lines) == len({line["fingerprint"] for line in lines}) == 15
     # the unbroken run measures the same
-    assert kvbench(*sweep[:-4], "--out", "whole", folder=tmp_path).returncode == 0
+    assert kvbench_here(*sweep[:-4], "--out", "whole", folder=tmp_path).returncode == 0
     key = ["method", "budget", "sample", "prediction", "score", "resident_rows"]
     whole = sorted([r[k] for k in key] for r in records(tmp_path / "whole"))
     assert sorted([r[k] for k in key] for r in lines) == whole

@@ -23,7 +23,7 @@ def kvbench(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def kvbench_here(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The same without a process of its own, for commands that stop before they measure."""
+    """The same without a process of its own, where a process is not the point."""
     out, errors = io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(folder),

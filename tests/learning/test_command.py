@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,11 +48,26 @@ def test_trained_scores_are_scores_to_run_with(tmp_path: Path) -> None:
             assert (tmp_path / "t" / f"target-{target}" / f"training.{suffix}").stat().st_size > 0
     option = ["--option", "scores=t/scores-prulong.json", "--out", "r"]
     small = ["--task", "rag", "--context", "256", "--samples", "1", "--budgets", "0.5"]
-    done = kvbench("run", "--method", "prulong", *small, *option, folder=tmp_path)
+    done = kvbench_here("run", "--method", "prulong", *small, *option, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(t) for f in (tmp_path / "r").glob("samples-*") for t in f.open()]
     (record,) = [line for line in lines if line["method"] == "prulong"]
     assert record["options"]["score_targets"] == [0.4, 0.8]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[list[float]]]:
+    """The scores that one process learns by a method, which is asked once."""
+
+    @cache
+    def learnt(method: str) -> list[list[float]]:
+        folder = tmp_path_factory.mktemp(method)
+        command = ["train", method, *SMALL, "--device", "cpu", "--out", "one"]
+        one = kvbench_here(*command, folder=folder)
+        assert one.returncode == 0, one.stderr
+        return scores(folder / "one", method)
+
+    return learnt
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
@@ -103,26 +120,24 @@ def launched(folder: Path, *arguments: str) -> None:
 @pytest.mark.parametrize("method", ["prulong", "duoattention"])
 @pytest.mark.parametrize("options", [[], ["--option", "shard=true"]], ids=["whole", "sharded"])
 def test_two_processes_learn_what_one_learns(
-    method: str, options: list[str], tmp_path: Path
+    method: str, options: list[str], alone: Callable[[str], list[list[float]]], tmp_path: Path
 ) -> None:
-    one = kvbench("train", method, *SMALL, "--device", "cpu", "--out", "one", folder=tmp_path)
-    assert one.returncode == 0, one.stderr
     launched(tmp_path, method, *SMALL, *options, "--out", "two")
     file = json.loads((tmp_path / "two" / f"scores-{method}.json").read_text())
     assert file["processes"] == 2
-    alone, together = scores(tmp_path / "one", method), scores(tmp_path / "two", method)
-    for a, b in zip(alone, together, strict=True):
+    one, together = alone(method), scores(tmp_path / "two", method)
+    for a, b in zip(one, together, strict=True):
         assert a == pytest.approx(b, abs=1e-3)
-    assert max(map(max, alone)) - min(map(min, alone)) > 0.01  # they were learnt
+    assert max(map(max, one)) - min(map(min, one)) > 0.01  # they were learnt
 
 
-def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
-    for name, options in (("kept", []), ("again", ["--option", "gradient_checkpointing=true"])):
-        done = kvbench("train", "prulong", *SMALL, *options, "--out", name, folder=tmp_path)
-        assert done.returncode == 0, done.stderr
-    for a, b in zip(
-        scores(tmp_path / "kept", "prulong"), scores(tmp_path / "again", "prulong"), strict=True
-    ):
+def test_recomputed_activations_change_nothing(
+    alone: Callable[[str], list[list[float]]], tmp_path: Path
+) -> None:
+    options = ["--option", "gradient_checkpointing=true", "--device", "cpu", "--out", "again"]
+    done = kvbench_here("train", "prulong", *SMALL, *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(alone("prulong"), scores(tmp_path / "again", "prulong"), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
 
 

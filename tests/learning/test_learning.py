@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -144,9 +145,9 @@ def dense_streaming(
 
 @settings(max_examples=30, deadline=None)
 @given(
-    length=st.integers(1, 600),
+    length=st.integers(1, 300),
     sinks=st.integers(0, 40),
-    window=st.integers(1, 300),
+    window=st.integers(1, 150),
     sliding=st.one_of(st.none(), st.integers(5, 100)),
 )
 def test_blocks_of_streaming_attention_are_the_dense_mask(
@@ -156,7 +157,8 @@ def test_blocks_of_streaming_attention_are_the_dense_mask(
     q = torch.randn(1, 4, length, 8, generator=generator)
     k, v = (torch.randn(1, 2, length, 8, generator=generator) for _ in range(2))
     expected = dense_streaming(q, k, v, 0.4, sinks, window, sliding)
-    got = streaming_blocks(q, k, v, 0.4, Stream(sinks, window, sliding))
+    with mock.patch("kvbench.learning.attention.QUERY_BLOCK", 64):
+        got = streaming_blocks(q, k, v, 0.4, Stream(sinks, window, sliding))
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
 
 
@@ -401,8 +403,9 @@ def tiny() -> LoadedModel:
 def test_the_standard_library_is_documents_on_every_machine() -> None:
     found = list(documents("stdlib", seed=0))
     assert sum(map(len, found)) > 5_000_000
-    assert found != list(documents("stdlib", seed=1))
-    assert sorted(found) == sorted(documents("stdlib", seed=1))
+    other = list(documents("stdlib", seed=1))
+    assert found != other
+    assert sorted(found) == sorted(other)
     longest = max(found, key=len)
     assert "import" in longest
     assert len(longest) > 300_000  # a whole package, not a file

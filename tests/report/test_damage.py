@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -264,6 +265,37 @@ def test_the_command_writes_the_report_and_ends_with_code_2(tmp_path: Path) -> N
     ).stdout.replace("\\", "")
 
 
+COMMON: dict[str, Any] = {
+    **{"model": "m", "context": 100, "seed": [0, 2]},
+    **{"compress": "prompt", "chat_template": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": "other"}, "model is other, and m in the settings"),
+        ({"context": 50}, "context is 50, and 100 in the settings"),
+        ({"context": 50, "source": "a.jsonl"}, ""),  # a sample that was read has its own
+        ({"sample_seed": 1}, r"seed is 1, and \[0, 2\] in the settings"),
+        ({"sample_seed": 2}, ""),
+        ({"compress": "context"}, "compress is context, and prompt in the settings"),
+        ({"chat": True}, "chat_template is True, and False in the settings"),
+        ({"chat": False}, ""),
+    ],
+)
+def test_a_record_of_other_settings_than_its_run_is_named(
+    changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    run_with(tmp_path, with_values(**changes))
+    (tmp_path / RUN_FILE).write_text(json.dumps({"common": COMMON}))
+    damaged = "\n".join(make_report([tmp_path]).damaged)
+    assert ("line 3: not a record" in damaged) == bool(told)
+    assert re.search(told, damaged)
+    found = read_records(tmp_path, [], COMMON)  # what a run that goes on does not measure again
+    assert len(found) == (5 if told else 6)
+
+
 def test_many_damaged_lines_are_counted(tmp_path: Path) -> None:
     run_with(tmp_path, b"{}\n" * 100)
     report = make_report([tmp_path])
@@ -318,6 +350,16 @@ def test_a_run_json_that_is_no_file(kind: str, tmp_path: Path) -> None:
     done = kvbench_here("report", "r", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"cannot read {Path('r') / RUN_FILE}: " in done.stderr
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NO_FILES if kind != "link to nothing"])
+def test_an_invocation_that_is_no_file(kind: str, tmp_path: Path) -> None:
+    run_with(tmp_path, LINE)
+    (tmp_path / RUN_FILE).write_text('{"common": {}}')
+    bad = tmp_path / "invocation-bad.json"
+    NO_FILES[kind](bad)
+    with pytest.raises(InputError, match=f"cannot read {bad}: .*; make it readable, or move it aw"):
+        make_report([tmp_path])
 
 
 @pytest.mark.parametrize(

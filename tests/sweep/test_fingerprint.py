@@ -108,7 +108,7 @@ from kvbench.method import Family, Method
 from kvbench.registry import register_method
 {imported}
 
-@register_method("edited")
+@register_method("{name}")
 @dataclass(frozen=True)
 class Edited(Method):
     """Keep the entries that came first."""
@@ -117,52 +117,55 @@ class Edited(Method):
     def scores(self, view):
         return sign(view.positions)
 '''
+HELPER = "def sign(values):\n    return -values.double()\n"
 
 
 def plug_in(folder: Path, value: str) -> None:
     """A distribution whose entry point names a module in `folder`."""
-    info = folder / "edited-1.0.dist-info"
+    info = folder / f"{value}-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: edited\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[kvbench.plugins]\nedited = {value}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {value}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[kvbench.plugins]\n{value} = {value}\n")
 
 
-@pytest.mark.parametrize("form", ["package", "module"])
 def test_an_edited_helper_of_a_plug_in_is_measured_anew(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home = tmp_path
-    if form == "package":
-        home = tmp_path / "edited_package"
-        home.mkdir()
-        (home / "__init__.py").write_text("from . import method\n")
-        (home / "method.py").write_text(METHOD.format(imported="from .helper import sign"))
-        plug_in(tmp_path, "edited_package")
-    else:
-        (home / "edited_module.py").write_text(METHOD.format(imported="from helper import sign"))
-        plug_in(tmp_path, "edited_module")
-    helper, unused = home / "helper.py", home / "unused.py"
-    helper.write_text("def sign(values):\n    return -values.double()\n")
-    unused.write_text("")
+    """Of two plug-ins, one a package and one a module, whose helpers lie beside them."""
+    of_package = METHOD.format(name="edited-package", imported="from .helper import sign")
+    of_module = METHOD.format(name="edited-module", imported="from helper import sign")
+    package = tmp_path / "edited_package"
+    written(package, {"__init__.py": "from . import method\n", "method.py": of_package})
+    written(tmp_path, {"edited_module.py": of_module})
+    homes = (package, tmp_path)
+    for name, home in zip(("edited_package", "edited_module"), homes, strict=True):
+        written(home, {"helper.py": HELPER, "unused.py": ""})
+        plug_in(tmp_path, name)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    sweep = "run --method edited --task rag --context 256 --budgets 0.3 --out r --samples"
+    sweep = "--task rag --context 256 --budgets 0.3 --device cpu --out r --samples"
+    names = ("edited-package", "edited-module")
 
-    def measured(samples: int) -> list[dict[str, Any]]:
-        done = kvbench(*sweep.split(), str(samples), folder=tmp_path)
+    def measured(samples: int) -> list[list[dict[str, Any]]]:
+        """The records of each of both methods."""
+        command = ["run", "--method", ",".join(names), *sweep.split(), str(samples)]
+        done = kvbench(*command, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         files = (tmp_path / "r").glob("samples-*.jsonl")
         lines = [json.loads(line) for f in files for line in f.read_text().splitlines()]
-        return [line for line in lines if line["method"] == "edited"]
+        return [[line for line in lines if line["method"] == name] for name in names]
 
-    assert len(measured(2)) == 2
-    unused.write_text("# edited\n")
-    assert len(measured(2)) == 2  # nothing that the method uses was edited
-    helper.write_text(helper.read_text().replace("-values", "values"))
-    records = measured(1)
-    assert len(records) == 3
-    old, new = records[0]["method_code"], {r["method_code"] for r in records}
-    assert old
-    assert len(new) == 2
+    assert [len(records) for records in measured(2)] == [2, 2]
+    for home in homes:
+        written(home, {"unused.py": "# edited\n"})
+    # nothing that the methods use was edited
+    assert [len(records) for records in measured(2)] == [2, 2]
+    for home in homes:
+        written(home, {"helper.py": HELPER.replace("-values", "values")})
+    for records in measured(1):
+        assert len(records) == 3
+        old, new = records[0]["method_code"], {r["method_code"] for r in records}
+        assert old
+        assert len(new) == 2
 
 
 def written(folder: Path, files: dict[str, str]) -> None:

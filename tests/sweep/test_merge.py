@@ -1,5 +1,6 @@
 """Run folders put together: what does not belong together is refused, and nothing is lost."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -60,6 +61,37 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     os.mkfifo(target / name)
     with pytest.raises(InputError, match="not a regular file"):
         merge([first], target, HOME)
+
+
+def test_records_of_another_run_are_refused(tmp_path: Path) -> None:
+    first = run(tmp_path / "a", 0, context=100)
+    second = run(tmp_path / "b", 1, context=200)  # its record was copied: it says 100
+    (second / RUN_FILE).rename(second / "old")
+    (second / RUN_FILE).write_bytes((first / RUN_FILE).read_bytes().replace(b"100", b"200"))
+    (first / RUN_FILE).write_bytes((second / RUN_FILE).read_bytes())
+    with pytest.raises(InputError, match=r"context is 100, and 200 in the settings of this run"):
+        merge([first, second], tmp_path / "c", HOME)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("written", range(5))
+def test_a_full_disk_leaves_nothing(
+    written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [run(tmp_path / "a", 0), run(tmp_path / "b", 1)]
+    before = sorted(tmp_path.rglob("*"))
+    left = iter(range(written))
+    sync = os.fsync
+
+    def full(file: int) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left on device; choose another --out"):
+        merge(folders, tmp_path / "new" / "c", HOME)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_folder_that_lost_its_settings_is_not_continued(tmp_path: Path) -> None:

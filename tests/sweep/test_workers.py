@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import psutil
 import pytest
-from helpers.process import KVBENCH, kvbench, kvbench_here
+from helpers.process import KVBENCH, kvbench_here
 from helpers.runs import SMALL, results
 
 from kvbench.errors import InputError
@@ -25,7 +25,7 @@ from kvbench.sweep.workers import Crew, environments, from_json, run_workers, to
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    assert kvbench("run", *SMALL, "--out", "alone", folder=folder).returncode == 0
+    assert kvbench_here("run", *SMALL, "--out", "alone", folder=folder).returncode == 0
     return folder / "alone"
 
 
@@ -58,13 +58,6 @@ def test_a_slurm_array_says_which_shard(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")  # such as --array=0,2,4 with a job left out
     done = kvbench_here("run", *SMALL, "--dry-run", folder=tmp_path)
     assert (done.returncode, "give --shard I/N" in done.stderr) == (2, True)
-
-
-def test_two_workers_measure_what_one_process_does(alone: Path, tmp_path: Path) -> None:
-    done = kvbench("run", *SMALL, "--workers", "2", "--out", "two", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert results(tmp_path / "two") == results(alone)
-    assert not list((tmp_path / "two").glob("claims-*"))
 
 
 def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
@@ -112,13 +105,13 @@ def test_an_interrupt_ends_all_workers_and_the_run_continues(alone: Path, tmp_pa
     assert "Traceback" not in errors
     until(lambda: not any(lives(worker) for worker in workers), seconds=20)
     assert 0 < len(results(out)) < 30
-    assert kvbench("run", *SMALL, "--out", "out", folder=tmp_path).returncode == 0
+    assert kvbench_here("run", *SMALL, "--out", "out", folder=tmp_path).returncode == 0
     assert results(out) == results(alone)
 
 
 def test_what_no_worker_can_measure_is_refused_once(tmp_path: Path) -> None:
     bad = ["--workers", "2", "--context", "20", "--task", "recall", "--device", "cpu"]
-    done = kvbench("run", *bad, "--out", "x", folder=tmp_path)
+    done = kvbench_here("run", *bad, "--out", "x", folder=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert "too short" in done.stderr
     assert not (tmp_path / "x").exists()
@@ -186,7 +179,9 @@ print(5)
 """
 
 
-def test_what_a_plugin_prints_does_not_disturb_workers(alone: Path, tmp_path: Path) -> None:
+def test_two_workers_measure_what_one_process_does_whatever_a_plugin_prints(
+    alone: Path, tmp_path: Path
+) -> None:
     site = tmp_path / "site"
     info = site / "kv_printing-1.0.dist-info"
     info.mkdir(parents=True)
@@ -201,3 +196,4 @@ def test_what_a_plugin_prints_does_not_disturb_workers(alone: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert "started again" not in done.stderr
     assert results(tmp_path / "out") == results(alone)
+    assert not list((tmp_path / "out").glob("claims-*"))
