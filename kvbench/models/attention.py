@@ -57,6 +57,7 @@ class LayerShape:
     source: int = 0  # the layer whose keys and values it reads: itself, or an earlier one
     readers: tuple[int, ...] = ()  # all layers that read these keys and values, the source first
     rotation: Rotation | None = None  # RoPE, None where it is not known
+    device: torch.device = torch.device("cpu")  # where its keys and values are
 
     @property
     def group(self) -> int:

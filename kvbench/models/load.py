@@ -63,6 +63,11 @@ class LoadedModel:
         return any(layer.source != index for index, layer in enumerate(self.layers))
 
     @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices that the layers are on, the one that reads tokens first."""
+        return tuple(dict.fromkeys([self.device, *(layer.device for layer in self.layers)]))
+
+    @property
     def end_tokens(self) -> frozenset[int]:
         """Ids that end an answer."""
         return frozenset(end_tokens(self.model, self.tokenizer))
@@ -297,10 +302,10 @@ def forward(
     Returns [B, V], after the last token of each sequence. With `ends` (indices into T), B is 1 and
     the sequence packs several ones: returns [len(ends), V], after each of these tokens.
     """
-    keep: int | Tensor = 1
+    keep: int | list[int] = 1  # a list, because a tensor would have to be on the last device
     # With a number, models that share keys drop all other tokens before the layers that share.
     if ends is not None and (len(ends) > 1 or model.shares_keys):
-        keep = torch.tensor(ends, device=ids.device)
+        keep = list(ends)
     elif ends is not None:
         keep = ids.shape[1] - ends[0]
     out = model.model(
