@@ -296,8 +296,8 @@ class RowCache:
 
     `windows` are the windows of each layer's KV heads, none for a layer that reads the keys of
     another one; `limits` are the model's own limits of the layers, `devices` where their keys and
-    values are. In the layers `apart`, each KV head that does not stream has separate storage, so that evicting copies
-    one head at a time and not a whole layer.
+    values are. In the layers `apart`, each KV head that does not stream has separate storage, so
+    that evicting copies one head at a time and not a whole layer.
     """
 
     def __init__(

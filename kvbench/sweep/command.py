@@ -70,6 +70,7 @@ COMPARED = (  # without --method: what arXiv 2506.17121 compares, controls, and 
 )
 MOST_NAMED = 5  # samples in a note
 MOST_WORKERS = 1024
+MOST_GPUS = 64  # of a worker
 MOST_SHARDS = 100_000
 TRIAL_SHARE = 0.01  # of a sweep's tokens, at most, are spent on predicting its time
 
@@ -106,6 +107,7 @@ class Choices:
     memory_limit: int | None = None  # bytes beside the model
     shard: tuple[int, int] | None = None  # I of N, from 1: the part of the cells that is measured
     workers: int = 1  # processes that share the sweep
+    gpus_per_worker: int = 1  # over which a worker splits the model
     ray: str | None = None  # the address of a Ray cluster that measures it; "local" starts one
 
     def __post_init__(self) -> None:
@@ -136,6 +138,12 @@ class Choices:
             check_whole("the number of shards", self.shard[1], most=MOST_SHARDS)
             check_whole("a shard", self.shard[0], most=self.shard[1])
         check_whole("workers", self.workers, most=MOST_WORKERS)
+        check_whole("gpus_per_worker", self.gpus_per_worker, most=MOST_GPUS)
+        if self.gpus_per_worker > 1 and self.device not in ("auto", "cuda"):
+            raise InputError(
+                f"gpus_per_worker {self.gpus_per_worker} goes with device cuda, not "
+                f"'{self.device}'; a process takes the first of the GPUs that are visible"
+            )
         if self.ray is not None:
             check_text("ray", self.ray)
         if self.metric is not None:
@@ -310,9 +318,10 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     from kvbench.models.load import load_model, resolve_device
     from kvbench.sweep.runner import Sweep, free_bytes
 
-    attention = resolve_attention(choices.attention, resolve_device(choices.device))
+    gpus = choices.gpus_per_worker
+    attention = resolve_attention(choices.attention, resolve_device(choices.device, gpus))
     model = load_model(
-        choices.model, device=choices.device, dtype=choices.dtype, attention=attention
+        choices.model, device=choices.device, dtype=choices.dtype, attention=attention, gpus=gpus
     )
     checked = asdict(self_check(model))
     reads = any(task.reads for task in tasks)

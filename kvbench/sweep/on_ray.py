@@ -130,13 +130,17 @@ class Driver:
             return told
 
     def look(self) -> None:
-        """Start an actor for each GPU, or CPU, that the cluster has now; one at least."""
-        cluster = self.ray.cluster_resources()
-        gpus = 0 if self.choices.device == "cpu" else int(cluster.get("GPU", 0))
-        count = max(1, gpus or int(cluster.get("CPU", 1)))
+        """Start an actor for each GPU, or several, or CPU, that the cluster has; one at least."""
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        gpus = [0 if self.choices.device == "cpu" else int(node.get("GPU", 0)) for node in nodes]
+        each = self.choices.gpus_per_worker
+        if each > max(1, *gpus):  # an actor is on one node
+            raise InputError(f"a worker needs {each} GPUs, no node of the cluster has so many")
+        cores = sum(int(node.get("CPU", 0)) for node in nodes)
+        count = max(1, sum(count // each for count in gpus) if any(gpus) else cores)
         if self.choices.workers > 1:
             count = min(count, self.choices.workers)
-        kind = self.ray.remote(Worker).options(num_gpus=bool(gpus), num_cpus=1)
+        kind = self.ray.remote(Worker).options(num_gpus=each if any(gpus) else 0, num_cpus=1)
         while len(self.actors) < count:
             self.actors.append(kind.remote(self.choices))
 

@@ -13,8 +13,12 @@ from helpers.models import loaded_model, plain_model
 from kvbench.engine.decoding import DecodeKV
 from kvbench.engine.row import Outcome, Row
 from kvbench.engine.run import run_rows
+from kvbench.errors import InputError
 from kvbench.models.attention import AttentionCall
 from kvbench.models.layers import source_of
+from kvbench.models.load import check_placement, load_model, placement, resolve_device
+from kvbench.sweep.command import Choices
+from kvbench.sweep.cost import bytes_full, cost_of, workspace
 
 # One for each thing that methods do: with layers that compete, a second reading of the prompt,
 # evictions while decoding, what is kept beside entries, the model's weights, windows, and patches.
@@ -84,3 +88,37 @@ def test_a_copy_of_keys_on_another_device_is_the_same_keys() -> None:
             SimpleNamespace(layer=2, key=keys.to("cpu:2") + 1, value=keys.to("cpu:2")),
         ]
         assert [source_of(call, calls) for call in calls] == [0, 0, 2]
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk", torch.device("meta")])
+def test_weights_that_are_on_no_gpu_are_refused(place: Any) -> None:
+    with pytest.raises(InputError, match=r"'big' does not fit on 2 GPUs, .* more --gpus-per-worker"):
+        check_placement({"model.layers.0": 0, "lm_head": place}, "big", 2)
+    check_placement({"model.layers.0": 0, "lm_head": 1}, "big", 2)
+    check_placement({"": place}, "small", 1)
+
+
+def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(InputError, match="a worker needs 2 GPUs, this machine has 1"):
+        load_model("tiny", gpus=2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda gpu: (5 + gpu, 9))
+    assert placement(2) == {"device_map": "auto", "max_memory": {0: 5, 1: 6}}
+    assert resolve_device("auto", 2) == torch.device("cuda", 0)
+    with pytest.raises(InputError, match="goes with device cuda, not 'cuda:1'"):
+        Choices(gpus_per_worker=2, device="cuda:1")
+
+
+def test_memory_is_that_of_the_device_which_needs_most() -> None:
+    whole = loaded_model("llama")
+    places = [torch.device("cpu", index) for index in (1, 1, 2)]
+    layers = [replace(layer, device=at) for layer, at in zip(whole.layers, places, strict=True)]
+    split = replace(whole, device=places[0], layers=tuple(layers))
+    rows = split_rows(["full", "snapkv-naive"], whole)[:1]
+    alone, parted = (cost_of(model, rows, 25) for model in (whole, split))
+    used = workspace(whole, 60, 25)
+    kept = bytes_full(whole, 64)
+    assert alone.bytes == max(kept + used, kept + kept // 3)
+    assert parted.bytes == max(kept * 2 // 3 + used, kept)
+    assert replace(parted, bytes=alone.bytes) == alone

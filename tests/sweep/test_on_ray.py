@@ -1,7 +1,7 @@
 """Sweeps on Ray: units that are lost, actors that die, nodes that join; and a real Ray, if any."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,20 +34,34 @@ class Sent:
 
 
 class Cluster:
-    """Stands in for Ray: `cpus` actors, which `dies` may end with the cells that they are given."""
+    """Stands in for Ray: `cpus` actors, which `dies` may end with the cells that they are given.
 
-    def __init__(self, cpus: int, dies: Callable[[list[str]], bool] = lambda cells: False) -> None:
-        self.cpus, self.dies = cpus, dies
+    There are nodes with `gpus` GPUs each beside.
+    """
+
+    def __init__(
+        self,
+        cpus: int,
+        dies: Callable[[list[str]], bool] = lambda cells: False,
+        gpus: Sequence[int] = (),
+    ) -> None:
+        self.cpus, self.dies, self.gpus = cpus, dies, gpus
         self.exceptions = SimpleNamespace(RayActorError=Died)
         self.started, self.killed = 0, 0
         self.given: list[list[str]] = []
         self.cannot_start = False  # whether all actors die, whatever they are given
 
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": self.cpus, "memory": 1e9}
+    def nodes(self) -> list[dict[str, Any]]:
+        gone = {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 8.0}}
+        here = [{"Alive": True, "Resources": {"GPU": count}} for count in self.gpus]
+        return [gone, {"Alive": True, "Resources": {"CPU": self.cpus, "memory": 1e9}}, *here]
 
     def remote(self, worker: Any) -> Any:
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self.actor))
+        def options(**asked: float) -> Any:
+            self.asked = asked
+            return SimpleNamespace(remote=self.actor)
+
+        return SimpleNamespace(options=options)
 
     def actor(self, choices: Choices) -> Any:
         self.started += 1
@@ -125,6 +139,20 @@ def test_a_cell_that_ends_two_actors_alone_fails_and_the_rest_goes_on(tmp_path: 
     assert [(each.fingerprint, each.error) for each in result.failed] == [("2", ENDED)]
     assert (result.measured, result.exit_code) == (5, 1)
     assert cluster.given.count(["2"]) == 3  # twice measured, once recorded
+
+
+@pytest.mark.parametrize(("each", "actors"), [(1, 11), (2, 5), (4, 2)])
+def test_an_actor_gets_gpus_of_one_node(each: int, actors: int) -> None:
+    cluster = Cluster(64, gpus=[5, 2, 4])
+    driver = Driver(cluster, Choices(gpus_per_worker=each))
+    driver.look()
+    assert (cluster.started, cluster.asked["num_gpus"]) == (actors, each)
+    driver = Driver(cluster, Choices(gpus_per_worker=6))
+    with pytest.raises(InputError, match="6 GPUs, no node of the cluster has so many"):
+        driver.look()
+    driver = Driver(Cluster(3), Choices())
+    driver.look()
+    assert (len(driver.actors), driver.ray.asked["num_gpus"]) == (3, 0)
 
 
 def test_actors_that_all_die_end_the_run(tmp_path: Path) -> None:
