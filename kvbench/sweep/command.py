@@ -11,11 +11,11 @@ import platform
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ from kvbench.spec import (
 from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.folder import experiment, find_folder
 from kvbench.sweep.length import TOO_LONG
-from kvbench.sweep.plan import Cell, Settings, common_settings, get_tasks, make_plan
+from kvbench.sweep.plan import Cell, Settings, Unit, common_settings, get_tasks, make_plan
 from kvbench.sweep.progress import Listener, Progress
 from kvbench.sweep.units import shard
 from kvbench.task import Task
@@ -199,6 +199,7 @@ class SweepPlan:
     self_check: dict[str, Any]  # how far full attention is from the model's own
     codes: dict[str, str]  # see `kvbench.run_folder.current_codes`
     skipped: dict[str, list[int]]  # by task, samples that are too long and left out
+    make: Callable[[Set[Unit]], list[Cell]]  # makes the cells of some units
 
     @cached_property
     def batches(self) -> "list[tuple[list[Cell], Cost]]":
@@ -306,8 +307,11 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def plan_sweep(choices: Choices) -> SweepPlan:
-    """What `run_sweep` would measure. Raises InputError for choices that cannot be measured."""
+def plan_sweep(choices: Choices, only: Set[Unit] | None = None) -> SweepPlan:
+    """What `run_sweep` would measure, or of that only some units.
+
+    Raises InputError for choices that cannot be measured.
+    """
     use_judge(None if choices.judge is None else Judge(choices.judge, choices.judge_url or ""))
     tasks = ready_tasks(choices)
     folder = model_folder(choices.model)
@@ -338,7 +342,8 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file; name a folder")
     check_common(out, common)
-    every = make_plan(model, tasks, specs, settings, choices.seeds)
+    make = partial(make_plan, model, tasks, specs, settings, choices.seeds)
+    every = make(only)
     cells = [cell for cell in every if not cell.skipped]
     added = AddedRecords(out)  # before the others are read, so that none is missed in between
     damaged: list[Damage] = []
@@ -389,6 +394,7 @@ def plan_sweep(choices: Choices) -> SweepPlan:
         checked,
         codes,
         skipped,
+        make,
     )
 
 

@@ -92,7 +92,9 @@ def test_a_copy_of_keys_on_another_device_is_the_same_keys() -> None:
 
 @pytest.mark.parametrize("place", ["cpu", "disk", torch.device("meta")])
 def test_weights_that_are_on_no_gpu_are_refused(place: Any) -> None:
-    with pytest.raises(InputError, match=r"'big' does not fit on 2 GPUs, .* more --gpus-per-worker"):
+    with pytest.raises(
+        InputError, match=r"'big' does not fit on 2 GPUs, .* more --gpus-per-worker"
+    ):
         check_placement({"model.layers.0": 0, "lm_head": place}, "big", 2)
     check_placement({"model.layers.0": 0, "lm_head": 1}, "big", 2)
     check_placement({"": place}, "small", 1)
