@@ -62,6 +62,9 @@ def steps(out: Path, device: str) -> list[Step]:
         Step("flash-attn", [*long, "--attention", "flash", "--out", str(out / "flash-attn")], 60)
         if find_spec("flash_attn")
         else Step("flash-attn", [], 0, "none: flash-attn is not installed"),
+        Step("two-gpus", [*long, "--gpus-per-worker", "2", "--out", str(out / "two-gpus")], 60)
+        if torch.cuda.device_count() > 1
+        else Step("two-gpus", [], 0, "none: there are not two GPUs"),
         Step("shapes-8k", [*shapes, "--contexts", "8192"], 60),
         Step("shapes-128k", [*shapes, "--contexts", "131072", "--layers", "8"], 90),
     ]

@@ -84,6 +84,7 @@ def run(
     memory_limit: int | None = None,
     threads: int | None = None,
     workers: int = 1,
+    gpus_per_worker: int = 1,
     shard: tuple[int, int] | None = None,
     listener: Listener | None = None,
 ) -> RunResult:
@@ -122,6 +123,7 @@ def run(
         threads: threads on the CPU, of the whole process from now on; None for OMP_NUM_THREADS, or
             as many as there are free cores.
         workers: processes that share the work, as with `kvbench run --workers`.
+        gpus_per_worker: GPUs of each worker, over which a model larger than one is split.
         shard: the part of the cells to measure, as `(2, 8)` for the second of eight.
         listener: hears of the progress; None for silence.
 
@@ -161,6 +163,7 @@ def run(
         batch_rows=batch_rows,
         memory_limit=memory_limit,
         workers=workers,
+        gpus_per_worker=gpus_per_worker,
         shard=shard,
     )
     result = start(choices, listener)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from helpers.models import plain_model
 from helpers.sequences import Made
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -58,6 +59,22 @@ def test_every_method_gives_on_a_gpu_what_it_gives_on_a_cpu(architecture: str) -
     cpu = wrap_model(plain_model(architecture), None, name=architecture)
     expected = run_rows(cpu, names, prefill_chunk=25)
     got = run_rows(on_gpu(architecture), names, prefill_chunk=25)
+    for row, a, b in zip(names, expected, got, strict=True):
+        assert a.resident_rows == b.resident_rows
+        assert a.tokens == b.tokens, row.spec.name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_model_on_two_gpus_gives_what_it_gives_on_one(architecture: str) -> None:
+    names = [row for row in rows() if not (architecture == "gemma3" and "knorm" in row.spec.name)]
+    model = plain_model(architecture)
+    outside = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    layers = {f"model.layers.{index}": int(index > 0) for index in range(3)}
+    split = wrap_model(dispatch_model(model, outside | layers), None, name=architecture)
+    assert [device.index for device in split.devices] == [0, 1]
+    expected = run_rows(on_gpu(architecture), names, prefill_chunk=25)
+    got = run_rows(split, names, prefill_chunk=25)
     for row, a, b in zip(names, expected, got, strict=True):
         assert a.resident_rows == b.resident_rows
         assert a.tokens == b.tokens, row.spec.name

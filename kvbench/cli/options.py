@@ -119,6 +119,9 @@ Threads = Annotated[
 Workers = Annotated[
     int, opt(SCALE, "Processes that share the work: one a GPU, or of a CPU's cores.", min=1)
 ]
+GpusPerWorker = Annotated[
+    int, opt(SCALE, "GPUs of each worker, over which the model is split.", min=1)
+]
 RayAddress = Annotated[
     str | None,
     opt(SCALE, "Ray cluster that measures; 'local' starts one.", "none", metavar="ADDRESS"),

@@ -26,7 +26,7 @@ OF_SCALE = {
     "--scale small": EVERY | {"seed", "dry_run"},
     "--scale full": EVERY
     | {"data", "method", "task", "option", "budgets", "judge", "judge_url", "dry_run"}
-    | {"workers", "ray"},
+    | {"workers", "gpus_per_worker", "ray"},
     "--rehearse": EVERY | {"method", "task", "budgets", "model"},
 }
 REHEARSE = "Run the full scale on a CPU with small made-up data; its numbers mean nothing."
@@ -67,6 +67,7 @@ def reproduce(
     model: Annotated[str, opt(MODEL, "Model of a rehearsal: tiny or smollm2-135m.")] = "tiny",
     threads: options.Threads = None,
     workers: options.Workers = 1,
+    gpus_per_worker: options.GpusPerWorker = 1,
     ray: options.RayAddress = None,
     judge: options.JudgeModel = None,
     judge_url: options.JudgeUrl = None,
@@ -122,7 +123,7 @@ def reproduce(
         )
         print_reproduction(found)
         return found.code
-    part |= {"workers": workers, "ray": ray}
+    part |= {"workers": workers, "gpus_per_worker": gpus_per_worker, "ray": ray}
     if samples is not None:
         part["samples"] = samples
     return full_scale(

@@ -134,6 +134,7 @@ def run(
         opt(SCALE, "The part of the cells to measure.", "all, or a Slurm array's", metavar="I/N"),
     ] = None,
     workers: options.Workers = 1,
+    gpus_per_worker: options.GpusPerWorker = 1,
     ray: options.RayAddress = None,
     out: Annotated[
         Path | None,
@@ -177,6 +178,7 @@ def run(
         memory_limit=None if memory_limit is None else options.memory(memory_limit),
         shard=slurm_shard(os.environ) if shard is None else options.shard(shard),
         workers=workers,
+        gpus_per_worker=gpus_per_worker,
         ray=ray,
     )
     if dry_run:

@@ -33,7 +33,9 @@ def slurm(
     gpu: Annotated[
         str, opt(MODEL, "What the time is predicted for: h100, h200, a100, a100-40gb or l40s.")
     ] = "h100",
-    gpus: Annotated[int, opt(MODEL, "GPUs of each job.", min=0)] = 1,
+    gpus: Annotated[
+        int | None, opt(MODEL, "GPUs of each job.", "--workers x --gpus-per-worker", min=0)
+    ] = None,
     hours: Annotated[
         float | None,
         opt(HOW_MUCH, "Time limit of each job.", "1.5 times what is predicted", min=0.02, max=8760),
@@ -55,6 +57,14 @@ def slurm(
     """
     given = list(run_options or ())
     chosen = checked(ctx, given)
+    needed = chosen["workers"] * chosen["gpus_per_worker"]
+    if gpus is None:
+        gpus = 0 if chosen["device"] == "cpu" else needed
+    elif 0 < gpus < needed or gpus < chosen["gpus_per_worker"] > 1:
+        raise InputError(
+            f"--gpus {gpus} is too few: {chosen['workers']} workers with "
+            f"{chosen['gpus_per_worker']} each need {needed}; leave --gpus out"
+        )
     if hours is None or memory is None:
         predicted, weights = prediction(chosen, gpu)
         hours = max(LEAST_HOURS, SPARE * predicted / shards) if hours is None else hours

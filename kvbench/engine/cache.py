@@ -295,23 +295,24 @@ class RowCache:
     """The cache of all layers of one row.
 
     `windows` are the windows of each layer's KV heads, none for a layer that reads the keys of
-    another one; `limits` are the model's own limits of the layers. In the
-    layers `apart`, each KV head that does not stream has separate storage, so that evicting copies
-    one head at a time and not a whole layer.
+    another one; `limits` are the model's own limits of the layers, `devices` where their keys and
+    values are. In the layers `apart`, each KV head that does not stream has separate storage, so
+    that evicting copies one head at a time and not a whole layer.
     """
 
     def __init__(
         self,
         windows: Sequence[Sequence[Window | None]],
         ledger: Ledger,
-        device: torch.device,
+        devices: Sequence[torch.device],
         *,
         limits: Sequence[Limit | None],
         apart: Container[int] = (),
     ) -> None:
         self.layers: list[list[HeadGroup]] = []
         self.orders: list[Tensor | None] = []  # index of each KV head among a layer's groups
-        for index, (layer, limit) in enumerate(zip(windows, limits, strict=True)):
+        layers = zip(windows, limits, devices, strict=True)
+        for index, (layer, limit, device) in enumerate(layers):
             kinds: dict[object, list[int]] = {}
             for head, window in enumerate(layer):
                 scored = window is None or isinstance(window, Visible)

@@ -98,7 +98,8 @@ def check_finite(finite: Sequence[tuple[Asked, int, Tensor]]) -> None:
     """
     if not finite:
         return
-    counts = torch.stack([count for _, _, count in finite]).tolist()
+    home = finite[0][2].device  # layers may be on several
+    counts = torch.stack([count.to(home) for _, _, count in finite]).tolist()
     for (asked, total, _), count in zip(finite, counts, strict=True):
         if count < total:
             raise asked.error(

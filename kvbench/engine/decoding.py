@@ -26,27 +26,28 @@ class RecentQueries:
     def __init__(self, size: int) -> None:
         self.size = size
         self.rings: dict[int, Tensor] = {}  # by layer, [R, H, size, D]
-        self.tick: Tensor | None = None  # [1], index in the rings of the next query
+        # [1], index in the rings of the next query, on each device that has rings
+        self.ticks: dict[torch.device, Tensor] = {}
 
     def add(self, layer: int, query: Tensor) -> None:
         """Note the queries [R, H, 1, D] of a step."""
         if layer not in self.rings:
             rows, heads, _, size = query.shape
             self.rings[layer] = query.new_zeros((rows, heads, self.size, size))
-        if self.tick is None:
-            self.tick = torch.zeros(1, dtype=torch.int64, device=query.device)
-        self.rings[layer].index_copy_(2, self.tick, query)
+        if query.device not in self.ticks:
+            self.ticks[query.device] = torch.zeros(1, dtype=torch.int64, device=query.device)
+        self.rings[layer].index_copy_(2, self.ticks[query.device], query)
 
     def advance(self) -> None:
         """Move on to the next token."""
-        if self.tick is not None:
-            self.tick.add_(1).remainder_(self.size)
+        for tick in self.ticks.values():
+            tick.add_(1).remainder_(self.size)
 
     def latest(self, layer: int, row: int, count: int) -> Tensor:
         """The latest `count` queries [H, count, D] of a row, in order."""
-        assert self.tick is not None
         ring = self.rings[layer][row]
-        order = (self.tick - count + torch.arange(count, device=ring.device)) % self.size
+        tick = self.ticks[ring.device]
+        order = (tick - count + torch.arange(count, device=ring.device)) % self.size
         return ring[:, order]
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -99,7 +100,8 @@ class DecodeKV:
     `prompts` are the lengths of the prompts. The latest `queries` queries of all rows are kept. The
     caches must have storage for all tokens that will
     be decoded. With kernels, tables describe the sequences of all layers one after another, those
-    of a layer row by row; the lengths in the caches are not updated.
+    of a layer row by row; the lengths in the caches are not updated. The tables are where the first
+    layer is; kernels of layers on other devices read copies.
     """
 
     def __init__(
@@ -156,8 +158,12 @@ class DecodeKV:
 
     @property
     def capturable(self) -> bool:
-        """Whether a CUDA graph can repeat a step; rows that have ended then keep their places."""
-        return self.by_kernel and self.positions.is_cuda
+        """Whether a CUDA graph can repeat a step; rows that have ended then keep their places.
+
+        A graph is of one GPU, so a model that is split over several decodes without.
+        """
+        alone = len({layer.device for layer in self.layers}) == 1
+        return alone and self.by_kernel and self.positions.is_cuda
 
     def _place(self) -> None:
         """Describe each layer's sequences for the kernels."""
@@ -168,6 +174,11 @@ class DecodeKV:
             self._choose_slots()
         if self.pages is not None:
             self.pages.want(self.lengths)
+        home, elsewhere = self.positions.device, {layer.device for layer in self.layers}
+        tables = self._tables()
+        self.copies = {
+            device: [table.to(device) for table in tables] for device in elsewhere - {home}
+        }
         self.sequences: list[Sequences] = []
         places: dict[int, slice] = {}  # of the sequences of a layer that holds entries
         self.places = places
@@ -177,18 +188,25 @@ class DecodeKV:
                 stop = start + len(self.caches) * layer.kv_heads
                 places[index], start = slice(start, stop), stop
             place = places[layer.source]
-            lengths, slots = self.lengths[place], self.slots[place]
+            here, lengths, slots, *where = (
+                table[place] for table in self.copies.get(layer.device, tables)
+            )
             if index != self.layers[layer.source].readers[-1]:
                 # Until the last layer that reads them has attended, a full window must not lose
                 # its oldest entry: the token waits behind the others.
                 slots = lengths
-            keys, values, positions = (addresses[place] for addresses in self.where)
             pages = self.pages.of(place) if self.pages is not None else None
-            self.sequences.append(
-                Sequences(
-                    self.here[place], keys, values, positions, lengths, slots, self.longest, pages
-                )
-            )
+            self.sequences.append(Sequences(here, *where, lengths, slots, self.longest, pages))
+
+    def _tables(self) -> list[Tensor]:
+        """What kernels read, each [S]; the first three change with every token."""
+        return [self.here, self.lengths, self.slots, *self.where]
+
+    def _send(self) -> None:
+        """Update what kernels of layers on other devices read."""
+        for copies in self.copies.values():
+            for copy, table in zip(copies[:3], self._tables(), strict=False):
+                copy.copy_(table)
 
     def _choose_slots(self) -> None:
         """A token's entry goes after the others, or replaces the one that leaves the window."""
@@ -216,11 +234,12 @@ class DecodeKV:
             out = kernel(q, k, v, sequences, call.rules)
             return out.reshape(rows, -1, 1, v.shape[-1])
         out = query.new_empty((*query.shape[:3], value.shape[-1]))
+        positions = self.positions.to(key.device)
         source = self.layers[call.layer].source
         last = call.layer == self.layers[source].readers[-1]
         for row, cache in enumerate(self.caches):
             grouped = query[row].unflatten(0, (kv_heads, -1))
-            here = self.positions[row].expand(kv_heads, 1)
+            here = positions[row].expand(kv_heads, 1)
             own = Entries(key[row], value[row], here)
             attended = attend_groups(cache, source, grouped, own, call.rules, self.backend)
             out[row] = attended.flatten(0, 1)
@@ -249,6 +268,7 @@ class DecodeKV:
                 within = self.here % self.spans.clamp(min=1)
                 torch.where(self.spans > 0, within, self.lengths, out=self.lengths)
             self._choose_slots()
+        self._send()
 
     def update_lengths(self, row: int) -> None:
         """Note in a row's cache how many entries its KV heads hold, which kernels do not do."""
@@ -269,8 +289,11 @@ class DecodeKV:
 
     def lengths_changed(self) -> None:
         """Choose the slots of the next tokens anew."""
-        if self.by_kernel and self.streams:
+        if not self.by_kernel:
+            return
+        if self.streams:
             self._choose_slots()
+        self._send()
 
     def retire(self, rows: Collection[int]) -> None:
         """Free the storage of rows that have ended; they keep their places in the batch.

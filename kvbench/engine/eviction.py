@@ -81,12 +81,13 @@ def choose_in_model(policy: EvictionPolicy, layers: "Sequence[LayerScores]") -> 
     if total >= heads * new:
         return [[None] * len(scores.groups) for scores in layers]
     protected = min(policy.spec.protected, new, total // heads)
-    candidates = torch.cat([scores.candidates(policy, protected) for scores in layers])
+    home = layers[0].device  # layers may be on several
+    candidates = torch.cat([scores.candidates(policy, protected).to(home) for scores in layers])
     least = int(policy.spec.head_share * total / heads) - protected
     best = compete(candidates, total - heads * protected, least)
     window = torch.arange(new - protected, new, device=candidates.device)
     chosen = iter(torch.cat([head, window])[None] for head in best)
-    return [[next(chosen) for _ in scores.groups] for scores in layers]
+    return [[next(chosen).to(scores.device) for _ in scores.groups] for scores in layers]
 
 
 def compete(scores: Tensor, total: int, least: int) -> list[Tensor]:

@@ -73,8 +73,9 @@ def read(model: LoadedModel, pack: "Sequence[Piece]", ids: Tensor) -> None:
             raise ContractError(not_finite(model, "in the prompt")) from error
         stream.finite.clear()
     first = best_tokens(logits).tolist() if pack[0].chunk.final else [None] * len(pack)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)  # so that no later chunk pays for this one
+    for device in model.devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # so that no later chunk pays for this one
     seconds = (time.perf_counter() - started) / sum(piece.chunk.tokens for piece in pack)
     for piece, token in zip(pack, first, strict=True):
         chunk = piece.chunk
@@ -123,7 +124,7 @@ class Piece:
         """
         query, key, value = call.query[0], call.key[0], call.value[0]
         chunk, kv_heads, rules = self.chunk, key.shape[0], call.rules
-        fed = Entries(key, value, self.positions.expand(kv_heads, -1))
+        fed = Entries(key, value, self.positions.to(key.device).expand(kv_heads, -1))
         grouped = query.unflatten(0, (kv_heads, -1))
         if rules.limit is not None and chunk.start + chunk.tokens <= rules.limit.size:
             rules = replace(rules, limit=None)  # it hides nothing yet
@@ -451,6 +452,7 @@ def make_streams(
     def add_stream(members: list[RowState], cache: RowCache) -> None:
         streams.append(Stream(members, cache))
 
+    devices = [layer.device for layer in model.layers]
     policies = [policy_of(model, row, prefill_chunk) for row in rows]
     sharing = sum(p.keeps_whole_prompt and not p.evicts_late for p in policies) > 1
     for row, policy in zip(rows, policies, strict=True):
@@ -458,7 +460,7 @@ def make_streams(
         shared = policy.keeps_whole_prompt and not policy.evicts_late and sharing
         apart = policy.spec.uneven or policy.bounded or (policy.scores_once and not shared)
         layers = policy.acting if apart and policy.evicts_by_score else ()
-        cache = RowCache(policy.windows, ledger, model.device, limits=policy.limits, apart=layers)
+        cache = RowCache(policy.windows, ledger, devices, limits=policy.limits, apart=layers)
         states.append(RowState(row, policy, cache))
         if policy.keeps_all:
             keeping.append(states[-1])
@@ -474,7 +476,7 @@ def make_streams(
         add_stream(leaving, leaving[0].cache)
     elif leaving:
         policy = leaving[0].policy
-        cache = RowCache(policy.windows, ledger, model.device, limits=policy.limits)
+        cache = RowCache(policy.windows, ledger, devices, limits=policy.limits)
         add_stream(leaving, cache)
     return states, streams
 

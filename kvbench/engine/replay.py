@@ -73,7 +73,8 @@ class ReplayKV:
         source, state = self.layers[call.layer].source, self.state
         query, key, value = call.query[0], call.key[0], call.value[0]
         grouped = query.unflatten(0, (key.shape[0], -1))
-        fed = Entries(key, value, self.positions.expand(key.shape[0], -1))
+        positions = self.positions.to(key.device)
+        fed = Entries(key, value, positions.expand(key.shape[0], -1))
         groups = state.cache.layers[source]
         scored = [group for group in groups if state.policy.scores(source, group)]
         if scored:

@@ -42,9 +42,9 @@ def run_rows(
         check(model, row)
     if model.long_rope is not None:
         model.long_rope.choose(max(len(row.prompt) + row.max_new_tokens for row in rows))
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(model.device)
+    gpus = [device for device in model.devices if device.type == "cuda"]
+    for gpu in gpus:
+        torch.cuda.reset_peak_memory_stats(gpu)
     ledger = Ledger()
     # By prompt, then by equal rows: indices of rows. An answer's length decides what a layer with a
     # limit holds, so rows with other lengths do not share a prefill there.
@@ -57,14 +57,14 @@ def run_rows(
         groups.setdefault(prompt, {}).setdefault(same, []).append(index)
     states: list[RowState] = []
     # Kernels and graphs go to the current GPU, which may not be the model's.
-    with torch.inference_mode(), torch.cuda.device(model.device) if on_gpu else nullcontext():
+    with torch.inference_mode(), torch.cuda.device(model.device) if gpus else nullcontext():
         for group in groups.values():
             states += prefill(model, [rows[i[0]] for i in group.values()], prefill_chunk, ledger)
         if keep_positions:
             for state in states:
                 state.kept = state.cache.kept()
         decode(model, states, repeat)
-    peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else None
+    peak = sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None
     results: dict[int, Outcome] = {}
     waiting = iter(states)
     for group in groups.values():

@@ -57,6 +57,8 @@ class LayerShape:
     source: int = 0  # the layer whose keys and values it reads: itself, or an earlier one
     readers: tuple[int, ...] = ()  # all layers that read these keys and values, the source first
     rotation: Rotation | None = None  # RoPE, None where it is not known
+    # Where its keys and values are.
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def group(self) -> int:

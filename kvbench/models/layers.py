@@ -55,7 +55,7 @@ def probe_layers(model: Any, layers: int, name: str) -> tuple[LayerShape, ...]:
                 input_ids=ids,
                 position_ids=positions,
                 use_cache=False,
-                logits_to_keep=torch.tensor([2], device=device),
+                logits_to_keep=[2],
                 kv=probe,
                 kv_positions=positions,
             )
@@ -104,9 +104,21 @@ def found_layers(calls: Sequence[AttentionCall], layers: int, name: str) -> tupl
         readers = tuple(layer for layer in range(layers) if sources[layer] == source)
         found.append(
             LayerShape(
-                kv_heads, heads, size, call.value.shape[3], call.rules.limit, source, readers
+                kv_heads,
+                heads,
+                size,
+                call.value.shape[3],
+                call.rules.limit,
+                source,
+                readers,
+                device=call.key.device,
             )
         )
+        if call.key.device != found[source].device:
+            raise InputError(
+                f"model '{name}': layer {call.layer} reads the keys of layer {source}, which is on "
+                "another GPU; choose other --gpus-per-worker, or one GPU that holds the model"
+            )
         if call.rules.limit != found[source].limit:
             raise InputError(
                 f"model '{name}': layer {call.layer} reads the keys of layer {source} but sees "
@@ -116,12 +128,20 @@ def found_layers(calls: Sequence[AttentionCall], layers: int, name: str) -> tupl
 
 
 def source_of(call: AttentionCall, calls: Sequence[AttentionCall]) -> int:
-    """The first layer that attended to the same keys and values."""
+    """The first layer that attended to the same keys and values, or to those that it is a copy of.
+
+    A layer on another GPU gets a copy.
+    """
 
     def place(each: AttentionCall) -> tuple[int, ...]:
         return each.key.data_ptr(), *each.key.shape, each.value.data_ptr(), *each.value.shape
 
-    return next(each.layer for each in calls if place(each) == place(call))
+    def same(each: AttentionCall) -> bool:
+        if each.key.device == call.key.device:
+            return place(each) == place(call)
+        return torch.equal(each.key.to(call.key.device), call.key)
+
+    return next(each.layer for each in calls if same(each))
 
 
 def kv_shape(layers: Sequence[LayerShape], name: str) -> KVShape:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,11 @@ class LoadedModel:
         return any(layer.source != index for index, layer in enumerate(self.layers))
 
     @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices that the layers are on, the one that reads tokens first."""
+        return tuple(dict.fromkeys([self.device, *(layer.device for layer in self.layers)]))
+
+    @property
     def end_tokens(self) -> frozenset[int]:
         """Ids that end an answer."""
         return frozenset(end_tokens(self.model, self.tokenizer))
@@ -78,26 +83,36 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, device: str = "auto", dtype: str = "auto", attention: str = "sdpa"
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "sdpa",
+    gpus: int = 1,
 ) -> LoadedModel:
     """Load a model by a name that kvbench knows, from a local folder, or from the Hugging Face hub.
 
-    `dtype` "auto" is float32 on a CPU and the checkpoint's dtype on a GPU. Threads are
+    `dtype` "auto" is float32 on a CPU and the checkpoint's dtype on a GPU. With `gpus`, the layers
+    are split over that many GPUs, the first that are visible. Threads are
     limited to the cores that are free (`kvbench.machine`). InputError if the model
     cannot be loaded: no such model, hub not reachable, no GPU, weights that are not safetensors, or
     an architecture that kvbench does not measure.
     """
-    where = resolve_device(device)
+    where = resolve_device(device, gpus)
     kind = resolve_dtype(dtype, where)
     folder = model_folder(name)
     quiet()
     limit_threads()
     try:
-        model, tokenizer = read_model(name, attn_implementation=ATTENTION, dtype=kind)
+        model, tokenizer = read_model(
+            name, attn_implementation=ATTENTION, dtype=kind, **placement(gpus)
+        )
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
         reason = told(error)
+        if gpus > 1 and "offload" in reason:  # what transformers asks for where GPUs are too small
+            raise InputError(too_large(name, gpus)) from None
         hint = (
             "is it a model folder with config.json, safetensors weights and a tokenizer?"
             if folder
@@ -106,7 +121,10 @@ def load_model(
         raise InputError(f"model '{name}' cannot be loaded ({hint}): {reason}") from None
     except Exception as error:  # tokenizers and safetensors raise plain Exceptions
         raise InputError(f"model '{name}' has a broken file: {told(error)}") from None
-    model.eval().to(where)
+    check_placement(getattr(model, "hf_device_map", {}), name, gpus)
+    model.eval()
+    if gpus == 1:
+        model.to(where)
     return wrap_model(
         model,
         tokenizer,
@@ -114,6 +132,28 @@ def load_model(
         attention=attention,
         fingerprint=fingerprint(name, model.config),
         card=read_card(folder) if folder else ModelCard(),
+    )
+
+
+def placement(gpus: int) -> dict[str, Any]:
+    """What `from_pretrained` is told, so that it splits a model over the first `gpus` GPUs."""
+    if gpus == 1:
+        return {}
+    memory = {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus)}
+    return {"device_map": "auto", "max_memory": memory}
+
+
+def check_placement(places: Mapping[str, Any], name: str, gpus: int) -> None:
+    """InputError if a part of a split model is on no GPU; `places` is transformers' device map."""
+    if gpus > 1 and {"cpu", "disk", "meta"} & set(map(str, places.values())):
+        raise InputError(too_large(name, gpus))
+
+
+def too_large(name: str, gpus: int) -> str:
+    """What to say of a model whose weights do not fit."""
+    return (
+        f"model '{name}' does not fit on {gpus} GPUs, and kvbench keeps no weights elsewhere; give "
+        "more --gpus-per-worker, or a smaller --dtype such as bfloat16"
     )
 
 
@@ -224,8 +264,16 @@ def check_end_tokens(ids: Sequence[Any], vocabulary: int, name: str) -> None:
             )
 
 
-def resolve_device(device: str) -> torch.device:
-    """The device that `--device` names; InputError if the machine does not have it."""
+def resolve_device(device: str, gpus: int = 1) -> torch.device:
+    """The device that `--device` names, with `gpus` GPUs the first of them.
+
+    InputError if the machine does not have it.
+    """
+    if gpus > 1:
+        there = torch.cuda.device_count()
+        if there < gpus:
+            raise InputError(f"a worker needs {gpus} GPUs, this machine has {there}")
+        return torch.device("cuda", 0)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -297,10 +345,10 @@ def forward(
     Returns [B, V], after the last token of each sequence. With `ends` (indices into T), B is 1 and
     the sequence packs several ones: returns [len(ends), V], after each of these tokens.
     """
-    keep: int | Tensor = 1
+    keep: int | list[int] = 1  # a list, because a tensor would have to be on the last device
     # With a number, models that share keys drop all other tokens before the layers that share.
     if ends is not None and (len(ends) > 1 or model.shares_keys):
-        keep = torch.tensor(ends, device=ids.device)
+        keep = list(ends)
     elif ends is not None:
         keep = ids.shape[1] - ends[0]
     out = model.model(

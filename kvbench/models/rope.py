@@ -87,8 +87,8 @@ class Rope:
     def _angles(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [..., T, P] of the P pairs."""
         flat = positions.to(states.device).flatten()
-        cos, sin = (t[:, self.columns].unflatten(0, positions.shape) for t in self.call.at(flat))
-        return cos, sin
+        cos, sin = (table.to(states.device)[:, self.columns] for table in self.call.at(flat))
+        return cos.unflatten(0, positions.shape), sin.unflatten(0, positions.shape)
 
     def _turned(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         turned = states.clone()

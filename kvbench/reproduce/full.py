@@ -155,7 +155,8 @@ def missing_for_full_scale(
     settings = {**full_settings(), **part}
     model, context = str(settings["model"]), int(settings["context"])
     missing = [
-        None if settings.get("ray") else _missing_gpu(context),  # the cluster has its own
+        # the cluster has its own
+        None if settings.get("ray") else _missing_gpu(context, settings.get("gpus_per_worker", 1)),
         _missing_model(model),
         *missing_data(data, judged, settings["task"]),
         _missing_scores(model, settings["method"], options),
@@ -191,7 +192,7 @@ def missing_data(data: Path, judged: bool, tasks: Sequence[str]) -> list[str]:
     return lines
 
 
-def _missing_gpu(context: int) -> str | None:
+def _missing_gpu(context: int, count: int) -> str | None:
     needed = 2 * PARAMETERS + 2 * KV_BYTES * context + WORKING_BYTES
     want = f"a CUDA GPU with {needed / 2**30:.0f} GiB of memory"
     try:
@@ -200,10 +201,11 @@ def _missing_gpu(context: int) -> str | None:
         return f"{want}, and PyTorch to use it: pip install 'kvbench[run]'"
     if not torch.cuda.is_available():
         return f"{want}: there is none that PyTorch {torch.__version__} can use"
-    memory = max(
-        torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())
-    )
-    return None if memory >= needed else f"{want}: the largest here has {memory / 2**30:.0f} GiB"
+    gpus = range(torch.cuda.device_count())
+    sizes = [torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus]
+    memory = max(sizes) if count == 1 else sum(sizes[:count])
+    which = "the largest here has" if count == 1 else f"the first {count} here have"
+    return None if memory >= needed else f"{want}: {which} {memory / 2**30:.0f} GiB"
 
 
 def _missing_model(name: str) -> str | None:

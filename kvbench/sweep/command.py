@@ -11,11 +11,11 @@ import platform
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ from kvbench.spec import (
 from kvbench.sweep.chat import TEMPLATE_DATE
 from kvbench.sweep.folder import experiment, find_folder
 from kvbench.sweep.length import TOO_LONG
-from kvbench.sweep.plan import Cell, Settings, common_settings, get_tasks, make_plan
+from kvbench.sweep.plan import Cell, Settings, Unit, common_settings, get_tasks, make_plan
 from kvbench.sweep.progress import Listener, Progress
 from kvbench.sweep.units import shard
 from kvbench.task import Task
@@ -70,6 +70,7 @@ COMPARED = (  # without --method: what arXiv 2506.17121 compares, controls, and 
 )
 MOST_NAMED = 5  # samples in a note
 MOST_WORKERS = 1024
+MOST_GPUS = 64  # of a worker
 MOST_SHARDS = 100_000
 TRIAL_SHARE = 0.01  # of a sweep's tokens, at most, are spent on predicting its time
 
@@ -106,6 +107,7 @@ class Choices:
     memory_limit: int | None = None  # bytes beside the model
     shard: tuple[int, int] | None = None  # I of N, from 1: the part of the cells that is measured
     workers: int = 1  # processes that share the sweep
+    gpus_per_worker: int = 1  # over which a worker splits the model
     ray: str | None = None  # the address of a Ray cluster that measures it; "local" starts one
 
     def __post_init__(self) -> None:
@@ -136,6 +138,12 @@ class Choices:
             check_whole("the number of shards", self.shard[1], most=MOST_SHARDS)
             check_whole("a shard", self.shard[0], most=self.shard[1])
         check_whole("workers", self.workers, most=MOST_WORKERS)
+        check_whole("gpus_per_worker", self.gpus_per_worker, most=MOST_GPUS)
+        if self.gpus_per_worker > 1 and self.device not in ("auto", "cuda"):
+            raise InputError(
+                f"gpus_per_worker {self.gpus_per_worker} goes with device cuda, not "
+                f"'{self.device}'; a process takes the first of the GPUs that are visible"
+            )
         if self.ray is not None:
             check_text("ray", self.ray)
         if self.metric is not None:
@@ -191,6 +199,7 @@ class SweepPlan:
     self_check: dict[str, Any]  # how far full attention is from the model's own
     codes: dict[str, str]  # see `kvbench.run_folder.current_codes`
     skipped: dict[str, list[int]]  # by task, samples that are too long and left out
+    make: Callable[[Set[Unit]], list[Cell]]  # makes the cells of some units
 
     @cached_property
     def batches(self) -> "list[tuple[list[Cell], Cost]]":
@@ -298,8 +307,11 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def plan_sweep(choices: Choices) -> SweepPlan:
-    """What `run_sweep` would measure. Raises InputError for choices that cannot be measured."""
+def plan_sweep(choices: Choices, only: Set[Unit] | None = None) -> SweepPlan:
+    """What `run_sweep` would measure, or of that only some units.
+
+    Raises InputError for choices that cannot be measured.
+    """
     use_judge(None if choices.judge is None else Judge(choices.judge, choices.judge_url or ""))
     tasks = ready_tasks(choices)
     folder = model_folder(choices.model)
@@ -310,9 +322,10 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     from kvbench.models.load import load_model, resolve_device
     from kvbench.sweep.runner import Sweep, free_bytes
 
-    attention = resolve_attention(choices.attention, resolve_device(choices.device))
+    gpus = choices.gpus_per_worker
+    attention = resolve_attention(choices.attention, resolve_device(choices.device, gpus))
     model = load_model(
-        choices.model, device=choices.device, dtype=choices.dtype, attention=attention
+        choices.model, device=choices.device, dtype=choices.dtype, attention=attention, gpus=gpus
     )
     checked = asdict(self_check(model))
     reads = any(task.reads for task in tasks)
@@ -329,7 +342,8 @@ def plan_sweep(choices: Choices) -> SweepPlan:
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file; name a folder")
     check_common(out, common)
-    every = make_plan(model, tasks, specs, settings, choices.seeds)
+    make = partial(make_plan, model, tasks, specs, settings, choices.seeds)
+    every = make(only)
     cells = [cell for cell in every if not cell.skipped]
     added = AddedRecords(out)  # before the others are read, so that none is missed in between
     damaged: list[Damage] = []
@@ -380,6 +394,7 @@ def plan_sweep(choices: Choices) -> SweepPlan:
         checked,
         codes,
         skipped,
+        make,
     )
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from kvbench.engine.policy import EvictionPolicy
 from kvbench.engine.prefill import PACKED_TOKENS
 from kvbench.engine.row import Row, policy_of
@@ -55,12 +57,10 @@ def cost_of_policies(
 ) -> Cost:
     """The cost of rows that run together, grouped by prompt; the memory is an upper bound.
 
-    It is the largest of two kinds of moments. While a prompt is read: its whole streams, the copies
-    that its rows keep, what the rows of earlier prompts keep, and the activations of one forward.
-    While all rows decode: everything they hold, and a copy of one layer. The allocator's own is not
-    included.
+    The memory is that of the GPU which needs most, if the model is split over several. The
+    allocator's own is not included.
     """
-    prefill = attended = most = kept = 0
+    prefill = attended = 0
     for policies in groups:
         n = policies[0].prompt
         first = min(n, prefill_chunk or n)
@@ -72,34 +72,56 @@ def cost_of_policies(
         kinds = {p.chunks[0].patched for p in policies}
         prefill += first * len(kinds) + (n - first) * streams + sum(patches.values())
         attended += streams * n * n // 2
-        held = sum(bytes_kept(model, p) for p in policies if not p.keeps_all)
-        full = max((bytes_full(model, n + p.decoded) for p in late), default=0)
-        keeps = full if any(p.keeps_all for p in policies) else 0
-        most = max(most, kept + held + full + workspace(model, n, first))
-        kept += held + keeps
-    moved = kept // len(model.shape.acting or model.layers)
-    most = max(most, kept + moved)
+    most = max(bytes_on(model, device, groups, prefill_chunk) for device in model.devices)
     decoded = sum(policy.decoded for policies in groups for policy in policies)
     return Cost(prefill, decoded, attended, most)
 
 
-def bytes_kept(model: LoadedModel, policy: EvictionPolicy) -> int:
-    """Bytes that a row stores: what stays of its prompt, and its answer."""
+def bytes_on(
+    model: LoadedModel,
+    device: torch.device,
+    groups: Sequence[Sequence[EvictionPolicy]],
+    prefill_chunk: int | None,
+) -> int:
+    """The most bytes that rows take on one device, beside the weights; an upper bound.
+
+    It is the largest of two kinds of moments. While a prompt is read: its whole streams, the copies
+    that its rows keep, what the rows of earlier prompts keep, and the activations of one forward.
+    While all rows decode: everything they hold, and a copy of one layer.
+    """
+    layers = [index for index, layer in enumerate(model.layers) if layer.device == device]
+    most = kept = 0
+    for policies in groups:
+        n = policies[0].prompt
+        late = [p for p in policies if p.keeps_whole_prompt and not p.evicts_late]
+        held = sum(bytes_kept(model, p, layers) for p in policies if not p.keeps_all)
+        full = max((bytes_full(model, n + p.decoded, layers) for p in late), default=0)
+        keeps = full if any(p.keeps_all for p in policies) else 0
+        most = max(most, kept + held + full + workspace(model, n, min(n, prefill_chunk or n)))
+        kept += held + keeps
+    acting = [layer for layer in model.shape.acting or layers if layer in layers]
+    return max(most, kept + kept // max(1, len(acting)))
+
+
+def bytes_kept(model: LoadedModel, policy: EvictionPolicy, layers: Sequence[int]) -> int:
+    """Bytes that a row stores in some layers: what stays of its prompt, and its answer."""
     whole = policy.prompt + policy.decoded
     if policy.evicts_late:
-        return bytes_full(model, whole)
+        return bytes_full(model, whole, layers)
     if any(policy.pages):  # a page has two keys more
-        bounds = zip(model.layers, policy.pages, strict=True)
+        bounds = ((model.layers[layer], policy.pages[layer]) for layer in layers)
         more = sum(bounds_bytes(model, layer, pages, whole) for layer, pages in bounds)
-        return bytes_full(model, whole) + more
+        return bytes_full(model, whole, layers) + more
     share = policy.spec.scorer_budget(policy.budget) if policy.evicts_by_score else 1.0
     scored = min(whole, round(share * policy.prompt) + 1 + policy.decoded)
     if policy.interval:
         scored = min(whole, policy.held + policy.interval)
+    if len(layers) < len(model.layers):  # some may keep more than the mean: PyramidKV, up to twice
+        scored = min(whole, 2 * scored)
     return sum(
-        entry_bytes(model, layer) * policy_entries(window, scored, whole)
-        for layer, windows in zip(model.layers, policy.windows, strict=True)
-        for window in windows
+        entry_bytes(model, model.layers[layer]) * policy_entries(window, scored, whole)
+        for layer in layers
+        for window in policy.windows[layer]
     )
 
 
@@ -115,14 +137,14 @@ def policy_entries(window: Window | None, scored: int, whole: int) -> int:
     return scored if window is None else min(whole, window.sinks + window.size + 1)
 
 
-def bytes_full(model: LoadedModel, tokens: int) -> int:
-    """Bytes that full attention holds after `tokens` tokens."""
+def bytes_full(model: LoadedModel, tokens: int, layers: Sequence[int] | None = None) -> int:
+    """Bytes that full attention holds after `tokens` tokens, in some layers or in all."""
+    own = range(len(model.layers)) if layers is None else layers
     return sum(
         layer.kv_heads
         * entry_bytes(model, layer)
         * (tokens if layer.limit is None else min(tokens, layer.limit.size + 1))
-        for index, layer in enumerate(model.layers)
-        if layer.source == index
+        for layer in (model.layers[index] for index in own if model.layers[index].source == index)
     )
 
 

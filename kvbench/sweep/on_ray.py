@@ -9,7 +9,7 @@ and leave meanwhile.
 
 import importlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from kvbench.sweep.command import (
     plan_sweep,
 )
 from kvbench.sweep.folder import find_folder
+from kvbench.sweep.plan import Unit
 from kvbench.sweep.progress import Listener, Progress
 from kvbench.sweep.units import longest_first, tokens_of, units_of
 
@@ -39,15 +40,15 @@ ENDED = f"{MOST_DEATHS} workers ended without a word while they measured it (out
 
 
 @dataclass
-class Unit:
-    """Cells that an actor measures at a time."""
+class Work:
+    """Cells of a unit that an actor measures at a time."""
 
     cells: dict[str, int]  # the tokens of each cell, by fingerprint
-    task: str
+    unit: Unit
     deaths: int = 0  # actors that ended while they measured it, once it is a single cell
     error: str = ""  # why it is not measured
 
-    def after_death(self) -> "list[Unit]":
+    def after_death(self) -> "list[Work]":
         """What is given out instead, once an actor died with it."""
         if len(self.cells) == 1:
             deaths = self.deaths + 1
@@ -58,25 +59,28 @@ class Unit:
 
 
 class Worker:
-    """An actor. It makes the whole plan itself, since equal choices give equal plans."""
+    """An actor. One makes the whole plan; the others plan the units that they are given.
+
+    Equal choices give equal cells.
+    """
 
     def __init__(self, choices: Choices) -> None:
         self.choices = replace(choices, out=NOWHERE)
         self._plan: SweepPlan | None = None
 
-    def plan(self) -> SweepPlan:
-        """The plan, made when it is first needed."""
+    def plan(self, only: Set[Unit] | None) -> SweepPlan:
+        """The plan, made when it is first needed; `only` is for what must be planned then."""
         if self._plan is None:
             from kvbench.sweep.runner import warm_up
 
-            self._plan = plan_sweep(self.choices)
+            self._plan = plan_sweep(self.choices, only)
             warm_up(self._plan.sweep.model)
         return self._plan
 
     def told(self) -> dict[str, Any]:
         """What the driver must know; or the `error` of choices that cannot be measured."""
         try:
-            plan = self.plan()
+            plan = self.plan(None)
         except InputError as error:
             return {"error": str(error)}
         return {
@@ -86,15 +90,26 @@ class Worker:
             "notes": plan.notes,
             "left_out": plan.left_out,
             "units": [
-                Unit({cell.fingerprint: cell.tokens for cell in unit}, unit[0].sample.task)
+                Work({cell.fingerprint: cell.tokens for cell in unit}, unit[0].unit)
                 for unit in longest_first(units_of(plan.cells), tokens_of)
             ],
         }
 
-    def measure(self, fingerprints: Sequence[str], error: str) -> list[bytes]:
-        """The records of some cells, as lines; if there is an `error`, cells that failed by it."""
-        plan, wanted = self.plan(), set(fingerprints)
-        cells = [cell for cell in plan.cells if cell.fingerprint in wanted]
+    def measure(self, work: Work) -> list[bytes]:
+        """The records of some cells, as lines; if there is an error, cells that failed by it.
+
+        InputError if the unit has other cells than when it was planned.
+        """
+        plan, error = self.plan(frozenset()), work.error
+        planned = [cell for cell in plan.cells if cell.unit == work.unit]
+        planned = planned or plan.make(frozenset([work.unit]))
+        cells = [cell for cell in planned if cell.fingerprint in work.cells]
+        if len(cells) < len(work.cells):
+            task, _, index = work.unit
+            raise InputError(
+                f"sample {index} of {task} has changed since the run started; what was finished is "
+                "kept, give the same command again"
+            )
         if error:
             cells = [replace(cell, error=error) for cell in cells]
         sweep = replace(plan.sweep, recorded=set(), added=None)
@@ -112,8 +127,8 @@ class Driver:
     ray: Any
     choices: Choices
     actors: list[Any] = field(default_factory=list)
-    units: list[Unit] = field(default_factory=list)  # to be given out, the next one last
-    busy: dict[Any, tuple[Any, Unit]] = field(default_factory=dict)  # by what an actor will send
+    units: list[Work] = field(default_factory=list)  # to be given out, the next one last
+    busy: dict[Any, tuple[Any, Work]] = field(default_factory=dict)  # by what an actor will send
     deaths: int = 0  # of actors, in a row
 
     def learn(self) -> dict[str, Any]:
@@ -130,13 +145,17 @@ class Driver:
             return told
 
     def look(self) -> None:
-        """Start an actor for each GPU, or CPU, that the cluster has now; one at least."""
-        cluster = self.ray.cluster_resources()
-        gpus = 0 if self.choices.device == "cpu" else int(cluster.get("GPU", 0))
-        count = max(1, gpus or int(cluster.get("CPU", 1)))
+        """Start an actor for each GPU, or several, or CPU, that the cluster has; one at least."""
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        gpus = [0 if self.choices.device == "cpu" else int(node.get("GPU", 0)) for node in nodes]
+        each = self.choices.gpus_per_worker
+        if each > max(1, *gpus):  # an actor is on one node
+            raise InputError(f"a worker needs {each} GPUs, no node of the cluster has so many")
+        cores = sum(int(node.get("CPU", 0)) for node in nodes)
+        count = max(1, sum(count // each for count in gpus) if any(gpus) else cores)
         if self.choices.workers > 1:
             count = min(count, self.choices.workers)
-        kind = self.ray.remote(Worker).options(num_gpus=bool(gpus), num_cpus=1)
+        kind = self.ray.remote(Worker).options(num_gpus=each if any(gpus) else 0, num_cpus=1)
         while len(self.actors) < count:
             self.actors.append(kind.remote(self.choices))
 
@@ -147,7 +166,7 @@ class Driver:
         for actor in self.actors:
             if self.units and id(actor) not in engaged:
                 unit = self.units.pop()
-                self.busy[actor.measure.remote(list(unit.cells), unit.error)] = actor, unit
+                self.busy[actor.measure.remote(unit)] = actor, unit
         arrived, _ = self.ray.wait(list(self.busy), timeout=LOOK_SECONDS)
         records = []
         for sent in arrived:
@@ -207,7 +226,7 @@ def measured(
         if cells := {name: tokens for name, tokens in unit.cells.items() if name not in known}:
             driver.units.append(replace(unit, cells=cells))
     missing = {name: tokens for unit in driver.units for name, tokens in unit.cells.items()}
-    tasks = {name: unit.task for unit in driver.units for name in unit.cells}
+    tasks = {name: unit.unit[0] for unit in driver.units for name in unit.cells}
     reused, failed, interrupted = planned - len(missing), [], False
     for note in told["notes"]:
         listener.note(note)

@@ -11,7 +11,7 @@ samples is the user's to mend: what is wrong with one of them is raised before a
 import itertools
 import json
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kvbench.models.load import LoadedModel
     from kvbench.spec import MethodSpec
 
+Unit = tuple[str, int, int]  # a sample with all of its cells: its task, seed and index
 ANSWER_PREFIX = "answer_prefix"
 TURNS = "turns"
 PROMPT_TAIL = 240  # characters of the prompt kept in a record
@@ -62,6 +63,11 @@ class Cell:
     def tokens(self) -> int:
         """Tokens to process at most: the prompt's and the answer's."""
         return len(self.prompt) + self.sample.max_new_tokens
+
+    @property
+    def unit(self) -> Unit:
+        """The unit that the cell belongs to (`units.py`)."""
+        return self.sample.task, self.sample_seed, self.sample.index
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,7 @@ def make_plan(
     specs: Sequence["MethodSpec"],
     settings: Settings,
     seeds: Sequence[int] = (),
+    only: Set[Unit] | None = None,
 ) -> list[Cell]:
     """All cells of a sweep: sample by sample, for each the tasks in turn, and for each the seeds.
 
@@ -142,16 +149,20 @@ def make_plan(
     The baseline has one cell per sample, whatever the budgets. A method that does not depend on the
     prefill chunk has one cell per budget. Raises InputError if no sample of a task can be made with
     these settings, for example because the context is too short for it.
+
+    With `only`, the cells of these units: a long sweep need not be tokenized as a whole for some.
     """
     of_seeds = [replace(settings, seed=seed) for seed in seeds or (settings.seed,)]
     commons = [common_settings(model, each) for each in of_seeds]
     methods = [(spec, method_code(spec), *recorded_options(spec)) for spec in specs]
     task_codes = {task.name: task_code(task) for task in tasks}
-    prepared = {task.name: _samples_of_seeds(model, task, of_seeds) for task in tasks}
+    prepared = {task.name: _samples_of_seeds(model, task, of_seeds, only) for task in tasks}
     cells = []
     for index, task in itertools.product(range(settings.samples), tasks):
         for one, common, samples in zip(of_seeds, commons, prepared[task.name], strict=True):
-            if index >= len(samples):
+            if index not in samples or (
+                only is not None and (task.name, one.seed, index) not in only
+            ):
                 continue
             ready = samples[index]
             sample, prompt = ready.sample, ready.prompt
@@ -271,14 +282,24 @@ class Prepared:
 
 
 def _samples_of_seeds(
-    model: "LoadedModel", task: Task, of_seeds: Sequence[Settings]
-) -> list[list[Prepared]]:
-    """All samples of a task, for each seed. Samples that are read are the same for every seed."""
+    model: "LoadedModel", task: Task, of_seeds: Sequence[Settings], only: Set[Unit] | None
+) -> list[dict[int, Prepared]]:
+    """All samples of a task, or those in `only`, by index, for each seed.
+
+    Samples that are read are the same for every seed.
+    """
+    if only is not None:
+        wanted = [
+            {index for name, seed, index in only if (name, seed) == (task.name, each.seed)}
+            for each in of_seeds
+        ]
+        parts = zip(of_seeds, wanted, strict=True)
+        return [_prepared_samples(model, task, each, some) for each, some in parts]
     first = _prepared_samples(model, task, of_seeds[0])
     if task.reads or len(of_seeds) == 1:
         return [first for _ in of_seeds]
     prepared = [first, *(_prepared_samples(model, task, each) for each in of_seeds[1:])]
-    asked = [[asked_of(r.sample) for r in each if not r.error] for each in prepared[:2]]
+    asked = [[asked_of(r.sample) for r in each.values() if not r.error] for each in prepared[:2]]
     if asked[0] and asked[0] == asked[1]:
         seeds = f"{of_seeds[0].seed} and {of_seeds[1].seed}"
         raise InputError(
@@ -288,21 +309,25 @@ def _samples_of_seeds(
     return prepared
 
 
-def _prepared_samples(model: "LoadedModel", task: Task, settings: Settings) -> list[Prepared]:
-    """All samples of a task.
+def _prepared_samples(
+    model: "LoadedModel", task: Task, settings: Settings, wanted: Set[int] | None = None
+) -> dict[int, Prepared]:
+    """All samples of a task by index, or the `wanted` ones.
 
     A sample that cannot be made has a stand-in without a prompt. InputError if no sample can be
     made, and the first one's fault is the user's choice. A task that makes another sample each time
     has none: every run would measure all of its cells again. A task that reads its samples raises
     InputError for any that cannot be measured.
     """
-    prepared: list[Prepared] = []
+    prepared: dict[int, Prepared] = {}
     first: InputError | None = None
     varies = False
-    for index in range(settings.samples if task.size is None else task.size):
+    count = settings.samples if task.size is None else task.size
+    for index in range(count) if wanted is None else sorted({0, *wanted} if wanted else ()):
         try:
             if task.reads:
-                prepared.append(_read_sample(model, task, index, settings))
+                if wanted is None or index in wanted:
+                    prepared[index] = _read_sample(model, task, index, settings)
                 continue
             ready = _prepare_sample(model, task, index, settings)
             if index == 0:
@@ -310,7 +335,7 @@ def _prepared_samples(model: "LoadedModel", task: Task, settings: Settings) -> l
                 varies = asked_of(ready.sample) != asked_of(again)
             if varies:
                 raise ContractError("sample() makes another sample each time; expected equal ones")
-            prepared.append(ready)
+            prepared[index] = ready
         except (Exception, SystemExit) as error:
             if task.reads:
                 raise InputError(f"{task.place(index)}: {one_line(error)}") from None
@@ -319,8 +344,8 @@ def _prepared_samples(model: "LoadedModel", task: Task, settings: Settings) -> l
             subtask = str(task.subtasks[index % len(task.subtasks)]) if task.subtasks else ""
             reason = f"{task.place(index)}: {one_line(error)}"
             stand_in = Sample(task.name, subtask, index, "", None, 0)
-            prepared.append(Prepared(stand_in, [], error=reason))
-    if first is not None and all(ready.error for ready in prepared):
+            prepared[index] = Prepared(stand_in, [], error=reason)
+    if first is not None and wanted is None and all(each.error for each in prepared.values()):
         raise first
     return prepared
 

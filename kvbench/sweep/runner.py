@@ -340,9 +340,12 @@ def _fitting(
 
 
 def free_bytes(model: LoadedModel) -> int:
-    """Bytes that a sweep may take by default: three quarters of the free memory."""
+    """Bytes that a sweep may take by default: three quarters of the free memory.
+
+    Of a model that is split over several GPUs, of the one with the least.
+    """
     if model.device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(model.device)[0])
+        free = min(int(torch.cuda.mem_get_info(device)[0]) for device in model.devices)
     else:
         free = free_memory()
     return int(free * MEMORY_SHARE)

@@ -5,26 +5,21 @@ The cells of a sample share the prefill of its prompt, so they are never split b
 """
 
 import heapq
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from kvbench.errors import InputError
-from kvbench.sweep.plan import Cell
+from kvbench.sweep.plan import Cell, Unit
 
 C = TypeVar("C", bound=Cell)
 U = TypeVar("U")
 
 
-def unit_of(cell: Cell) -> Hashable:
-    """The unit that a cell belongs to."""
-    return cell.sample.task, cell.sample_seed, cell.sample.index
-
-
 def units_of(cells: Sequence[C]) -> list[list[C]]:
     """The cells in their units, in the order of the plan."""
-    units: dict[Hashable, list[C]] = {}
+    units: dict[Unit, list[C]] = {}
     for cell in cells:
-        units.setdefault(unit_of(cell), []).append(cell)
+        units.setdefault(cell.unit, []).append(cell)
     return list(units.values())
 
 
@@ -54,8 +49,8 @@ def tokens_of(unit: Sequence[Cell]) -> int:
 
 def shard(cells: Sequence[C], index: int, count: int) -> list[C]:
     """The cells of shard `index` of `count`, counted from 1, in the order of the plan."""
-    mine: set[Any] = {unit_of(u[0]) for u in dealt(units_of(cells), count, tokens_of)[index - 1]}
-    return [cell for cell in cells if unit_of(cell) in mine]
+    mine = {unit[0].unit for unit in dealt(units_of(cells), count, tokens_of)[index - 1]}
+    return [cell for cell in cells if cell.unit in mine]
 
 
 def slurm_shard(environment: Mapping[str, str]) -> tuple[int, int] | None:

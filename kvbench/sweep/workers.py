@@ -55,18 +55,19 @@ def run_workers(choices: Choices, listener: Listener | None = None) -> SweepResu
 
 
 def environments(choices: Choices) -> list[dict[str, str]]:
-    """The environment of each worker: its GPU, or its part of the cores."""
-    count = choices.workers
+    """The environment of each worker: its GPUs, or its part of the cores."""
+    count, each = choices.workers, choices.gpus_per_worker
     if choices.device == "cpu":
         gpus = 0
     else:
         import torch
 
         gpus = torch.cuda.device_count()
-    if choices.device == "auto" and not gpus:
+    if choices.device == "auto" and not gpus and each == 1:
         gpus = 0
-    elif choices.device in ("auto", "cuda") and gpus < count:
-        raise InputError(f"{count} workers need a GPU each, this machine has {gpus}")
+    elif choices.device in ("auto", "cuda") and gpus < count * each:
+        need = "a GPU" if each == 1 else f"{each} GPUs"
+        raise InputError(f"{count} workers need {need} each, this machine has {gpus}")
     elif choices.device not in ("auto", "cuda", "cpu"):
         raise InputError(
             f"device '{choices.device}' is for one process; with workers, give cuda or cpu"
@@ -76,7 +77,9 @@ def environments(choices: Choices) -> list[dict[str, str]]:
         cores = int(given) if given.isdecimal() else len(os.sched_getaffinity(0))
         return [{**os.environ, "OMP_NUM_THREADS": str(max(1, cores // count))}] * count
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-    return [{**os.environ, "CUDA_VISIBLE_DEVICES": name.strip()} for name in names[:count]]
+    names = [name.strip() for name in names]
+    parts = (names[start : start + each] for start in range(0, count * each, each))
+    return [{**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
 
 
 @dataclass

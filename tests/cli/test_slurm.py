@@ -56,6 +56,22 @@ def test_time_and_memory_are_predicted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("run", "directive"),
+    [
+        (["--workers", "2", "--gpus-per-worker", "4"], "#SBATCH --gres=gpu:8"),
+        (["--device", "cpu", "--workers", "2"], None),
+    ],
+)
+def test_a_job_asks_for_the_gpus_of_its_workers(
+    tmp_path: Path, run: list[str], directive: str | None
+) -> None:
+    fixed = ["--hours", "1", "--memory", "3"]
+    done = kvbench_here("slurm", *fixed, "--", *RUN, *run, folder=tmp_path)
+    found = [line for line in done.stdout.splitlines() if "--gres" in line]
+    assert found == [directive] * (directive is not None)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--", "--model", "tiny"], "add --out FOLDER after --"),
@@ -66,6 +82,7 @@ def test_time_and_memory_are_predicted(tmp_path: Path) -> None:
         (["--gpu", "h10", "--", *RUN], "did you mean 'h100'"),
         (["--shards", "0", "--", *RUN], "--shards"),
         (["--hours", "nan", "--", *RUN], "--hours"),
+        (["--gpus", "2", "--", *RUN, "--gpus-per-worker", "4"], "1 workers with 4 each need 4"),
     ],
 )
 def test_what_a_job_could_not_use_is_refused(

@@ -1,8 +1,8 @@
 """Sweeps on Ray: units that are lost, actors that die, nodes that join; and a real Ray, if any."""
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +13,12 @@ from helpers.records import record
 from helpers.runs import SMALL, results
 
 from kvbench.errors import InputError
-from kvbench.records import read_records, to_line
+from kvbench.records import from_line, read_records, to_line
 from kvbench.sweep.command import Choices
-from kvbench.sweep.on_ray import ENDED, Driver, Unit, measured, run_on_ray
+from kvbench.sweep.on_ray import ENDED, Driver, Work, Worker, measured, run_on_ray
+from kvbench.sweep.plan import encode_prompt
 from kvbench.sweep.progress import Listener
+from kvbench.task import Sample
 
 COMMON = {"model": "m", "kvbench": "1"}
 
@@ -34,29 +36,44 @@ class Sent:
 
 
 class Cluster:
-    """Stands in for Ray: `cpus` actors, which `dies` may end with the cells that they are given."""
+    """Stands in for Ray: `cpus` actors, which `dies` may end with the cells that they are given.
 
-    def __init__(self, cpus: int, dies: Callable[[list[str]], bool] = lambda cells: False) -> None:
-        self.cpus, self.dies = cpus, dies
+    There are nodes with `gpus` GPUs each beside.
+    """
+
+    def __init__(
+        self,
+        cpus: int,
+        dies: Callable[[list[str]], bool] = lambda cells: False,
+        gpus: Sequence[int] = (),
+    ) -> None:
+        self.cpus, self.dies, self.gpus = cpus, dies, gpus
         self.exceptions = SimpleNamespace(RayActorError=Died)
         self.started, self.killed = 0, 0
         self.given: list[list[str]] = []
         self.cannot_start = False  # whether all actors die, whatever they are given
 
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": self.cpus, "memory": 1e9}
+    def nodes(self) -> list[dict[str, Any]]:
+        gone = {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 8.0}}
+        here = [{"Alive": True, "Resources": {"GPU": count}} for count in self.gpus]
+        return [gone, {"Alive": True, "Resources": {"CPU": self.cpus, "memory": 1e9}}, *here]
 
     def remote(self, worker: Any) -> Any:
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self.actor))
+        def options(**asked: float) -> Any:
+            self.asked = asked
+            return SimpleNamespace(remote=self.actor)
+
+        return SimpleNamespace(options=options)
 
     def actor(self, choices: Choices) -> Any:
         self.started += 1
         return SimpleNamespace(measure=SimpleNamespace(remote=self.measure))
 
-    def measure(self, cells: list[str], error: str) -> Any:
+    def measure(self, work: Work) -> Any:
+        cells = list(work.cells)
         self.given.append(cells)
-        dead = self.cannot_start or (not error and self.dies(cells))
-        return Sent([line(name, error) for name in cells], dead)
+        dead = self.cannot_start or (not work.error and self.dies(cells))
+        return Sent([line(name, work.error) for name in cells], dead)
 
     def wait(self, sent: list[Any], timeout: float) -> Any:
         return sent[:1], sent[1:]
@@ -77,7 +94,10 @@ def line(name: str, error: str) -> bytes:
 def told(*sizes: int) -> dict[str, Any]:
     """What an actor tells of units with so many cells."""
     names = iter(range(sum(sizes)))
-    units = [Unit({str(next(names)): 10 for _ in range(size)}, "echo") for size in sizes]
+    units = [
+        Work({str(next(names)): 10 for _ in range(size)}, ("echo", 0, index))
+        for index, size in enumerate(sizes)
+    ]
     invocation = {"started": "2026-01-01T00:00:00"}
     return {
         "common": COMMON,
@@ -125,6 +145,44 @@ def test_a_cell_that_ends_two_actors_alone_fails_and_the_rest_goes_on(tmp_path: 
     assert [(each.fingerprint, each.error) for each in result.failed] == [("2", ENDED)]
     assert (result.measured, result.exit_code) == (5, 1)
     assert cluster.given.count(["2"]) == 3  # twice measured, once recorded
+
+
+def test_an_actor_plans_the_units_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = []
+
+    def counted(tokenizer: Any, sample: Sample, **how: Any) -> list[int]:
+        encoded.append(sample.index)
+        return encode_prompt(tokenizer, sample, **how)
+
+    monkeypatch.setattr("kvbench.sweep.plan.encode_prompt", counted)
+    choices = Choices(method=("recency",), task=("recall",), budgets=(0.5,), samples=12)
+    choices = replace(choices, context=128, ray="local")
+    first, second = Worker(choices), Worker(choices)
+    works = first.told()["units"]
+    assert sorted(encoded) == list(range(12))
+    encoded.clear()
+    work = next(work for work in works if work.unit[2] == 7)
+    lines = second.measure(work)
+    assert sorted(encoded) == [0, 7]  # the first sample shows whether all of them vary
+    found, expected = ([from_line(each) for each in part] for part in (lines, first.measure(work)))
+    assert {each.fingerprint for each in found} == work.cells.keys()
+    assert [each.prediction for each in found] == [each.prediction for each in expected]
+    with pytest.raises(InputError, match="sample 7 of recall has changed since the run started"):
+        second.measure(replace(work, cells={"gone": 1}))
+
+
+@pytest.mark.parametrize(("each", "actors"), [(1, 11), (2, 5), (4, 2)])
+def test_an_actor_gets_gpus_of_one_node(each: int, actors: int) -> None:
+    cluster = Cluster(64, gpus=[5, 2, 4])
+    driver = Driver(cluster, Choices(gpus_per_worker=each))
+    driver.look()
+    assert (cluster.started, cluster.asked["num_gpus"]) == (actors, each)
+    driver = Driver(cluster, Choices(gpus_per_worker=6))
+    with pytest.raises(InputError, match="6 GPUs, no node of the cluster has so many"):
+        driver.look()
+    driver = Driver(Cluster(3), Choices())
+    driver.look()
+    assert (len(driver.actors), driver.ray.asked["num_gpus"]) == (3, 0)
 
 
 def test_actors_that_all_die_end_the_run(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kvbench.spec import parse_method
 from kvbench.sweep.plan import Cell
-from kvbench.sweep.units import dealt, longest_first, shard, tokens_of, unit_of, units_of
+from kvbench.sweep.units import dealt, longest_first, shard, tokens_of, units_of
 from kvbench.task import Sample
 
 SPEC = parse_method("recency", {})
@@ -63,7 +63,7 @@ def test_shards_split_the_plan(given_lengths: dict[str, list[int]], count: int) 
     owners: dict[Any, set[int]] = {}
     for index, part in enumerate(shards):
         for cell in part:
-            owners.setdefault(unit_of(cell), set()).add(index)
+            owners.setdefault(cell.unit, set()).add(index)
     assert all(len(found) == 1 for found in owners.values())
 
 
@@ -81,7 +81,7 @@ def test_other_budgets_leave_the_shards_as_they_are() -> None:
     lengths = {"a": [10, 30, 20, 25], "b": [5, 40]}
     for index in range(1, 4):
         few, many = (
-            {unit_of(cell) for cell in shard(cells_of(lengths, budgets), index, 3)}
+            {cell.unit for cell in shard(cells_of(lengths, budgets), index, 3)}
             for budgets in (1, 5)
         )
         assert few == many

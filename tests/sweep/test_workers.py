@@ -150,6 +150,12 @@ def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["5", "GPU-3f"]
     with pytest.raises(InputError, match="3 workers need a GPU each, this machine has 2"):
         environments(Choices(workers=3))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1, 4,6,7")
+    found = environments(Choices(workers=2, gpus_per_worker=2))
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["0,1", "4,6"]
+    with pytest.raises(InputError, match="2 workers need 3 GPUs each, this machine has 5"):
+        environments(Choices(workers=2, gpus_per_worker=3))
     with pytest.raises(InputError, match="give cuda or cpu"):
         environments(Choices(workers=2, device="cuda:1"))
 

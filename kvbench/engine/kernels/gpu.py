@@ -29,6 +29,17 @@ def token_kernel(
     rules: Rules,
 ) -> Tensor:
     """As `kvbench.engine.kernels.interface.TokenKernel`, for float16, bfloat16 and float32."""
+    with torch.cuda.device_of(queries):  # Triton launches on the current GPU
+        return _attended(queries, keys, values, sequences, rules)
+
+
+def _attended(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sequences: Sequences,
+    rules: Rules,
+) -> Tensor:
     queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
     count, group, size = queries.shape
     value_size = values.shape[1]
