@@ -78,7 +78,8 @@ def heads(
         say(INTERRUPTED)
         return 130
     if path := result.scores:
-        say(f"scores are in {path}: kvbench run --method {method} --option scores={path}")
+        use = path.stem.removeprefix("scores-")
+        say(f"scores are in {path}: kvbench run --method {use} --option scores={path}")
     return 0
 
 

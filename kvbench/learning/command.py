@@ -29,8 +29,11 @@ from kvbench.learning.pictures import save_training_pictures
 from kvbench.learning.prulong import PruLong
 from kvbench.learning.recipe import HeadRecipe, make_recipe
 from kvbench.learning.rows import Rows, make_rows
+from kvbench.learning.saliency import Saliency
 from kvbench.models.load import LoadedModel, load_model
 
+OBJECTIVES = {"prulong": PruLong, "duoattention": DuoAttention, "saliency": Saliency}
+METHODS = {"saliency": "saliency-heads"}  # what uses the scores, where it has another name
 LONGEST = 8192  # tokens of a row, for a model whose card gives no length
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -53,7 +56,7 @@ class LearntSet:
     """The head scores learnt for one target."""
 
     target: float | None  # None for a method without a target
-    sparsity: float  # reached, 0..1
+    sparsity: float | None  # reached, 0..1; None if no heads are chosen
     seconds: float
     scores: Table  # [L][K], larger for heads that need the whole cache
 
@@ -98,7 +101,8 @@ def train_heads(choices: HeadChoices, say: Callable[[str], None]) -> TrainingRes
             sets.append(learn_set(recipe, model, net, rows, folder, accelerator, say))
     except KeyboardInterrupt:
         return TrainingResult(None, tuple(sets), interrupted=True)
-    path = choices.out / f"scores-{choices.method}.json" if accelerator.is_main_process else None
+    named = METHODS.get(choices.method, choices.method)
+    path = choices.out / f"scores-{named}.json" if accelerator.is_main_process else None
     if path:
         how = {"processes": accelerator.num_processes, "dtype": str(model.dtype)[6:]}
         with writing(choices.out):  # the scores last: where they are, all is done
@@ -119,8 +123,7 @@ def learn_set(
     say: Callable[[str], None],
 ) -> LearntSet:
     """Learn the scores of one recipe; checkpoint, log and pictures are written to `folder`."""
-    kind = PruLong if recipe.method == "prulong" else DuoAttention
-    objective = kind(model.shape, recipe, model.device)
+    objective = OBJECTIVES[recipe.method](model.shape, recipe, model.device)
     lines = progress_lines(recipe, say)
     with holding(folder) if accelerator.is_main_process else nullcontext():
         log = learn(net, objective, rows, recipe, folder, accelerator, lines, say)
@@ -128,9 +131,10 @@ def learn_set(
         if accelerator.is_main_process:
             with writing(folder):
                 save_training_pictures(log, scores, folder / "training", recipe)
+    end = objective.state(recipe.steps - 1)
     return LearntSet(
         target=recipe.target,
-        sparsity=round(objective.state(recipe.steps - 1)["sparsity"], 6),
+        sparsity=round(end["sparsity"], 6) if "sparsity" in end else None,
         seconds=round(sum(line["seconds"] for line in log), 1),
         scores=scores,
     )
