@@ -1,8 +1,8 @@
 """Training head scores, from a user's choices to a file of scores.
 
-Behind `kvbench train prulong` and `kvbench train duoattention`. The steps are: load the model
+Behind `kvbench train prulong`, `duoattention` and `saliency`. The steps are: load the model
 (`kvbench.models`), fix the recipe (`recipe.py`), make the data (`rows.py`), train (`loop.py`, with
-the objective of `prulong.py` or `duoattention.py`), write scores and pictures.
+the objective of the module of that name), write scores and pictures.
 """
 
 import json
@@ -30,6 +30,7 @@ from kvbench.learning.prulong import PruLong
 from kvbench.learning.recipe import HeadRecipe, make_recipe
 from kvbench.learning.rows import Rows, make_rows
 from kvbench.learning.saliency import Saliency
+from kvbench.models.card import model_folder, read_card
 from kvbench.models.load import LoadedModel, load_model
 
 OBJECTIVES = {"prulong": PruLong, "duoattention": DuoAttention, "saliency": Saliency}
@@ -42,7 +43,7 @@ SECONDS_BETWEEN_LINES = 10.0
 class HeadChoices:
     """A user's choices for a training of head scores."""
 
-    method: str  # prulong or duoattention
+    method: str  # prulong, duoattention or saliency
     model: str
     targets: tuple[float, ...] | None  # sparsities, each learnt separately; None: the recipe's
     settings: Mapping[str, Any]  # other fields of a HeadRecipe, as values or text
@@ -81,7 +82,7 @@ def train_heads(choices: HeadChoices, say: Callable[[str], None]) -> TrainingRes
     accelerator = Accelerator(cpu=choices.device == "cpu" or not torch.cuda.is_available())
     several = accelerator.num_processes > 1
     device = str(accelerator.device) if several else choices.device
-    model = load_model(choices.model, device=device, dtype=choices.dtype)
+    model = load_model(choices.model, device=device, dtype=chosen_dtype(choices))
     self_check(model)
     recipes = make_recipes(choices, model)
     if recipes[0].batch % accelerator.num_processes:
@@ -127,7 +128,7 @@ def learn_set(
     lines = progress_lines(recipe, say)
     with holding(folder) if accelerator.is_main_process else nullcontext():
         log = learn(net, objective, rows, recipe, folder, accelerator, lines, say)
-        scores = [[round(s, 6) for s in row] for row in objective.scores().tolist()]
+        scores = [[float(f"{s:.7g}") for s in row] for row in objective.scores().tolist()]
         if accelerator.is_main_process:
             with writing(folder):
                 save_training_pictures(log, scores, folder / "training", recipe)
@@ -140,6 +141,14 @@ def learn_set(
     )
 
 
+def chosen_dtype(choices: HeadChoices) -> str:
+    """The user's dtype, or the one that the model's card has for this training."""
+    folder = model_folder(choices.model)
+    if choices.dtype != "auto" or folder is None:
+        return choices.dtype
+    return str(read_card(folder).training.get(choices.method, {}).get("dtype", "auto"))
+
+
 def make_recipes(choices: HeadChoices, model: LoadedModel) -> list[HeadRecipe]:
     """A recipe for each target sparsity: the paper's settings, the model card's, the user's."""
     common = {
@@ -149,7 +158,8 @@ def make_recipes(choices: HeadChoices, model: LoadedModel) -> list[HeadRecipe]:
         "length": min(model.max_context, LONGEST),
         "seed": 0,
     }
-    of_card = model.card.training.get(choices.method, {})
+    of_card = dict(model.card.training.get(choices.method, {}))
+    of_card.pop("dtype", None)  # the model is loaded by now
     try:
         make_recipe(choices.method, common, of_card)
     except InputError as error:

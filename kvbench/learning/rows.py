@@ -38,6 +38,8 @@ def make_rows(recipe: HeadRecipe, tokenizer: Any) -> Rows:
     length, seed = recipe.length, recipe.seed
     if recipe.method != "duoattention":
         if recipe.data == TASKS:
+            if recipe.rows:
+                raise InputError(f"rows is for text; the data '{TASKS}' never ends: leave it out")
             return TaskRows(tokenizer, length, seed)
         needed = recipe.steps * recipe.batch
         wanted = length * min(needed, recipe.rows or needed)
