@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kvbench.errors import InputError
 from kvbench.files import read_regular
@@ -53,8 +53,12 @@ class HeadSplit(Method):
 
 @dataclass(frozen=True)
 class LearntHeads(HeadSplit):
-    """A head split by scores that were learnt and are read from a file."""
+    """A head split by scores that were learnt and are read from a file.
 
+    `training` is the name of the training in `kvbench train`, if it is not the method's.
+    """
+
+    training: ClassVar[str] = ""
     scores_file: Path | None = field(
         default=None,
         metadata={"option": "scores", "help": "File of head scores, from `kvbench train`."},
@@ -75,7 +79,7 @@ class LearntHeads(HeadSplit):
             return None
         return (
             f"head scores: give --option {self.name}.scores=FILE, learnt by "
-            f"'kvbench train {self.name}'"
+            f"'kvbench train {self.training or self.name}'"
         )
 
     def remarks(self) -> dict[str, Any]:

@@ -97,8 +97,10 @@ app.command("reproduce", cls=Command, epilog=reproduce.EXAMPLES)(reproduce.repro
 training = new_group(callback=show_help, help=train.ABOUT, epilog=train.EXAMPLES)
 prulong = "Train masks with a next-token loss and a target sparsity (arXiv 2506.17121)."
 duoattention = "Train gates by distillation on passkeys (arXiv 2410.10819)."
+saliency = "Rank heads by the gradient of their gates: a control that needs minutes."
 training.command("prulong", help=prulong, cls=Command, epilog=train.EXAMPLES)(train.heads)
 training.command("duoattention", help=duoattention, cls=Command, epilog=train.EXAMPLES)(train.heads)
+training.command("saliency", help=saliency, cls=Command, epilog=train.EXAMPLES)(train.heads)
 training.command("tiny", cls=Command, epilog=train.EXAMPLES)(train.tiny)
 app.add_typer(training, name="train")
 converting = new_group(callback=show_help, help=convert.ABOUT, epilog=convert.EXAMPLES)

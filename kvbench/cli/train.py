@@ -1,4 +1,4 @@
-"""`kvbench train`: head scores by PruLong or DuoAttention, and the embedded model."""
+"""`kvbench train`: head scores by PruLong, DuoAttention or a gradient, and the embedded model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +14,7 @@ TRAININGS = Path("results/training")
 ABOUT = "Train head scores, or the embedded model."
 EXAMPLES = options.examples(
     "kvbench train prulong --model tiny --target 0.5,0.7",
+    "kvbench train prulong --model smollm2-135m --option focus=0.05",
     "kvbench train duoattention --steps 200 --option sinks=16",
     "accelerate launch -m kvbench train prulong --model FOLDER",
     "kvbench train tiny --out results/training/tiny --minutes 30",
@@ -23,6 +24,10 @@ DATA = (
     "tiny), a folder of text or code, or datasets:NAME@CONFIG#SPLIT."
 )
 INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
+SETTING = (
+    "Another setting, like sinks=16; repeatable. For short trainings of prulong on text: "
+    "focus=0.05 (the loss of the tokens that need far context) and constraint=exact."
+)
 TARGET = "Sparsity to reach. With several, each budget uses the nearest one. PruLong only."
 
 
@@ -40,7 +45,7 @@ def heads(
     target: Annotated[str | None, opt(TRAINING, TARGET, metavar=LIST)] = None,
     option: Annotated[
         list[str] | None,
-        opt(TRAINING, "Another setting, like sinks=16; repeatable.", metavar="KEY=VALUE"),
+        opt(TRAINING, SETTING, metavar="KEY=VALUE"),
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -78,7 +83,8 @@ def heads(
         say(INTERRUPTED)
         return 130
     if path := result.scores:
-        say(f"scores are in {path}: kvbench run --method {method} --option scores={path}")
+        use = path.stem.removeprefix("scores-")
+        say(f"scores are in {path}: kvbench run --method {use} --option scores={path}")
     return 0
 
 

@@ -18,23 +18,26 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from kvbench.errors import InputError
 from kvbench.models.attention import AttentionCall
 
-QUERY_BLOCK = 256  # queries that share one mask of at most 256 x (sinks + window + 256)
+QUERY_BLOCK = 256  # queries that share one mask of at most 256 x (sinks + window + chunk + 256)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What a token sees in streaming attention: the sinks, the window before it, and itself.
+    """What a token sees in streaming attention.
 
+    It sees the sinks, its own prefill chunk up to itself, and the window before that chunk.
     `sliding` is the sliding window of the model's own layer, in tokens, the token itself included.
     """
 
     sinks: int
     window: int
     sliding: int | None = None
+    chunk: int = 1  # tokens of a prefill chunk
 
     def sees(self, query: Tensor, entry: Tensor) -> Tensor:
         """Whether the token at position `query` sees the entry at position `entry`."""
-        seen = (entry <= query) & ((entry < self.sinks) | (entry >= query - self.window))
+        first = query // self.chunk * self.chunk
+        seen = (entry <= query) & ((entry < self.sinks) | (entry >= first - self.window))
         return seen if self.sliding is None else seen & (entry > query - self.sliding)
 
 
@@ -42,8 +45,11 @@ class GatedAttention:
     """`gate * full + (1 - gate) * streaming` for every KV head (DuoAttention, 2410.10819, eq. 1).
 
     `gates` is [layers, B, K], or [layers, 1, K] for the same gates in all rows; None is full
-    attention. A streaming head sees what evaluation leaves resident at a prefill chunk of 1 token.
+    attention. A streaming head sees what evaluation leaves resident at a prefill chunk of `chunk`
+    tokens.
     Only the layers `acting` have gates (None: all layers); methods leave the others as they are.
+    With `fixed`, no gradient is wanted for gates that are exactly 0 or 1, as sampled masks have
+    none there. Then a head whose gate is 0 or 1 costs one attention instead of two on a CPU.
     """
 
     def __init__(
@@ -52,8 +58,11 @@ class GatedAttention:
         sinks: int,
         window: int,
         acting: Sequence[int] | None = None,
+        chunk: int = 1,
+        fixed: bool = False,
     ) -> None:
         self.gates, self.sinks, self.window, self.acting = gates, sinks, window, acting
+        self.chunk, self.fixed = chunk, fixed
 
     def attend(self, call: AttentionCall) -> Tensor:
         """The mixed attention of one layer."""
@@ -64,16 +73,41 @@ class GatedAttention:
                 "head scores cannot be learnt for a model with soft-capped logits, learnt sinks or "
                 "chunked attention"
             )
-        full = full_attention(query, key, value, scaling, sliding)
         if self.gates is None or (self.acting is not None and call.layer not in self.acting):
-            return full
-        stream = Stream(self.sinks, self.window, sliding)
+            return full_attention(query, key, value, scaling, sliding)
+        stream = Stream(self.sinks, self.window, sliding, self.chunk)
         if sliding is not None and sliding < query.shape[2]:  # sinks leave the model's own window
-            stream = Stream(0, min(self.sinks + self.window, sliding - 1), sliding)
+            stream = Stream(0, min(self.sinks + self.window, sliding - 1), sliding, self.chunk)
+        gate = self.gates[call.layer].to(query.dtype)
+        if self.fixed and not query.is_cuda:
+            return sparsely_mixed(query, key, value, scaling, stream, gate)
+        full = full_attention(query, key, value, scaling, sliding)
         streamed = streaming_attention(query, key, value, scaling, stream)
-        gate = self.gates[call.layer].to(full.dtype)
         gate = gate.repeat_interleave(query.shape[1] // key.shape[1], dim=-1)[:, :, None, None]
         return gate * full + (1 - gate) * streamed
+
+
+def sparsely_mixed(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, stream: Stream, gate: Tensor
+) -> Tensor:
+    """Full and streaming attention mixed by `gate` [B or 1, K], each where it has a weight.
+
+    The KV heads of all rows become rows of one KV head, and those with a weight are taken.
+    """
+    batch, heads = key.shape[:2]
+    gate = gate.expand(batch, heads).flatten()
+    group = query.unflatten(1, (heads, -1)).flatten(0, 1)
+    entries = key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None]
+    out = group.new_zeros((*group.shape[:3], value.shape[3]))
+    for weight, attend in (
+        (gate, lambda *call: full_attention(*call, stream.sliding)),
+        (1 - gate, lambda *call: streaming_attention(*call, stream)),
+    ):
+        rows = weight.nonzero()[:, 0]
+        if len(rows):
+            part = attend(group[rows], *(each[rows] for each in entries), scaling)
+            out = out.index_add(0, rows, weight[rows, None, None, None] * part)
+    return out.unflatten(0, (batch, heads)).flatten(1, 2)
 
 
 def full_attention(
@@ -107,9 +141,8 @@ def streaming_blocks(
     parts = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(length, start + QUERY_BLOCK)
-        seen = torch.cat(
-            [order[: min(sinks, stop)], order[max(sinks, start - stream.window) : stop]]
-        )
+        first = start // stream.chunk * stream.chunk - stream.window
+        seen = torch.cat([order[: min(sinks, stop)], order[max(sinks, first) : stop]])
         mask = stream.sees(order[start:stop, None], seen)
         part = query[:, :, start:stop], key.index_select(2, seen), value.index_select(2, seen)
         parts.append(sdpa(*part, attn_mask=mask, scale=scaling, enable_gqa=True))

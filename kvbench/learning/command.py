@@ -1,8 +1,8 @@
 """Training head scores, from a user's choices to a file of scores.
 
-Behind `kvbench train prulong` and `kvbench train duoattention`. The steps are: load the model
+Behind `kvbench train prulong`, `duoattention` and `saliency`. The steps are: load the model
 (`kvbench.models`), fix the recipe (`recipe.py`), make the data (`rows.py`), train (`loop.py`, with
-the objective of `prulong.py` or `duoattention.py`), write scores and pictures.
+the objective of the module of that name), write scores and pictures.
 """
 
 import json
@@ -29,8 +29,12 @@ from kvbench.learning.pictures import save_training_pictures
 from kvbench.learning.prulong import PruLong
 from kvbench.learning.recipe import HeadRecipe, make_recipe
 from kvbench.learning.rows import Rows, make_rows
+from kvbench.learning.saliency import Saliency
+from kvbench.models.card import model_folder, read_card
 from kvbench.models.load import LoadedModel, load_model
 
+OBJECTIVES = {"prulong": PruLong, "duoattention": DuoAttention, "saliency": Saliency}
+METHODS = {"saliency": "saliency-heads"}  # what uses the scores, where it has another name
 LONGEST = 8192  # tokens of a row, for a model whose card gives no length
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -39,7 +43,7 @@ SECONDS_BETWEEN_LINES = 10.0
 class HeadChoices:
     """A user's choices for a training of head scores."""
 
-    method: str  # prulong or duoattention
+    method: str  # prulong, duoattention or saliency
     model: str
     targets: tuple[float, ...] | None  # sparsities, each learnt separately; None: the recipe's
     settings: Mapping[str, Any]  # other fields of a HeadRecipe, as values or text
@@ -53,7 +57,7 @@ class LearntSet:
     """The head scores learnt for one target."""
 
     target: float | None  # None for a method without a target
-    sparsity: float  # reached, 0..1
+    sparsity: float | None  # reached, 0..1; None if no heads are chosen
     seconds: float
     scores: Table  # [L][K], larger for heads that need the whole cache
 
@@ -78,7 +82,7 @@ def train_heads(choices: HeadChoices, say: Callable[[str], None]) -> TrainingRes
     accelerator = Accelerator(cpu=choices.device == "cpu" or not torch.cuda.is_available())
     several = accelerator.num_processes > 1
     device = str(accelerator.device) if several else choices.device
-    model = load_model(choices.model, device=device, dtype=choices.dtype)
+    model = load_model(choices.model, device=device, dtype=chosen_dtype(choices))
     self_check(model)
     recipes = make_recipes(choices, model)
     if recipes[0].batch % accelerator.num_processes:
@@ -98,7 +102,8 @@ def train_heads(choices: HeadChoices, say: Callable[[str], None]) -> TrainingRes
             sets.append(learn_set(recipe, model, net, rows, folder, accelerator, say))
     except KeyboardInterrupt:
         return TrainingResult(None, tuple(sets), interrupted=True)
-    path = choices.out / f"scores-{choices.method}.json" if accelerator.is_main_process else None
+    named = METHODS.get(choices.method, choices.method)
+    path = choices.out / f"scores-{named}.json" if accelerator.is_main_process else None
     if path:
         how = {"processes": accelerator.num_processes, "dtype": str(model.dtype)[6:]}
         with writing(choices.out):  # the scores last: where they are, all is done
@@ -119,21 +124,29 @@ def learn_set(
     say: Callable[[str], None],
 ) -> LearntSet:
     """Learn the scores of one recipe; checkpoint, log and pictures are written to `folder`."""
-    kind = PruLong if recipe.method == "prulong" else DuoAttention
-    objective = kind(model.shape, recipe, model.device)
+    objective = OBJECTIVES[recipe.method](model.shape, recipe, model.device)
     lines = progress_lines(recipe, say)
     with holding(folder) if accelerator.is_main_process else nullcontext():
         log = learn(net, objective, rows, recipe, folder, accelerator, lines, say)
-        scores = [[round(s, 6) for s in row] for row in objective.scores().tolist()]
+        scores = [[float(f"{s:.7g}") for s in row] for row in objective.scores().tolist()]
         if accelerator.is_main_process:
             with writing(folder):
                 save_training_pictures(log, scores, folder / "training", recipe)
+    end = objective.state(recipe.steps - 1)
     return LearntSet(
         target=recipe.target,
-        sparsity=round(objective.state(recipe.steps - 1)["sparsity"], 6),
+        sparsity=round(end["sparsity"], 6) if "sparsity" in end else None,
         seconds=round(sum(line["seconds"] for line in log), 1),
         scores=scores,
     )
+
+
+def chosen_dtype(choices: HeadChoices) -> str:
+    """The user's dtype, or the one that the model's card has for this training."""
+    folder = model_folder(choices.model)
+    if choices.dtype != "auto" or folder is None:
+        return choices.dtype
+    return str(read_card(folder).training.get(choices.method, {}).get("dtype", "auto"))
 
 
 def make_recipes(choices: HeadChoices, model: LoadedModel) -> list[HeadRecipe]:
@@ -145,7 +158,8 @@ def make_recipes(choices: HeadChoices, model: LoadedModel) -> list[HeadRecipe]:
         "length": min(model.max_context, LONGEST),
         "seed": 0,
     }
-    of_card = model.card.training.get(choices.method, {})
+    of_card = dict(model.card.training.get(choices.method, {}))
+    of_card.pop("dtype", None)  # the model is loaded by now
     try:
         make_recipe(choices.method, common, of_card)
     except InputError as error:

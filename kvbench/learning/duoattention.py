@@ -32,7 +32,9 @@ class DuoAttention(Objective):
         sinks, window = self.recipe.sinks, self.recipe.window
         with torch.no_grad():
             full = last_hidden(model, ids, GatedAttention(None, sinks, window))
-        gated = GatedAttention(self.gate[:, None], sinks, window, self.acting)
+        gated = GatedAttention(
+            self.gate[:, None], sinks, window, self.acting, chunk=self.recipe.train_chunk
+        )
         mixed = last_hidden(model, ids, gated)
         distance = (at_least_float32(mixed) - at_least_float32(full)).square().mean(-1)
         return ((distance * counts).sum(1) / counts.sum(1).clamp(min=1)).sum()
@@ -43,7 +45,7 @@ class DuoAttention(Objective):
         return self.recipe.l1 * self.gate.abs().mean()
 
     @torch.no_grad()
-    def clip(self) -> None:
+    def settle(self, step: int) -> None:
         self.gate.clamp_(0, 1)
 
     def scores(self) -> Tensor:

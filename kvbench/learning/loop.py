@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,15 +45,14 @@ def learn(
     """
     writes = accelerator.is_main_process
     out.mkdir(parents=True, exist_ok=True)
-    weights, groups = {}, objective.groups()
+    weights, optimizers = {}, [objective.optimizer()]
     if recipe.weights_rate:
         weights = {f"model.{name}": p for name, p in model.named_parameters()}
         share = recipe.weights_rate / recipe.rate
-        groups.append({"params": list(weights.values()), "rate": share})
-    optimizer = torch.optim.Adam(groups, lr=recipe.rate)
+        optimizers.append(torch.optim.Adam([{"params": list(weights.values()), "rate": share}]))
     learnt = objective.tensors() | weights
     settings = {**asdict(recipe), "dtype": str(next(model.parameters()).dtype)[6:]}
-    checkpoints = Checkpoints(out, settings, learnt, [optimizer])
+    checkpoints = Checkpoints(out, settings, learnt, optimizers)
     step = int((checkpoints.restore() or {"step": 0})["step"])
     log: list[dict[str, float]] = []
     if writes:
@@ -63,8 +63,8 @@ def learn(
     diverged = False
     try:
         while step < recipe.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate * group["rate"] * recipe.rate_at(step)
+            for group in chain.from_iterable(each.param_groups for each in optimizers):
+                group["lr"] = group["rate"] * objective.rate_at(step)
             started = time.monotonic()
             loss = gradients(model, objective, rows, recipe, step, accelerator)
             for tensor in learnt.values():
@@ -72,9 +72,10 @@ def learn(
                     tensor.grad = accelerator.reduce(tensor.grad, "sum")
             line = {"step": step, "loss": loss, **objective.state(step)}
             with uninterrupted():  # a checkpoint of half a step would repeat it on resuming
-                optimizer.step()
-                optimizer.zero_grad()
-                objective.clip()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                objective.settle(step)
                 step += 1
                 line["seconds"] = time.monotonic() - started
                 if writes:
@@ -123,5 +124,6 @@ def gradients(
         loss = objective.data_loss(model, made, step, indices) / recipe.batch
         loss.backward()
         total += loss.detach()
-    (objective.penalty(step) / accelerator.num_processes).backward()
+    if (penalty := objective.penalty(step)) is not None:
+        (penalty / accelerator.num_processes).backward()
     return float(accelerator.reduce(total, "sum"))

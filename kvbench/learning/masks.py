@@ -41,6 +41,23 @@ def constraint(sparsity: Tensor, target: float, multipliers: Tensor) -> Tensor:
     return multipliers[0] * gap + multipliers[1] * gap**2
 
 
+def shifted_to(log_alpha: Tensor, target: float, bound: float) -> Tensor:
+    """`log_alpha` plus one constant, within `bound`, so that the expected sparsity is `target`.
+
+    The constant is found by bisection. Where the bound does not let the sparsity be the target, it
+    is as near as it can be.
+    """
+    low, high = -2 * bound, 2 * bound  # all heads at the lower bound, all at the upper
+    exact = log_alpha.double()
+    for _ in range(60):
+        shift = (low + high) / 2
+        if expected_sparsity((exact + shift).clamp(-bound, bound)) > target:
+            low = shift
+        else:
+            high = shift
+    return (exact + high).clamp(-bound, bound).to(log_alpha.dtype)
+
+
 def target_at(step: int, steps: int, final: float, ramp: float = 0.8) -> float:
     """The sparsity target at a step: from 0 to `final`, linear over the first `ramp` of steps."""
     return final * min(1.0, step / max(1.0, ramp * steps))

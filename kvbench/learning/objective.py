@@ -9,18 +9,25 @@ from torch import Tensor
 
 from kvbench.learning.attention import GatedAttention
 from kvbench.learning.examples import TrainingRow
+from kvbench.learning.recipe import HeadRecipe
 
 
 class Objective(ABC):
     """A loss on the data, a penalty that does not depend on the data, and the learnt tensors."""
 
+    recipe: HeadRecipe
+
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is learnt and checkpointed, by name."""
 
-    def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for Adam; their `rate` is a multiple of the recipe's rate."""
-        return [{"params": list(self.tensors().values()), "rate": 1.0}]
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Steps the learnt tensors; `rate` of a parameter group is a multiple of `rate_at`."""
+        return torch.optim.Adam([{"params": list(self.tensors().values()), "rate": 1.0}])
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.recipe.rate * self.recipe.rate_at(step)
 
     @abstractmethod
     def data_loss(
@@ -28,13 +35,13 @@ class Objective(ABC):
     ) -> Tensor:
         """The sum of the rows' losses; `indices` are the rows' indices in the whole batch."""
 
-    @abstractmethod
-    def penalty(self, step: int) -> Tensor:
-        """The term that is added to the mean loss of a step's rows."""
+    def penalty(self, step: int) -> Tensor | None:
+        """The term that is added to the mean loss of a step's rows; None for no term."""
+        return None
 
-    @abstractmethod
-    def clip(self) -> None:
-        """Bring the learnt tensors back into their bounds after a step."""
+    def settle(self, step: int) -> None:
+        """Bring the learnt tensors to where they may be, after the optimizer's step `step`."""
+        return None
 
     @abstractmethod
     def scores(self) -> Tensor:
@@ -42,7 +49,7 @@ class Objective(ABC):
 
     @abstractmethod
     def state(self, step: int) -> dict[str, float]:
-        """Numbers to log beside the loss; `sparsity` (0..1) is one of them."""
+        """Numbers to log beside the loss; `sparsity` (0..1) is one of them if heads are chosen."""
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -82,12 +82,14 @@ def draw_log(axes: Axes, log: Sequence[dict[str, Any]], recipe: HeadRecipe) -> N
     axes.set_ylabel("loss of the data", color=BLUE)
     axes.set_xlabel("step")
     axes.set_ylim(bottom=0)
+    axes.set_title("training", fontsize=9)
+    axes.spines["top"].set_visible(False)
+    if lines["sparsity"].isna().all():
+        return  # no heads are chosen
     other = axes.twinx()
     other.plot(lines["step"], lines["sparsity"], color=ORANGE, linewidth=1.4)
     if recipe.target is not None:
         other.plot(lines["step"], lines["target"], color=GREY, linestyle="--")
     other.set_ylim(0, 1)
     other.set_ylabel("sparsity" + (" (dashed: target)" if recipe.target else ""), color=ORANGE)
-    for each in (axes, other):
-        each.spines["top"].set_visible(False)
-    axes.set_title("training", fontsize=9)
+    other.spines["top"].set_visible(False)

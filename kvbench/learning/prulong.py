@@ -7,12 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbench.errors import InputError
 from kvbench.learning.attention import GatedAttention
-from kvbench.learning.examples import TrainingRow, padded
-from kvbench.learning.masks import constraint, expected_sparsity, hard_concrete, target_at
-from kvbench.learning.objective import Objective, at_least_float32, forward, seeded
+from kvbench.learning.examples import TrainingRow
+from kvbench.learning.masks import (
+    constraint,
+    expected_sparsity,
+    hard_concrete,
+    shifted_to,
+    target_at,
+    zero_probability,
+)
+from kvbench.learning.objective import Objective, seeded
+from kvbench.learning.optimizer import SharedAdam
 from kvbench.learning.recipe import HeadRecipe
+from kvbench.learning.text_loss import make_focus, text_loss
 from kvbench.method import KVShape
 
 START = 4.0  # of log_alpha: nearly all masks are 1
@@ -28,18 +36,35 @@ class PruLong(Objective):
         self.recipe, self.acting = recipe, shape.acting
         self.log_alpha = (START + SPREAD * noise).to(device).requires_grad_()
         self.multipliers = torch.zeros(2, device=device, requires_grad=True)
+        self.exact = recipe.constraint == "exact"
+        if self.exact:
+            self.log_alpha.register_hook(self.along_target)
+        self.focus = make_focus(recipe, shape)
 
     def tensors(self) -> dict[str, Tensor]:
+        if self.exact:
+            return {"log_alpha": self.log_alpha}
         return {"log_alpha": self.log_alpha, "multipliers": self.multipliers}
 
-    def groups(self) -> list[dict[str, Any]]:
-        """The masks descend on the loss, the multipliers ascend."""
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The masks descend on the loss; the multipliers, if there are any, ascend."""
+        if self.exact:
+            return SharedAdam([{"params": [self.log_alpha], "rate": 1.0}])
         assert self.recipe.multiplier_rate is not None
         ascent = self.recipe.multiplier_rate / self.recipe.rate
-        return [
-            {"params": [self.log_alpha], "rate": 1.0},
-            {"params": [self.multipliers], "rate": ascent, "maximize": True},
-        ]
+        return torch.optim.Adam(
+            [
+                {"params": [self.log_alpha], "rate": 1.0},
+                {"params": [self.multipliers], "rate": ascent, "maximize": True},
+            ]
+        )
+
+    @torch.no_grad()
+    def along_target(self, gradient: Tensor) -> Tensor:
+        """The gradient without the common part, which the shift to the target would take back."""
+        zero = zero_probability(self.log_alpha)
+        pull = zero * (1 - zero)  # how the sparsity follows each head's log_alpha
+        return gradient - (pull * gradient).sum() / pull.sum()
 
     def gates(self, step: int, indices: Sequence[int]) -> Tensor:
         """Masks [layers, B, K]; a row's noise depends on its index in the step's whole batch."""
@@ -54,34 +79,20 @@ class PruLong(Objective):
         self, model: Any, rows: Sequence[TrainingRow], step: int, indices: Sequence[int]
     ) -> Tensor:
         """Next-token cross-entropy, averaged over each row's predicted tokens."""
-        ids, answers = (tensor.to(self.log_alpha.device) for tensor in padded(rows))
-        counts = (answers > 0) & self.drawn(answers.shape[1], step).to(answers.device)
-        if not counts.any():
-            raise InputError(
-                f"step {step} has no token to predict: {self.recipe.loss_tokens} of "
-                f"{answers.shape[1]} tokens were drawn for the loss, and no answer is among them; "
-                "give a larger --option loss_tokens"
-            )
-        places = counts.any(0).nonzero()[:, 0]
-        gates, sinks, window = self.gates(step, indices), self.recipe.sinks, self.recipe.window
-        attention = GatedAttention(gates, sinks, window, self.acting)
-        logits = at_least_float32(forward(model, ids, attention, logits_to_keep=places).logits)
-        wanted = ids[:, places + 1]
-        each = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), wanted.flatten(), reduction="none"
-        ).view_as(wanted)
-        counted = counts[:, places]
-        return ((each * counted).sum(1) / counted.sum(1).clamp(min=1)).sum()
+        attention = GatedAttention(
+            self.gates(step, indices),
+            self.recipe.sinks,
+            self.recipe.window,
+            self.acting,
+            chunk=self.recipe.train_chunk,
+            fixed=True,
+        )
+        return text_loss(model, rows, step, self.recipe, attention, self.focus)
 
-    def drawn(self, length: int, step: int) -> Tensor:
-        """Which places [T] count in the loss: the logits of a whole long row need much memory."""
-        chosen = torch.zeros(length, dtype=torch.bool)
-        order = torch.randperm(length, generator=seeded(self.recipe.seed, step))
-        chosen[order[: self.recipe.loss_tokens]] = True
-        return chosen
-
-    def penalty(self, step: int) -> Tensor:
-        """The Lagrangian of the sparsity constraint at the step's target."""
+    def penalty(self, step: int) -> Tensor | None:
+        """The Lagrangian of the sparsity constraint at the step's target, if it has one."""
+        if self.exact:
+            return None
         return constraint(expected_sparsity(self.log_alpha), self.target(step), self.multipliers)
 
     def target(self, step: int) -> float:
@@ -90,17 +101,17 @@ class PruLong(Objective):
         return target_at(step, self.recipe.steps, self.recipe.target)
 
     @torch.no_grad()
-    def clip(self) -> None:
+    def settle(self, step: int) -> None:
+        if self.exact:
+            self.log_alpha.copy_(shifted_to(self.log_alpha, self.target(step + 1), BOUND))
         self.log_alpha.clamp_(-BOUND, BOUND)
 
     def scores(self) -> Tensor:
         return self.log_alpha.detach()
 
     def state(self, step: int) -> dict[str, float]:
-        l1, l2 = self.multipliers.tolist()
-        return {
-            "sparsity": expected_sparsity(self.log_alpha.detach()).item(),
-            "target": self.target(step),
-            "l1": l1,
-            "l2": l2,
-        }
+        sparsity = expected_sparsity(self.log_alpha.detach()).item()
+        shown = {"sparsity": sparsity, "target": self.target(step)}
+        if not self.exact:
+            shown["l1"], shown["l2"] = self.multipliers.tolist()
+        return shown

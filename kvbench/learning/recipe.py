@@ -22,6 +22,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "window": 1024,
         "loss_tokens": 8192,
         "multiplier_rate": 1.0,
+        "constraint": "multipliers",
+        "focus": 1.0,
         "weights_rate": 0.0,
     },
     "duoattention": {
@@ -35,12 +37,24 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "passkeys": 10,
         "passkey_words": 32,
     },
+    "saliency": {
+        "steps": 100,
+        "batch": 2,
+        "rate": 1.0,
+        "warm_up": 0.0,
+        "sinks": 128,
+        "window": 1024,
+        "loss_tokens": 8192,
+        "focus": 1.0,
+    },
 }
+CONSTRAINTS = ("multipliers", "exact")  # ways to reach the target sparsity
 
 # The least value of each setting that is a whole number. A row of one token predicts nothing.
 LEAST = {
     **{"length": 2, "sinks": 0},
     **dict.fromkeys(("steps", "batch", "window", "loss_tokens", "passkeys", "passkey_words"), 1),
+    **dict.fromkeys(("train_chunk", "rows"), 1),
 }
 
 
@@ -48,7 +62,7 @@ LEAST = {
 class HeadRecipe:
     """The settings of one training of head scores; InputError if one of them is out of range."""
 
-    method: str  # prulong or duoattention
+    method: str  # prulong, duoattention or saliency
     model: str
     model_fingerprint: str
     data: str
@@ -62,8 +76,12 @@ class HeadRecipe:
     seed: int
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     shard: bool = False  # shard the model's weights over the processes (FSDP)
+    train_chunk: int = 1  # prefill chunk of the streaming heads, in tokens
     target: float | None = None  # prulong: sparsity to reach
-    loss_tokens: int | None = None  # prulong: most tokens of a row in the loss, drawn at random
+    loss_tokens: int | None = None  # prulong, saliency: most tokens of a row in the loss, drawn
+    focus: float | None = None  # prulong, saliency: share of these that need far context most
+    rows: int | None = None  # prulong, saliency: different rows; then they come again
+    constraint: str | None = None  # prulong: multipliers (the paper's) or exact
     multiplier_rate: float | None = None  # prulong: Adam's rate for the constraint's multipliers
     weights_rate: float = 0.0  # prulong: Adam's rate for the model's weights, 0 to freeze them
     l1: float | None = None  # duoattention: weight of the mean gate in the loss
@@ -83,6 +101,15 @@ class HeadRecipe:
             raise InputError(f"{self.method}: rate must be above 0, not {self.rate}")
         if self.target is not None and not 0 < self.target < 1:
             raise InputError(f"a target sparsity must be between 0 and 1, not {self.target}")
+        if self.focus is not None and not 0 < self.focus <= 1:
+            raise InputError(f"focus is a share of the tokens, above 0 to 1, not {self.focus}")
+        if self.focus is not None and self.focus < 1 and self.weights_rate:
+            raise InputError("focus below 1 is for frozen weights: set weights_rate=0 or focus=1")
+        if self.constraint not in (None, *CONSTRAINTS):
+            raise InputError(
+                f"{self.method}: no constraint '{self.constraint}': "
+                f"{did_you_mean(self.constraint, CONSTRAINTS)}"
+            )
         if not 0 <= self.warm_up <= 1:
             raise InputError(f"warm_up is a share of the steps, 0 to 1, not {self.warm_up}")
 

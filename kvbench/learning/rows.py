@@ -36,10 +36,13 @@ class Rows(Protocol):
 def make_rows(recipe: HeadRecipe, tokenizer: Any) -> Rows:
     """The rows of a training; InputError if the data has too few tokens for one row."""
     length, seed = recipe.length, recipe.seed
-    if recipe.method == "prulong":
+    if recipe.method != "duoattention":
         if recipe.data == TASKS:
+            if recipe.rows:
+                raise InputError(f"rows is for text; the data '{TASKS}' never ends: leave it out")
             return TaskRows(tokenizer, length, seed)
-        wanted = length * recipe.steps * recipe.batch
+        needed = recipe.steps * recipe.batch
+        wanted = length * min(needed, recipe.rows or needed)
         tokens = read_tokens(recipe.data, tokenizer, wanted, seed, least=length)
         return PackedRows(tokens, length, recipe.batch)
     if recipe.data == TASKS:

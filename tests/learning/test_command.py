@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from helpers.process import interrupted, kvbench, kvbench_here
 
 from kvbench.heads import read_scores
 from kvbench.learning.command import HeadChoices, train_heads
+from kvbench.models.card import EMBEDDED
 
 SMALL = ["--steps", "6", "--batch", "4", "--length", "160"]
 
@@ -68,6 +70,35 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[list
         return scores(folder / "one", method)
 
     return learnt
+
+
+def test_saliency_ranks_the_heads_of_saliency_heads(tmp_path: Path) -> None:
+    focused = ["--option", "focus=0.2", "--out", "t"]
+    done = kvbench_here("train", "saliency", *SMALL, *focused, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "kvbench run --method saliency-heads --option scores=t/scores-saliency" in done.stderr
+    file = json.loads((tmp_path / "t" / "scores-saliency-heads.json").read_text())
+    assert file["focus"] == 0.2
+    assert file["sets"][0]["sparsity"] is None
+    assert len({score for row in file["sets"][0]["scores"] for score in row}) == 16
+    assert (tmp_path / "t" / "training.png").stat().st_size > 0
+    small = ["--task", "rag", "--context", "256", "--samples", "1", "--budgets", "0.5"]
+    option = ["--option", "scores=t/scores-saliency-heads.json", "--out", "r"]
+    done = kvbench_here("run", "--method", "saliency-heads", *small, *option, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_card_chooses_the_dtype_of_a_training(tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED["tiny"], tmp_path / "m", ignore=shutil.ignore_patterns("scores-*"))
+    card = json.loads((tmp_path / "m" / "kvbench.json").read_text())
+    card["training"]["saliency"] = {"data": "tasks", "dtype": "bfloat16", "sinks": 4, "window": 32}
+    (tmp_path / "m" / "kvbench.json").write_text(json.dumps(card))
+    for dtype, found in (([], "bfloat16"), (["--dtype", "float32"], "float32")):
+        arguments = ["--model", "m", *SMALL, *dtype, "--out", found]
+        done = kvbench_here("train", "saliency", *arguments, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        file = json.loads((tmp_path / found / "scores-saliency-heads.json").read_text())
+        assert file["dtype"] == found
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
@@ -164,6 +195,17 @@ def test_recomputed_activations_change_nothing(
         ("prulong --option weights_rate=0.1 --target 0.5,0.7", "one --target at a time"),
         ("prulong --option shard=true", "several processes"),
         ("prulon", "did you mean 'prulong'"),
+        ("prulong --option focus=0", "above 0 to 1"),
+        ("prulong --option focus=nan", "focus must be float"),
+        ("saliency --option focus=5%", "focus must be float"),
+        ("prulong --option focus=0.1 --option weights_rate=0.1", "frozen weights"),
+        ("prulong --option constraint=exakt", "did you mean 'exact'"),
+        ("prulong --option train_chunk=0", "at least 1"),
+        ("saliency --option rows=0", "at least 1"),
+        ("saliency --option rows=5", "rows is for text"),
+        ("saliency --target 0.5", "--target"),
+        ("saliency --option l1=3", "no 'l1'"),
+        ("duoattention --option focus=0.5", "no 'focus'"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(arguments: str, message: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from helpers.learning import BASIC, SHAPE, OneProcess, RandomRows, quiet, recipe
 from helpers.models import loaded_model, plain_model
 from helpers.process import interruptible
 from hypothesis import given, settings
@@ -44,49 +45,12 @@ from kvbench.learning.masks import (
 )
 from kvbench.learning.objective import forward
 from kvbench.learning.prulong import PruLong
-from kvbench.learning.recipe import HeadRecipe, make_recipe
+from kvbench.learning.recipe import make_recipe
 from kvbench.learning.rows import PackedRows, PasskeyRows, TaskRows, read_tokens
-from kvbench.method import KVShape
 from kvbench.models.load import LoadedModel, load_model
 from kvbench.spec import parse_method
 
 CPU = torch.device("cpu")
-SHAPE = KVShape(layers=3, kv_heads=2, query_heads=4, head_dim=8)
-BASIC = {"model": "m", "model_fingerprint": "f", "data": "d", "length": 40, "seed": 0}
-
-
-class OneProcess:
-    """The part of accelerate's Accelerator that `learn` uses, for one process."""
-
-    is_main_process, process_index, num_processes = True, 0, 1
-
-    @staticmethod
-    def reduce(tensor: Tensor, how: str) -> Tensor:
-        return tensor
-
-
-class RandomRows:
-    """Rows of random ids; every token is predicted."""
-
-    data_hash = ""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def row(self, step: int, index: int) -> TrainingRow:
-        generator = torch.Generator().manual_seed(1000 * step + index)
-        ids = torch.randint(1, 199, (self.length,), generator=generator).tolist()
-        return TrainingRow(ids, [0] + [1] * (self.length - 1))
-
-
-def recipe(method: str, **changes: Any) -> HeadRecipe:
-    return make_recipe(method, {**BASIC, "sinks": 2, "window": 6, "batch": 4}, changes)
-
-
-def quiet(line: dict[str, float]) -> None:
-    """Print nothing."""
-
-
 # Attention
 
 
@@ -103,16 +67,49 @@ def test_gates_of_1_are_the_model_exactly(architecture: str) -> None:
     assert torch.equal(gated, full)
 
 
+def streaming_row(prompt: list[int], new_tokens: int, folder: Path) -> Row:
+    """A row of an evaluation in which no head is a retrieval head."""
+    scores = folder / "scores.tsv"
+    scores.write_text("1 2\n3 4\n5 6\n")
+    options = {"scores": str(scores), "sinks": 2, "window": 6}
+    return Row(prompt, new_tokens, parse_method("prulong", options), 0.01)
+
+
+@pytest.mark.parametrize("chunk", [7, 16])
+@pytest.mark.parametrize("architecture", ["llama", "mistral-sliding", "gemma3"])
+def test_gates_of_0_are_streaming_evaluation_at_the_same_chunk(
+    architecture: str, chunk: int, tmp_path: Path
+) -> None:
+    model = loaded_model(architecture)
+    ids = torch.randint(1, 199, (50,), generator=torch.Generator().manual_seed(5)).tolist()
+    evaluated = [
+        run_rows(model, [streaming_row(ids[:end], 1, tmp_path)], prefill_chunk=chunk)[0].tokens[0]
+        for end in range(30, 51)
+    ]
+    gates = torch.zeros(SHAPE.layers, 1, SHAPE.kv_heads)
+    with torch.no_grad():
+        first, other = (
+            forward(
+                model.model,
+                torch.tensor([ids]),
+                GatedAttention(gates, 2, 6, model.shape.acting, chunk=each),
+            )
+            .logits[0, 29:]
+            .argmax(-1)
+            .tolist()
+            for each in (chunk, 1)
+        )
+    assert first == evaluated
+    assert other != evaluated
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mistral-sliding", "gemma3"])
 def test_gates_of_0_are_streaming_evaluation_at_one_token_a_chunk(
     architecture: str, tmp_path: Path
 ) -> None:
     model = loaded_model(architecture)
-    scores = tmp_path / "scores.tsv"
-    scores.write_text("1 2\n3 4\n5 6\n")
-    options = {"scores": str(scores), "sinks": 2, "window": 6}
     prompt = torch.randint(1, 199, (50,), generator=torch.Generator().manual_seed(5)).tolist()
-    row = Row(prompt, 10, parse_method("prulong", options), 0.01)  # no retrieval head
+    row = streaming_row(prompt, 10, tmp_path)
     evaluated = run_rows(model, [row], prefill_chunk=1)[0].tokens
 
     gates = torch.zeros(SHAPE.layers, 1, SHAPE.kv_heads)
@@ -128,16 +125,16 @@ def test_gates_of_0_are_streaming_evaluation_at_one_token_a_chunk(
     assert run_rows(model, [full], prefill_chunk=None)[0].tokens != evaluated
 
 
-def dense_streaming(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float, sinks: int, window: int, sliding: int | None
-) -> Tensor:
+def dense_streaming(q: Tensor, k: Tensor, v: Tensor, scaling: float, stream: Stream) -> Tensor:
     """Streaming attention in float64 with a T x T mask that is filled entry by entry."""
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     mask = torch.zeros(length, length, dtype=torch.bool)
     for token in range(length):
         for entry in range(token + 1):
-            near = sliding is None or entry > token - sliding
-            mask[token, entry] = near and (entry < sinks or entry >= token - window)
+            near = stream.sliding is None or entry > token - stream.sliding
+            first = token - token % stream.chunk  # of the token's chunk
+            resident = entry < stream.sinks or entry >= first - stream.window
+            mask[token, entry] = near and resident
     k, v = k.repeat_interleave(group, 1).double(), v.repeat_interleave(group, 1).double()
     logits = (q.double() @ k.transpose(2, 3)) * scaling
     return (logits.masked_fill(~mask, -torch.inf).softmax(-1) @ v).to(q.dtype)
@@ -149,33 +146,35 @@ def dense_streaming(
     sinks=st.integers(0, 40),
     window=st.integers(1, 150),
     sliding=st.one_of(st.none(), st.integers(5, 100)),
+    chunk=st.one_of(st.just(1), st.integers(2, 200)),
 )
 def test_blocks_of_streaming_attention_are_the_dense_mask(
-    length: int, sinks: int, window: int, sliding: int | None
+    length: int, sinks: int, window: int, sliding: int | None, chunk: int
 ) -> None:
+    stream = Stream(sinks, window, sliding, chunk)
     generator = torch.Generator().manual_seed(length)
     q = torch.randn(1, 4, length, 8, generator=generator)
     k, v = (torch.randn(1, 2, length, 8, generator=generator) for _ in range(2))
-    expected = dense_streaming(q, k, v, 0.4, sinks, window, sliding)
+    expected = dense_streaming(q, k, v, 0.4, stream)
     with mock.patch("kvbench.learning.attention.QUERY_BLOCK", 64):
-        got = streaming_blocks(q, k, v, 0.4, Stream(sinks, window, sliding))
+        got = streaming_blocks(q, k, v, 0.4, stream)
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called")  # it is fused only on CUDA
-@pytest.mark.parametrize("sliding", [None, 70])
-def test_flex_attention_is_the_dense_mask(sliding: int | None) -> None:
+@pytest.mark.parametrize("stream", [Stream(5, 33), Stream(5, 33, 70), Stream(5, 33, None, 50)])
+def test_flex_attention_is_the_dense_mask(stream: Stream) -> None:
     q = torch.randn(1, 4, 300, 16, generator=torch.Generator().manual_seed(1))
     k, v = q[:, :2] * 0.5, q[:, 2:] + 1
-    expected = dense_streaming(q, k, v, 0.4, 5, 33, sliding)
-    got = streaming_flex(q, k, v, 0.4, Stream(5, 33, sliding))
+    expected = dense_streaming(q, k, v, 0.4, stream)
+    got = streaming_flex(q, k, v, 0.4, stream)
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
 
 
 def test_a_sliding_layer_sees_its_window() -> None:
     q = torch.randn(1, 4, 90, 8, generator=torch.Generator().manual_seed(1))
     k, v = q[:, :2] * 0.5, q[:, 2:] + 1
-    expected = dense_streaming(q, k, v, 0.3, 0, 89, 20)
+    expected = dense_streaming(q, k, v, 0.3, Stream(0, 89, 20))
     torch.testing.assert_close(full_attention(q, k, v, 0.3, 20), expected, atol=2e-6, rtol=1e-4)
 
 
@@ -338,7 +337,7 @@ def test_ctrl_c_waits_until_a_step_is_whole() -> None:
 
 def test_what_has_diverged_is_not_saved(tmp_path: Path) -> None:
     class Diverging(PruLong):
-        def clip(self) -> None:
+        def settle(self, step: int) -> None:
             self.log_alpha.data.fill_(torch.nan)
 
     how = recipe("prulong", steps=5)

@@ -63,6 +63,7 @@ STYLES: Styles = {
     "pyramidkv-patched": Style(VERMILLION, "^", "-"),
     "duoattention": Style(PURPLE, "o", "-"),
     "prulong": Style(GREEN, "*", "-"),
+    "saliency-heads": Style(GREEN, "<", ":", filled=False),
     "random-heads": Style(PURPLE, "<", ":", filled=False),
 }
 _SPARE_COLOURS = (PURPLE, GREEN, BLUE, VERMILLION, ORANGE, SKY)
