@@ -162,6 +162,7 @@ def test_two_processes_learn_what_one_learns(
     assert max(map(max, one)) - min(map(min, one)) > 0.01  # they were learnt
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 def test_recomputed_activations_change_nothing(
     alone: Callable[[str], list[list[float]]], tmp_path: Path
 ) -> None:

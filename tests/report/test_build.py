@@ -76,7 +76,7 @@ def test_runs_that_are_odd_give_a_sensible_answer_or_a_line(tmp_path: Path) -> N
 
 def test_two_models_are_two_settings(tmp_path: Path) -> None:
     for model in "ab":
-        store(tmp_path / model, [record("full", 1.0, 0, 1.0, model=model)])
+        store(tmp_path / model, [record("full", 1.0, 0, 1.0, model=model)], model=model)
     report = make_report([tmp_path / "a", tmp_path / "b"], 0.9)
     assert [setting.model for setting in report.settings()] == ["a", "b"]
 

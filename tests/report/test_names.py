@@ -150,9 +150,8 @@ def test_each_task_has_a_picture_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["[/v2]\x1b[31m", "a\nb\udcff", "y" * 250])
 def test_folders_of_any_name(name: str, tmp_path: Path) -> None:
-    rows = rows_of()
-    store(tmp_path / "runs" / name, rows)
-    store(tmp_path / "runs" / "other", rows, model=name)
+    store(tmp_path / "runs" / name, rows_of())
+    store(tmp_path / "runs" / "other", rows_of(), device=name)
     for arguments in (["runs"], [f"runs/{name}"], ["runs", "--out", f"out{name}"]):
         done = kvbench_here("report", *arguments, folder=tmp_path)
         assert done.returncode == 0, done.stderr
