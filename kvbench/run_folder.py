@@ -406,10 +406,7 @@ def write_once(path: Path, contents: str) -> bool:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomically(draft, contents)
         os.link(draft, path)
     except FileExistsError:
         return False

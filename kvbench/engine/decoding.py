@@ -188,7 +188,7 @@ class DecodeKV:
                 stop = start + len(self.caches) * layer.kv_heads
                 places[index], start = slice(start, stop), stop
             place = places[layer.source]
-            here, lengths, slots, *where = (
+            here, lengths, slots, keys, values, positions = (
                 table[place] for table in self.copies.get(layer.device, tables)
             )
             if index != self.layers[layer.source].readers[-1]:
@@ -196,7 +196,9 @@ class DecodeKV:
                 # its oldest entry: the token waits behind the others.
                 slots = lengths
             pages = self.pages.of(place) if self.pages is not None else None
-            self.sequences.append(Sequences(here, *where, lengths, slots, self.longest, pages))
+            self.sequences.append(
+                Sequences(here, keys, values, positions, lengths, slots, self.longest, pages)
+            )
 
     def _tables(self) -> list[Tensor]:
         """What kernels read, each [S]; the first three change with every token."""

@@ -249,29 +249,21 @@ def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult
 
     from kvbench.sweep.runner import warm_up
 
-    where = f"continuing {out}: {reused} of {planned} cells are there"
-    if not is_run(out):
-        where = f"new run in {out}"
+    where = where_it_goes(out, planned, reused)
     progress = Progress(listener, len(cells), sum(cell.tokens for cell in cells))
-    sweep, interrupted = plan.sweep, False
+    sweep = plan.sweep
     with RunWriter(out, plan.common, invocation(choices, plan)) as writer:
         listener.note(where)
-        try:
-            with ended_by_signals():
-                warm_up(sweep.model)
-                progress.start(plan.seconds(TRIAL_SHARE))
-                sweep.run(cells, writer, progress.finished, progress.starting, listener.note)
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            listener.stopped()
+        with interruptible(listener) as ending:
+            warm_up(sweep.model)
+            progress.start(plan.seconds(TRIAL_SHARE))
+            sweep.run(cells, writer, progress.finished, progress.starting, listener.note)
         writer.check_stored(sweep.recorded)
     if sweep.elsewhere:
         listener.note_on_others(
             f"other processes measured {sweep.elsewhere} of the {len(cells)} cells"
         )
-    if interrupted:
-        listener.note(f"interrupted; what is finished is in {out}, the same command continues it")
+    ending.tell(listener, out)
     return SweepResult(
         out,
         planned,
@@ -279,9 +271,43 @@ def run_sweep(choices: Choices, listener: Listener | None = None) -> SweepResult
         sweep.measured,
         sweep.failed,
         plan.left_out,
-        interrupted,
+        ending.interrupted,
         sweep.elsewhere,
     )
+
+
+def where_it_goes(out: Path, planned: int, reused: int) -> str:
+    """What a user hears first: whether a run is new, or how much of it is there."""
+    if not is_run(out):
+        return f"new run in {out}"
+    return f"continuing {out}: {reused} of {planned} cells are there"
+
+
+@dataclass
+class Ending:
+    """How a sweep ended."""
+
+    interrupted: bool = False
+
+    def tell(self, listener: Listener, out: Path) -> None:
+        """Tell how an interrupted sweep goes on."""
+        if self.interrupted:
+            listener.note(
+                f"interrupted; what is finished is in {out}, the same command continues it"
+            )
+
+
+@contextmanager
+def interruptible(listener: Listener) -> Iterator[Ending]:
+    """Measure until the end, or until an interrupt, which ends what is inside and nothing else."""
+    ending = Ending()
+    try:
+        with ended_by_signals():
+            yield ending
+    except KeyboardInterrupt:
+        ending.interrupted = True
+    finally:
+        listener.stopped()
 
 
 @contextmanager

@@ -16,15 +16,16 @@ from typing import Any
 
 from kvbench.errors import InputError
 from kvbench.records import SAMPLE_FILES, Record, from_line, read_records
-from kvbench.run_folder import RunWriter, check_common, is_run
+from kvbench.run_folder import RunWriter, check_common
 from kvbench.sweep.command import (
     RUNS,
     Choices,
     SweepPlan,
     SweepResult,
-    ended_by_signals,
+    interruptible,
     invocation,
     plan_sweep,
+    where_it_goes,
 )
 from kvbench.sweep.folder import find_folder
 from kvbench.sweep.plan import Unit
@@ -227,34 +228,27 @@ def measured(
             driver.units.append(replace(unit, cells=cells))
     missing = {name: tokens for unit in driver.units for name, tokens in unit.cells.items()}
     tasks = {name: unit.unit[0] for unit in driver.units for name in unit.cells}
-    reused, failed, interrupted = planned - len(missing), [], False
+    reused, failed = planned - len(missing), []
     for note in told["notes"]:
         listener.note(note)
     if not missing:
         listener.note(f"all {planned} cells are measured already in {out}")
         return SweepResult(out, planned, reused, left_out=told["left_out"])
-    where = f"continuing {out}: {reused} of {planned} cells are there"
-    where = where if is_run(out) else f"new run in {out}"
+    where = where_it_goes(out, planned, reused)
     progress = Progress(listener, len(missing), sum(missing.values()))
     with RunWriter(out, told["common"], told["invocation"]) as writer:
         listener.note(where)
-        try:
-            with ended_by_signals():
-                progress.start(None)
-                while driver.units or driver.busy:
-                    records = driver.step()
-                    writer.append(records)
-                    known |= {record.fingerprint for record in records}
-                    failed += [record for record in records if record.error is not None]
-                    for record in records:
-                        progress.count(tasks[record.fingerprint], missing[record.fingerprint])
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            listener.stopped()
+        with interruptible(listener) as ending:
+            progress.start(None)
+            while driver.units or driver.busy:
+                records = driver.step()
+                writer.append(records)
+                known |= {record.fingerprint for record in records}
+                failed += [record for record in records if record.error is not None]
+                for record in records:
+                    progress.count(tasks[record.fingerprint], missing[record.fingerprint])
         writer.check_stored(known)
-    if interrupted:
-        listener.note(f"interrupted; what is finished is in {out}, the same command continues it")
+    ending.tell(listener, out)
     return SweepResult(
         out,
         planned,
@@ -262,5 +256,5 @@ def measured(
         progress.done - len(failed),
         failed,
         told["left_out"],
-        interrupted,
+        ending.interrupted,
     )

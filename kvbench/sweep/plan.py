@@ -160,9 +160,8 @@ def make_plan(
     cells = []
     for index, task in itertools.product(range(settings.samples), tasks):
         for one, common, samples in zip(of_seeds, commons, prepared[task.name], strict=True):
-            if index not in samples or (
-                only is not None and (task.name, one.seed, index) not in only
-            ):
+            wanted = only is None or (task.name, one.seed, index) in only
+            if not wanted or index not in samples:
                 continue
             ready = samples[index]
             sample, prompt = ready.sample, ready.prompt

@@ -12,8 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -280,22 +279,16 @@ def from_json(text: str) -> Choices:
     return Choices(**given)
 
 
-@contextmanager
-def told_errors(pipe: Pipe) -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        pipe.tell("error", text=str(error))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
 def main() -> None:
     """A worker: measures the choices on its standard input."""
     pipe = Pipe()
-    with told_errors(pipe):
+    try:
         result = run_sweep(from_json(sys.stdin.readline()), pipe)
         lines = [to_line(record).decode() for record in result.failed]
         names = ("planned", "reused", "measured", "left_out", "interrupted")
         told = {name: getattr(result, name) for name in names}
         pipe.tell("result", folder=str(result.folder), failed=lines, **told)
+    except InputError as error:
+        pipe.tell("error", text=str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
