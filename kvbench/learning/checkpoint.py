@@ -159,19 +159,20 @@ class Checkpoints:
         with torch.no_grad():
             for name, tensor in self.learnt.items():
                 tensor.copy_(tensors[name])
-                if name in states:
+                if name in states and (optimizer := self._optimizer(tensor)):
                     moved = {k: v.clone().to(tensor.device) for k, v in states[name].items()}
-                    self._optimizer(tensor).state[tensor] = moved
+                    optimizer.state[tensor] = moved
 
-    def _optimizer(self, tensor: Tensor) -> torch.optim.Optimizer:
-        return next(
-            optimizer
-            for optimizer in self.optimizers
-            if any(tensor is each for group in optimizer.param_groups for each in group["params"])
-        )
+    def _optimizer(self, tensor: Tensor) -> torch.optim.Optimizer | None:
+        """The optimizer that steps a tensor; None for what an objective keeps beside these."""
+        for optimizer in self.optimizers:
+            if any(tensor is each for group in optimizer.param_groups for each in group["params"]):
+                return optimizer
+        return None
 
     def _state(self, tensor: Tensor) -> dict[str, Tensor]:
-        return dict(self._optimizer(tensor).state.get(tensor, {}))
+        optimizer = self._optimizer(tensor)
+        return dict(optimizer.state.get(tensor, {})) if optimizer else {}
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

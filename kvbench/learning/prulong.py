@@ -25,6 +25,7 @@ from kvbench.method import KVShape
 
 START = 4.0  # of log_alpha: nearly all masks are 1
 SPREAD = 0.01  # standard deviation of log_alpha around START
+TIE = 1e-3  # weight of a head's mean log_alpha in its score
 BOUND = math.log(100)  # largest |log_alpha|; beyond it P(mask = 0) has almost no gradient
 
 
@@ -37,13 +38,14 @@ class PruLong(Objective):
         self.log_alpha = (START + SPREAD * noise).to(device).requires_grad_()
         self.multipliers = torch.zeros(2, device=device, requires_grad=True)
         self.exact = recipe.constraint == "exact"
+        self.mean = torch.zeros_like(self.log_alpha, requires_grad=False)  # of log_alpha over all steps
         if self.exact:
             self.log_alpha.register_hook(self.along_target)
         self.focus = make_focus(recipe, shape)
 
     def tensors(self) -> dict[str, Tensor]:
         if self.exact:
-            return {"log_alpha": self.log_alpha}
+            return {"log_alpha": self.log_alpha, "mean": self.mean}
         return {"log_alpha": self.log_alpha, "multipliers": self.multipliers}
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -104,10 +106,12 @@ class PruLong(Objective):
     def settle(self, step: int) -> None:
         if self.exact:
             self.log_alpha.copy_(shifted_to(self.log_alpha, self.target(step + 1), BOUND))
+            self.mean += self.log_alpha / self.recipe.steps
         self.log_alpha.clamp_(-BOUND, BOUND)
 
     def scores(self) -> Tensor:
-        return self.log_alpha.detach()
+        """log_alpha. Heads that reached the same bound are ordered by when they reached it."""
+        return self.log_alpha.detach() + TIE * self.mean
 
     def state(self, step: int) -> dict[str, float]:
         sparsity = expected_sparsity(self.log_alpha.detach()).item()
