@@ -75,7 +75,9 @@ def draw_shares(axes: Axes, rises: list[float]) -> None:
     axes.plot(np.arange(1, len(share) + 1) / len(share) * 100, share * 100, color="#D55E00")
     at = share[round(SHARE * len(share)) - 1] * 100
     axes.axvline(SHARE * 100, color="#7F7F7F", linewidth=0.8, linestyle="--")
-    axes.annotate(f"{SHARE * 100:.0f} % of the tokens:\n{at:.0f} % of the rise", (8, at - 12), fontsize=7)
+    axes.annotate(
+        f"{SHARE * 100:.0f} % of the tokens:\n{at:.0f} % of the rise", (8, at - 12), fontsize=7
+    )
     axes.set_xlabel("tokens, largest rise first (%)", fontsize=7)
     axes.set_ylabel("of the whole rise (%)", fontsize=7)
     axes.tick_params(labelsize=6.5)
