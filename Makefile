@@ -36,12 +36,14 @@ rehearse: $(READY)
 gpu-check: $(READY)
 	$(BIN)/python benchmarks/gpu_check.py
 
-# Both files of head scores that come with the embedded model.
+# The files of head scores that come with the embedded model.
 heads: $(READY)
-	$(BIN)/kvbench train prulong --out results/training/prulong
+	$(BIN)/kvbench train prulong --option constraint=multipliers --out results/training/prulong
 	$(BIN)/kvbench train duoattention --out results/training/duoattention
+	$(BIN)/kvbench train saliency --out results/training/saliency
 	cp results/training/prulong/scores-prulong.json kvbench/models/tiny/
 	cp results/training/duoattention/scores-duoattention.json kvbench/models/tiny/
+	cp results/training/saliency/scores-saliency-heads.json kvbench/models/tiny/
 
 setup: $(READY)
 

@@ -38,7 +38,7 @@ class PruLong(Objective):
         self.log_alpha = (START + SPREAD * noise).to(device).requires_grad_()
         self.multipliers = torch.zeros(2, device=device, requires_grad=True)
         self.exact = recipe.constraint == "exact"
-        self.mean = torch.zeros_like(self.log_alpha, requires_grad=False)  # of log_alpha over all steps
+        self.mean = torch.zeros_like(self.log_alpha, requires_grad=False)  # over all steps
         if self.exact:
             self.log_alpha.register_hook(self.along_target)
         self.focus = make_focus(recipe, shape)

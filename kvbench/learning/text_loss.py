@@ -38,7 +38,9 @@ def text_loss(
     device = next(model.parameters()).device
     ids, answers = (tensor.to(device) for tensor in padded(rows))
     assert recipe.loss_tokens is not None
-    drawn = drawn_places(answers.shape[1], recipe.loss_tokens, recipe.seed, step)
+    # With a focus the draw is the same at all steps, so that a row's choice can be kept.
+    draw = 0 if focus else step
+    drawn = drawn_places(answers.shape[1], recipe.loss_tokens, recipe.seed, draw)
     counts = (answers > 0) & drawn.to(device)
     if not counts.any():
         raise InputError(

@@ -31,7 +31,7 @@ def completed(
     ("line", "offered"),
     [
         ("kvbench re", "report reproduce"),
-        ("kvbench train ", "prulong duoattention tiny"),
+        ("kvbench train ", "prulong duoattention saliency tiny"),
         ("kvbench run --meth", "--method"),
         (
             "kvbench run --method full,pyramidkv-",

@@ -104,6 +104,16 @@ def test_the_loss_of_focus_is_that_of_the_chosen_tokens() -> None:
     torch.testing.assert_close(objective.data_loss(model, rows, 0, [0, 1]), expected)
 
 
+def test_a_long_row_is_looked_at_once_though_few_of_its_tokens_count() -> None:
+    model = Counting(frozen().model)
+    objective = PruLong(SHAPE, recipe("prulong", focus=0.2, loss_tokens=20), CPU)
+    row = RandomRows(60).row(0, 0)
+    objective.data_loss(model, [row], 0, [0])
+    assert model.calls == 3  # full attention, streaming attention, the masks'
+    objective.data_loss(model, [row], 1, [0])
+    assert model.calls == 4
+
+
 def test_losses_by_blocks_are_the_losses() -> None:
     model = frozen().model
     ids = torch.tensor([RandomRows(600).row(0, index).ids for index in range(2)])
