@@ -309,7 +309,7 @@ def make_report(folders: Sequence[Path], threshold: float = 0.9, *, latest: bool
     names = ", ".join(str(folder) for folder in folders)
     # Hash before reading: if a file grows in between, the next report is made anew.
     source = _hash_of_files(folders, f"{threshold} {latest}")
-    records, damaged = read_frame(folders)
+    records, damaged, again = read_frame(folders)
     left_out = tuple(f"left out: {text}" for text in told(damaged))
     if records.empty and damaged:
         raise InputError(f"{names}: nothing to report; {'; '.join(left_out)}")
@@ -325,7 +325,7 @@ def make_report(folders: Sequence[Path], threshold: float = 0.9, *, latest: bool
         )
     report = report_records(records, threshold, runs, latest=latest)
     lost = [f"{folder} has no {RUN_FILE}: its settings are not known" for folder in unknown]
-    notes = (*left_out, *lost, *report.notes)
+    notes = (*left_out, *lost, *again, *report.notes)
     report = replace(report, source=source, notes=notes, damaged=left_out)
     if not report.curves:
         raise InputError(f"{names}: nothing to report; " + "; ".join(report.notes))

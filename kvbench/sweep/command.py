@@ -347,7 +347,9 @@ def plan_sweep(choices: Choices, only: Set[Unit] | None = None) -> SweepPlan:
     cells = [cell for cell in every if not cell.skipped]
     added = AddedRecords(out)  # before the others are read, so that none is missed in between
     damaged: list[Damage] = []
-    known = {r.fingerprint: r for r in read_records(out, damaged, common)} if out.is_dir() else {}
+    again: list[str] = []
+    found = read_records(out, damaged, common, again) if out.is_dir() else []
+    known = {record.fingerprint: record for record in found}
     sweep = Sweep(
         model=model,
         tasks={task.name: task for task in tasks},
@@ -367,7 +369,7 @@ def plan_sweep(choices: Choices, only: Set[Unit] | None = None) -> SweepPlan:
         index, count = choices.shard
         notes.append(f"shard {index} of {count}: {len(mine)} of {len(cells)} cells")
     notes += [note] if (note := limit_threads()) else []
-    notes += note_on_damage(damaged)
+    notes += [*note_on_damage(damaged), *again]
     notes += note_on_template(model, settings)
     notes += [remark for task in tasks for remark in task.remarks]
     notes += notes_on_samples(every, tasks, settings)
