@@ -111,11 +111,6 @@ CIRCUMSTANCES = (
     *("finished", "prefill_seconds", "decode_seconds", "shared_rows", "group_bytes_peak"),
     *("device_bytes_peak", "context", "source", "sample_id"),
 )
-# What two records of one fingerprint have in common, whenever they were measured.
-_IDENTITY = (
-    *("model", "task", "method", "options", "budget", "prefill_chunk", "sample", "sample_seed"),
-    "compress",
-)
 _KEYS = re.compile(rb'"(\w+)"\s*:')
 _MOST_NESTED = 50  # lists and objects in each other, in options and the reference
 _BOM = b"\xef\xbb\xbf"
@@ -325,14 +320,13 @@ def _latest(of_cell: list[_Found]) -> tuple[_Found, list[_Found]]:
 def _agree(one: Record, other: Record) -> bool:
     """Whether two records of a cell are one, or two measurements with the same result."""
     return one == other or (
-        one.finished != other.finished and not _differences(one, other, _FIELDS, CIRCUMSTANCES)
+        one.finished != other.finished and not {*_differences(one, other)} - {*CIRCUMSTANCES}
     )
 
 
-def _differences(
-    one: Record, other: Record, names: Iterable[str], without: tuple[str, ...] = ()
-) -> list[str]:
-    return [n for n in names if n not in without and getattr(one, n) != getattr(other, n)]
+def _differences(one: Record, other: Record) -> list[str]:
+    """The names of the fields in which two records differ."""
+    return [name for name in _FIELDS if getattr(one, name) != getattr(other, name)]
 
 
 def _rivals(latest: _Found, others: list[_Found]) -> list[_Found]:
@@ -343,15 +337,13 @@ def _rivals(latest: _Found, others: list[_Found]) -> list[_Found]:
     return [
         each
         for each in others
-        if each.file.name == latest.file.name
-        or each.record.finished == latest.record.finished
-        or _differences(each.record, latest.record, _IDENTITY)
+        if each.file.name == latest.file.name or each.record.finished == latest.record.finished
     ]
 
 
 def _contradiction(found: _Found, other: _Found) -> Damage:
     """The damage of a record whose cell another one claims too."""
-    different = ", ".join(_differences(found.record, other.record, _FIELDS)[:SHOWN])
+    different = ", ".join(_differences(found.record, other.record)[:SHOWN])
     return Damage(
         found.file,
         found.line,

@@ -14,14 +14,15 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 
+from kvbench.arguments import MOST_SAMPLES
 from kvbench.errors import InputError
 from kvbench.files import open_regular, read_regular, write_atomically
 from kvbench.locks import hold, locked, same_file
@@ -41,10 +42,13 @@ class _Experiment(TypedDict, total=False):
     sources: dict[str, str]
 
 
+_Number = Annotated[int, msgspec.Meta(ge=0, le=MOST_SAMPLES)]
+
+
 class _Choices(TypedDict, total=False):
-    samples: int
+    samples: _Number
     seed: int | list[int]
-    shard: list[int] | None
+    shard: tuple[_Number, _Number] | None
 
 
 class _Invocation(TypedDict, total=False):
@@ -111,9 +115,8 @@ def _check_origin(
     for path, found in hashes.items():
         if found != common:
             raise InputError(
-                f"{path} is of a process that measured with other settings than {folder / RUN_FILE} "
-                f"states; put back the {RUN_FILE} that was there, or move the file and its "
-                f"{SAMPLE_FILES} away"
+                f"{path} is of a process with other settings than {folder / RUN_FILE} states; put "
+                f"back the {RUN_FILE} that was there, or move this file and its samples away"
             )
     names = {path.stem.partition("-")[2] for path in invocations}
     kept = any("common_hash" in one for one in invocations.values())
@@ -165,7 +168,7 @@ def _read_object(path: Path, schema: Any) -> dict[str, Any] | None:
 
 def unfinished(
     invocations: Sequence[Mapping[str, Any]],
-    there: Collection[tuple[str, int, int]],
+    there: Set[tuple[str, int, int]],
     shown: Mapping[tuple[str, str], str] | None = None,
 ) -> list[str]:
     """Notes on samples that processes were asked for and that have no record of full attention.
@@ -178,7 +181,7 @@ def unfinished(
         settings, sources = each.get("settings", {}), _sources(each)
         seeds = settings.get("seed", [])
         if part := settings.get("shard"):
-            shards.setdefault(part[-1], set()).add(part[0])
+            shards.setdefault(part[1], set()).add(part[0])
         for task in each.get("experiment", {}).get("tasks", []):
             listed = each.get("codes", {}).get(f"samples {task}", "").split()
             asked = settings.get("samples", 0)
@@ -188,16 +191,18 @@ def unfinished(
             for seed in seeds if isinstance(seeds, list) else [seeds]:
                 wanted.setdefault(name, set()).update((name, seed, index) for index in indices)
     notes = [
-        f"{task}: unfinished, {len(samples & set(there))} of {len(samples)} samples are there"
+        f"{task}: unfinished, {len(samples & there)} of {len(samples)} samples are there"
         for task, samples in wanted.items()
-        if not samples <= set(there)
+        if not samples <= there
     ]
     if notes:
         for count, parts in sorted(shards.items()):
             missing = [str(n) for n in range(1, count + 1) if n not in parts]
             more = [f"{len(missing) - SHOWN} more"] if len(missing) > SHOWN else []
             if missing:
-                notes.append(f"of {count} shards, {', '.join([*missing[:SHOWN], *more])} are missing")
+                notes.append(
+                    f"of {count} shards, {', '.join([*missing[:SHOWN], *more])} are missing"
+                )
     return notes
 
 

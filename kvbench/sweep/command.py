@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.arguments import LARGEST, MOST_SAMPLES, check_share, check_text, check_whole
 from kvbench.errors import InputError, did_you_mean
+from kvbench.files import check_folder
 from kvbench.judge import Judge, use_judge
 from kvbench.machine import limit_threads
 from kvbench.models.card import ModelCard, model_folder, read_card
@@ -312,6 +313,8 @@ def plan_sweep(choices: Choices, only: Set[Unit] | None = None) -> SweepPlan:
 
     Raises InputError for choices that cannot be measured.
     """
+    if choices.out is not None:
+        check_folder(choices.out)
     use_judge(None if choices.judge is None else Judge(choices.judge, choices.judge_url or ""))
     tasks = ready_tasks(choices)
     folder = model_folder(choices.model)
@@ -339,8 +342,6 @@ def plan_sweep(choices: Choices, only: Set[Unit] | None = None) -> SweepPlan:
     sources = {task.name: task.source for task in tasks if task.source}
     wanted = experiment([task.name for task in tasks], choices.method, choices.option, sources)
     out = choices.out or find_folder(RUNS, common, wanted)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out: {out} is a file; name a folder")
     check_common(out, common)
     make = partial(make_plan, model, tasks, specs, settings, choices.seeds)
     every = make(only)
