@@ -304,7 +304,7 @@ def read_folders(
         files = list(dict.fromkeys(str(each.file) for found in again for each in found))
         more = [f"{len(files) - SHOWN} more"] if len(files) > SHOWN else []
         notes.append(
-            f"{len(again)} cells were measured again with another result; the latest counts "
+            f"cells measured again with another result: {len(again)}; the latest counts "
             f"({', '.join([*files[:SHOWN], *more])})"
         )
     return counted

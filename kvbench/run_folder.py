@@ -197,12 +197,10 @@ def unfinished(
     ]
     if notes:
         for count, parts in sorted(shards.items()):
-            missing = [str(n) for n in range(1, count + 1) if n not in parts]
+            missing = [f"{n}/{count}" for n in range(1, count + 1) if n not in parts]
             more = [f"{len(missing) - SHOWN} more"] if len(missing) > SHOWN else []
             if missing:
-                notes.append(
-                    f"of {count} shards, {', '.join([*missing[:SHOWN], *more])} are missing"
-                )
+                notes.append(f"shards that are missing: {', '.join([*missing[:SHOWN], *more])}")
     return notes
 
 

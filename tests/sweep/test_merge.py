@@ -117,7 +117,7 @@ def test_of_two_measurements_the_later_counts_in_merge_and_report_and_both_say_s
         notes: list[str] = []
         out = tmp_path / f"c-{folders[0].name}"
         assert merge(folders, out, HOME, notes.append) == (2, 0)
-        told = "1 cells were measured again with another result; the latest counts ("
+        told = "cells measured again with another result: 1; the latest counts ("
         assert [note.startswith(told) for note in notes] == [True]
         assert left in notes[0]
         assert right in notes[0]
@@ -232,7 +232,7 @@ def test_what_is_missing_is_said_by_merge_and_report(tmp_path: Path) -> None:
         with RunWriter(tmp_path / f"s{index}", {"model": "m"}, about) as writer:
             writer.append([record("full", 1.0, index, 1.0)])
     folders = [tmp_path / "s1", tmp_path / "s2"]
-    told = ["recall: unfinished, 2 of 4 samples are there", "of 3 shards, 3 are missing"]
+    told = ["recall: unfinished, 2 of 4 samples are there", "shards that are missing: 3/3"]
     notes: list[str] = []
     merge(folders, tmp_path / "c", HOME, notes.append)
     assert notes == told
