@@ -392,9 +392,9 @@ class RunWriter:
         for _ in range(ATTEMPTS):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(self._invocation, json.dumps(about, indent=2) + "\n")
                 write_once(run, settings)
                 check_common(self.folder, common)
+                write_atomically(self._invocation, json.dumps(about, indent=2) + "\n")
                 with locked(run):
                     os.stat(self._invocation)
                     self._run_file = os.stat(run)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.records import record, store
 
+from kvbench import run_folder
 from kvbench.errors import InputError
 from kvbench.records import read_records, to_line
 from kvbench.report.build import make_report
@@ -242,3 +243,23 @@ def test_what_is_missing_is_said_by_merge_and_report(tmp_path: Path) -> None:
     with RunWriter(tmp_path / "c", {"model": "m"}, {}) as writer:
         writer.append([record("full", 1.0, each, 1.0) for each in (0, 3)])
     assert not set(make_report([tmp_path / "c"]).notes) & set(told)
+
+
+def test_who_is_slower_with_other_settings_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faster = RunWriter(tmp_path / "other", {"model": "m"}, {})
+    faster.append([record("full", 1.0, 0, 1.0)])
+    write_once = run_folder.write_once
+
+    def late(path: Path, contents: str) -> bool:
+        faster.folder.rename(path.parent / "here")
+        for file in (path.parent / "here").iterdir():
+            file.rename(path.parent / file.name)
+        return write_once(path, contents)
+
+    monkeypatch.setattr(run_folder, "write_once", late)
+    with pytest.raises(InputError, match="holds a run with other settings"):
+        RunWriter(tmp_path / "a", {"model": "m", "dtype": "x"}, {})
+    assert len(list((tmp_path / "a").glob("invocation-*"))) == 1
+    assert len(make_report([tmp_path / "a"]).records) == 1
