@@ -83,7 +83,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     files = sorted(folder.glob(INVOCATION_FILES))
     found = {path: _read_object(path, _Invocation) for path in files}
     known = {path: one for path, one in found.items() if one is not None}
-    _check_origin(folder, hash_of(run["common"]), known, samples)
+    _check_origin(folder, run, known, samples)
     invocations = [*run.get("invocations", []), *known.values()]
     invocations.sort(key=lambda each: str(each.get("started", "")))
     return {**run, "invocations": invocations}
@@ -104,23 +104,26 @@ def hash_of(common: Mapping[str, Any]) -> str:
 
 
 def _check_origin(
-    folder: Path, common: str, invocations: Mapping[Path, Any], samples: Iterable[Path]
+    folder: Path,
+    run: Mapping[str, Any],
+    invocations: Mapping[Path, Mapping[str, Any]],
+    samples: Iterable[Path],
 ) -> None:
-    """InputError if a file is of a process with other settings than those of the hash `common`.
+    """InputError if a file is of a process with other settings than `run.json` states.
 
     A process says in its invocation which ones its records share. Invocations of before this was
     kept say nothing, and those of format 1 were in `run.json` and do not name their files.
     """
-    hashes = {path: one.get("common_hash", common) for path, one in invocations.items()}
-    for path, found in hashes.items():
-        if found != common:
+    common = hash_of(run["common"])
+    for path, one in invocations.items():
+        if one.get("common_hash", common) != common:
             raise InputError(
                 f"{path} is of a process with other settings than {folder / RUN_FILE} states; put "
                 f"back the {RUN_FILE} that was there, or move this file and its samples away"
             )
     names = {path.stem.partition("-")[2] for path in invocations}
     kept = any("common_hash" in one for one in invocations.values())
-    if kept and not any(name.startswith(MERGED) for name in names):
+    if kept and not run.get("invocations") and not any(n.startswith(MERGED) for n in names):
         for path in samples:
             name = path.stem.partition("-")[2]
             if name not in names:
@@ -393,10 +396,9 @@ class RunWriter:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_once(run, settings)
-                check_common(self.folder, common)
-                write_atomically(self._invocation, json.dumps(about, indent=2) + "\n")
                 with locked(run):
-                    os.stat(self._invocation)
+                    check_common(self.folder, common)  # before others could read the invocation
+                    write_atomically(self._invocation, json.dumps(about, indent=2) + "\n")
                     self._run_file = os.stat(run)
                     check_sources(self.folder, invocation)
                     file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
