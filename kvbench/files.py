@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 
+from kvbench.errors import InputError
+
 
 def write_atomically(path: Path, contents: str | bytes, *, durable: bool = True) -> None:
     """Write a file so that a reader sees all of it or nothing; raises OSError.
@@ -32,6 +34,20 @@ def write_together(files: Mapping[Path, str | bytes], *, durable: bool = True) -
     finally:
         for draft in drafts.values():
             draft.unlink(missing_ok=True)
+
+
+def check_folder(path: Path) -> None:
+    """InputError if no folder can be made or used at a path: it is a file, or its name too long."""
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {path}: {error.strerror}; choose another --out"
+        ) from None
+    if not is_folder:
+        raise InputError(f"{path} is a file; name a folder")
 
 
 def as_bytes(contents: str | bytes) -> bytes:

@@ -8,8 +8,9 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta
@@ -105,11 +106,16 @@ class Record:
 _decode = msgspec.json.Decoder(Record).decode
 _FIELDS = tuple(field.name for field in fields(Record))
 _MEASURED = ("prediction", "score", "kv_footprint", "kv_peak")
+# What two measurements of one cell may differ in: when, where and beside what it was measured.
+CIRCUMSTANCES = (
+    *("finished", "prefill_seconds", "decode_seconds", "shared_rows", "group_bytes_peak"),
+    *("device_bytes_peak", "context", "source", "sample_id"),
+)
 _KEYS = re.compile(rb'"(\w+)"\s*:')
 _MOST_NESTED = 50  # lists and objects in each other, in options and the reference
 _BOM = b"\xef\xbb\xbf"
 NEAR = 1e-9  # what a record says twice may differ by this much
-SHOWN = 5  # damaged lines that a message names
+SHOWN = 5  # damaged lines, or files, that a message names
 
 
 @dataclass(frozen=True)
@@ -150,14 +156,15 @@ def from_line(line: bytes) -> Record:
         raise ValueError("lists in lists without end") from None
     keys = _KEYS.findall(line)
     if len(keys) != len(set(keys)):
-        json.loads(line, object_pairs_hook=_unique)
+        json.loads(line, object_pairs_hook=unique)
     if line.count(b"[") + line.count(b"{") > _MOST_NESTED + len(record.timeline or ()):
         check_depth([record.options, record.reference])
     _check(record)
     return record
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of these keys and values; ValueError if a key is there twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = next(name for name in values if sum(key == name for key, _ in pairs) > 1)
@@ -181,7 +188,10 @@ def _check(record: Record) -> None:
         missing = [name for name in _MEASURED if getattr(record, name) is None]
         if missing:
             raise ValueError(f"it has no error, and lacks {', '.join(missing)}")
+    datetime.fromisoformat(record.finished)
     share, rows, full = record.kv_footprint, record.resident_rows, record.full_rows
+    if record.budget == 0:
+        raise ValueError("budget is 0; expected more")
     if record.method == BASELINE and record.budget != 1:
         raise ValueError(f"budget of {BASELINE} is {record.budget}; expected 1")
     if (rows is None) != (full is None):
@@ -193,14 +203,16 @@ def _check(record: Record) -> None:
         and abs(rows - share * full) > NEAR * max(rows, full, 1)
     ):
         raise ValueError(f"kv_footprint is {share}, but {rows} of {full} rows are resident")
+    if full == 0:
+        raise ValueError("full_rows is 0; expected 1 or more")
     if share is not None and record.kv_reads is not None and record.kv_reads > share + NEAR:
         raise ValueError(f"kv_reads is {record.kv_reads}, more than kv_footprint, {share}")
-    if record.patch_rows is not None:
-        # Only patched and replayed tokens are held beside what full attention holds.
-        most = 1 + record.patch_rows + (record.replay_rows or 0) + NEAR
-        for name in ("kv_peak", "kv_held_peak"):
-            if (getattr(record, name) or 0) > most:
-                raise ValueError(f"{name} is {getattr(record, name)}; expected at most {most:g}")
+    # Only patched and replayed tokens are held beside what full attention holds.
+    patched = record.context if record.patch_rows is None else record.patch_rows
+    most = 1 + patched + (record.replay_rows or 0) + NEAR
+    for name in ("kv_peak", "kv_held_peak"):
+        if (getattr(record, name) or 0) > most:
+            raise ValueError(f"{name} is {getattr(record, name)}; expected at most {most:g}")
     if record.timeline:
         rows_of_points = [point[0] for point in record.timeline]
         if rows_of_points != sorted(rows_of_points):
@@ -226,34 +238,121 @@ def _check_common(record: Record, common: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {value}, and {stated} in the settings of this run")
 
 
+class _Found(NamedTuple):
+    """A record, and where it is."""
+
+    record: Record
+    file: Path
+    line: int
+
+
 def read_records(
-    folder: Path, damaged: list[Damage] | None = None, common: Mapping[str, Any] | None = None
+    folder: Path,
+    damaged: list[Damage] | None = None,
+    common: Mapping[str, Any] | None = None,
+    notes: list[str] | None = None,
 ) -> list[Record]:
-    """Return all records of a run folder, one per fingerprint, in order of file name.
+    """Return all records of a run folder, as `read_folders` does.
 
     `common` holds the settings that all records share, as `run.json` states them; a record of
-    others is damaged. A last line without a newline was cut by a kill and is dropped. Where a
-    fingerprint occurs more than once, a measured record is preferred to a failed one, otherwise the
-    first is taken. Damaged lines, and files that cannot be read, are left out and added to
-    `damaged`; without such a list, the first one raises InputError.
+    others is damaged.
     """
-    by_cell: dict[str, Record] = {}
-    for found in _lines(folder, common or {}):
+    return [record for record, _ in read_folders({folder: common or {}}, damaged, notes)]
+
+
+def read_folders(
+    folders: Mapping[Path, Mapping[str, Any]],
+    damaged: list[Damage] | None = None,
+    notes: list[str] | None = None,
+) -> list[tuple[Record, Path]]:
+    """Return the records of run folders, one per fingerprint, each with the file that it is from.
+
+    They are in order of folder and file name. `folders` are the settings that all records of each
+    share. A last line without a newline was cut by a kill and is dropped. Damaged lines, and files
+    that cannot be read, are left out and added to `damaged`; without such a list, the first one
+    raises InputError.
+
+    Of several records of one cell, the one that was measured last counts, and a failed one only if
+    all failed. If what they say differs, `notes` gets a note. If none of them is the last (see
+    `_rivals`), the cell is left out and its lines are damaged.
+    """
+    cells: dict[str, list[_Found]] = {}
+    broken: list[Damage] = []
+    for found in (found for folder, common in folders.items() for found in _lines(folder, common)):
         if isinstance(found, Damage):
-            if damaged is None:
-                hint = "delete the line to measure that cell again"
-                if found.line is None:
-                    hint = "make it readable, or move it away"
-                raise InputError(f"{found}; {hint}")
-            damaged.append(found)
-            continue
-        known = by_cell.get(found.fingerprint)
-        if known is None or (known.error is not None and found.error is None):
-            by_cell[found.fingerprint] = found
-    return list(by_cell.values())
+            broken.append(found)
+        else:
+            cells.setdefault(found.record.fingerprint, []).append(found)
+    counted: list[tuple[Record, Path]] = []
+    again: list[list[_Found]] = []
+    for of_cell in cells.values():
+        latest, others = (of_cell[0], []) if len(of_cell) == 1 else _latest(of_cell)
+        if rivals := _rivals(latest, others):
+            broken.append(_contradiction(latest, rivals[0]))
+            broken += [_contradiction(each, latest) for each in rivals]
+        else:
+            counted.append((latest.record, latest.file))
+            again += [[latest, *others]] if others else []
+    if broken and damaged is None:
+        hint = "delete the line to measure that cell again"
+        if broken[0].line is None:
+            hint = "make it readable, or move it away"
+        raise InputError(f"{broken[0]}; {hint}")
+    if damaged is not None:
+        damaged += broken
+    if again and notes is not None:
+        files = list(dict.fromkeys(str(each.file) for found in again for each in found))
+        more = [f"{len(files) - SHOWN} more"] if len(files) > SHOWN else []
+        notes.append(
+            f"cells measured again with another result: {len(again)}; the latest counts "
+            f"({', '.join([*files[:SHOWN], *more])})"
+        )
+    return counted
 
 
-def _lines(folder: Path, common: Mapping[str, Any]) -> Iterator[Record | Damage]:
+def _latest(of_cell: list[_Found]) -> tuple[_Found, list[_Found]]:
+    """Which record of a cell counts, and those that say something else."""
+    measured = [each for each in of_cell if each.record.error is None]
+    latest = max(measured or of_cell, key=lambda each: each.record.finished)
+    return latest, [each for each in measured if not _agree(each.record, latest.record)]
+
+
+def _agree(one: Record, other: Record) -> bool:
+    """Whether two records of a cell are one, or two measurements with the same result."""
+    return one == other or (
+        one.finished != other.finished and not {*_differences(one, other)} - {*CIRCUMSTANCES}
+    )
+
+
+def _differences(one: Record, other: Record) -> list[str]:
+    """The names of the fields in which two records differ."""
+    return [name for name in _FIELDS if getattr(one, name) != getattr(other, name)]
+
+
+def _rivals(latest: _Found, others: list[_Found]) -> list[_Found]:
+    """Those of the other records of a cell that no later measurement explains.
+
+    A process measures a cell once, and writes to one file.
+    """
+    return [
+        each
+        for each in others
+        if each.file.name == latest.file.name or each.record.finished == latest.record.finished
+    ]
+
+
+def _contradiction(found: _Found, other: _Found) -> Damage:
+    """The damage of a record whose cell another one claims too."""
+    different = ", ".join(_differences(found.record, other.record)[:SHOWN])
+    return Damage(
+        found.file,
+        found.line,
+        f"{other.file}, line {other.line}, has another {different} of the same cell, and neither "
+        "is a later measurement",
+    )
+
+
+def _lines(folder: Path, common: Mapping[str, Any]) -> Iterator[_Found | Damage]:
     """Yield the record or the damage of every line that ends with a newline."""
     for path in sorted(folder.glob(SAMPLE_FILES)):
         try:
@@ -264,7 +363,7 @@ def _lines(folder: Path, common: Mapping[str, Any]) -> Iterator[Record | Damage]
                     try:
                         record = from_line(line.removeprefix(_BOM) if number == 1 else line)
                         _check_common(record, common)
-                        yield record
+                        yield _Found(record, path, number)
                     except ValueError as error:
                         yield Damage(path, number, str(error))
         except OSError as error:

@@ -8,27 +8,30 @@ torch. See `docs/records.md`.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 
+from kvbench.arguments import MOST_SAMPLES
 from kvbench.errors import InputError
 from kvbench.files import open_regular, read_regular, write_atomically
 from kvbench.locks import hold, locked, same_file
-from kvbench.records import SAMPLE_FILES, Record, check_depth, to_line
+from kvbench.records import SAMPLE_FILES, SHOWN, Record, check_depth, to_line, unique
 
 RUN_FILE = "run.json"
 RUN_FORMAT = 2  # in format 1, the invocations are in `run.json` too
 INVOCATION_FILES = "invocation-*.json"
+MERGED = "merged-"  # begins the name of an invocation that was in `run.json`
 ATTEMPTS = 10  # to enter a folder that other processes make and remove at the same time
 END = "end"  # of the samples that a task reads
 
@@ -39,8 +42,19 @@ class _Experiment(TypedDict, total=False):
     sources: dict[str, str]
 
 
+_Number = Annotated[int, msgspec.Meta(ge=0, le=MOST_SAMPLES)]
+
+
+class _Choices(TypedDict, total=False):
+    samples: _Number
+    seed: int | list[int]
+    shard: tuple[_Number, _Number] | None
+
+
 class _Invocation(TypedDict, total=False):
     started: str
+    common_hash: str
+    settings: _Choices
     codes: dict[str, str]
     experiment: _Experiment
     skipped: dict[str, list[int]]
@@ -58,15 +72,19 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     """Return what a run folder says of its run, None if it has no `run.json`.
 
     The contents of `run.json`, and by `invocations` what each process that wrote to the folder says
-    of itself, in the order in which they started. InputError if a file is damaged, or was written
-    by a newer kvbench.
+    of itself, in the order in which they started. InputError if a file is damaged, was written by a
+    newer kvbench, or is of a process with other settings than `run.json` states.
     """
     run = _read_object(folder / RUN_FILE, _Settings)
     if run is None:
         return None
+    # Before the invocations: a process writes its own first.
+    samples = [path for path in folder.glob(SAMPLE_FILES) if _size(path)]
     files = sorted(folder.glob(INVOCATION_FILES))
-    found = [_read_object(path, _Invocation) for path in files]
-    invocations = [*run.get("invocations", []), *(one for one in found if one is not None)]
+    found = {path: _read_object(path, _Invocation) for path in files}
+    known = {path: one for path, one in found.items() if one is not None}
+    _check_origin(folder, run, known, samples)
+    invocations = [*run.get("invocations", []), *known.values()]
     invocations.sort(key=lambda each: str(each.get("started", "")))
     return {**run, "invocations": invocations}
 
@@ -76,15 +94,61 @@ def read_common(folder: Path) -> dict[str, Any]:
 
     Raises InputError as `read_settings`.
     """
-    return (_read_object(folder / RUN_FILE, _Settings) or {"common": {}})["common"]
+    return dict((read_settings(folder) or {"common": {}})["common"])
+
+
+def hash_of(common: Mapping[str, Any]) -> str:
+    """A hash of the settings that the records of a folder share; null is as good as none."""
+    given = {name: value for name, value in common.items() if value is not None}
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_origin(
+    folder: Path,
+    run: Mapping[str, Any],
+    invocations: Mapping[Path, Mapping[str, Any]],
+    samples: Iterable[Path],
+) -> None:
+    """InputError if a file is of a process with other settings than `run.json` states.
+
+    A process says in its invocation which ones its records share. Invocations of before this was
+    kept say nothing, and those of format 1 were in `run.json` and do not name their files.
+    """
+    common = hash_of(run["common"])
+    for path, one in invocations.items():
+        if one.get("common_hash", common) != common:
+            raise InputError(
+                f"{path} is of a process with other settings than {folder / RUN_FILE} states; put "
+                f"back the {RUN_FILE} that was there, or move this file and its samples away"
+            )
+    names = {path.stem.partition("-")[2] for path in invocations}
+    kept = any("common_hash" in one for one in invocations.values())
+    if kept and not run.get("invocations") and not any(n.startswith(MERGED) for n in names):
+        for path in samples:
+            name = path.stem.partition("-")[2]
+            if name not in names:
+                raise InputError(
+                    f"{path} has no invocation-{name}.json, which says with which settings it was "
+                    "measured; put it back, or move the file away"
+                )
+
+
+def _size(path: Path) -> int:
+    """The bytes of a file, 0 if it is gone."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def _read_object(path: Path, schema: Any) -> dict[str, Any] | None:
     """The JSON object of a file, which must be as the schema says; None if there is no file."""
     try:
-        contents = json.loads(read_regular(path))
+        contents = json.loads(read_regular(path), object_pairs_hook=unique)
         number = contents.get("format", RUN_FORMAT) if isinstance(contents, dict) else RUN_FORMAT
-        if isinstance(number, int) and number > RUN_FORMAT:
+        if type(number) is not int or number < 1:
+            raise ValueError(f"its format is {number!r}; expected a whole number like {RUN_FORMAT}")
+        if number > RUN_FORMAT:
             raise InputError(
                 f"{path} is of format {number}, and this kvbench knows formats up to {RUN_FORMAT}; "
                 "a newer kvbench wrote it: pip install --upgrade kvbench"
@@ -100,9 +164,47 @@ def _read_object(path: Path, schema: Any) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         reason = str(error).replace("`", "")
         raise InputError(
-            f"{path} is damaged ({reason}); put back what it was, or choose another --out"
+            f"{path} is damaged ({reason}); put back what it was, or use another folder"
         ) from error
     return dict(contents)
+
+
+def unfinished(
+    invocations: Sequence[Mapping[str, Any]],
+    there: Set[tuple[str, int, int]],
+    shown: Mapping[tuple[str, str], str] | None = None,
+) -> list[str]:
+    """Notes on samples that processes were asked for and that have no record of full attention.
+
+    `there` are those that have one, as task, seed and index. `shown` is as in `current_codes`.
+    """
+    wanted: dict[str, set[tuple[str, int, int]]] = {}
+    shards: dict[int, set[int]] = {}
+    for each in invocations:
+        settings, sources = each.get("settings", {}), _sources(each)
+        seeds = settings.get("seed", [])
+        if part := settings.get("shard"):
+            shards.setdefault(part[1], set()).add(part[0])
+        for task in each.get("experiment", {}).get("tasks", []):
+            listed = each.get("codes", {}).get(f"samples {task}", "").split()
+            asked = settings.get("samples", 0)
+            count = min(asked, len(listed) - 1) if END in listed else asked
+            indices = set(range(count)) - set(each.get("skipped", {}).get(task, []))
+            name = (shown or {}).get((task, sources.get(task, "")), task)
+            for seed in seeds if isinstance(seeds, list) else [seeds]:
+                wanted.setdefault(name, set()).update((name, seed, index) for index in indices)
+    notes = [
+        f"{task}: unfinished, {len(samples & there)} of {len(samples)} samples are there"
+        for task, samples in wanted.items()
+        if not samples <= there
+    ]
+    if notes:
+        for count, parts in sorted(shards.items()):
+            missing = [f"{n}/{count}" for n in range(1, count + 1) if n not in parts]
+            more = [f"{len(missing) - SHOWN} more"] if len(missing) > SHOWN else []
+            if missing:
+                notes.append(f"shards that are missing: {', '.join([*missing[:SHOWN], *more])}")
+    return notes
 
 
 def current_codes(
@@ -288,15 +390,15 @@ class RunWriter:
         """
         run = self.folder / RUN_FILE
         settings = json.dumps({"format": RUN_FORMAT, "common": common}, indent=2) + "\n"
+        about = {**invocation, "common_hash": hash_of(common)}
         removed: OSError | None = None
         for _ in range(ATTEMPTS):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(self._invocation, json.dumps(invocation, indent=2) + "\n")
                 write_once(run, settings)
-                check_common(self.folder, common)
                 with locked(run):
-                    os.stat(self._invocation)
+                    check_common(self.folder, common)  # before others could read the invocation
+                    write_atomically(self._invocation, json.dumps(about, indent=2) + "\n")
                     self._run_file = os.stat(run)
                     check_sources(self.folder, invocation)
                     file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -463,7 +565,7 @@ def _whole_lines(path: Path, start: int) -> Iterator[bytes]:
 
 
 def check_common(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The contents of `run.json` if there is one; InputError if its records differ in `wanted`."""
+    """The contents of `run.json` if there is one; InputError if its records have others."""
     contents = read_settings(folder)
     if contents is None and any(os.path.getsize(path) for path in folder.glob(SAMPLE_FILES)):
         raise InputError(
@@ -472,9 +574,9 @@ def check_common(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         )
     if contents is not None:
         known = contents["common"]
-        different = [key for key in wanted if known.get(key) != wanted[key]]
+        different = [key for key in {**known, **wanted} if known.get(key) != wanted.get(key)]
         if different:
-            changes = "; ".join(f"{k} was {known.get(k)}, now {wanted[k]}" for k in different)
+            changes = "; ".join(f"{k} was {known.get(k)}, now {wanted.get(k)}" for k in different)
             what = "with other settings"
             if different == ["kvbench"]:
                 what = "that other code of kvbench measured"

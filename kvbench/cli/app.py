@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 some cells failed, 2 bad input, 130 interrupted. Every err
 stderr; KVBENCH_DEBUG=1 shows the traceback.
 """
 
+import errno
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -151,5 +152,7 @@ def describe(error: Exception) -> tuple[str, int]:
         return error.format_message().replace("Value error, ", ""), 2  # pydantic's prefix
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         return f"this needs {error.name}: pip install 'kvbench[{EXTRAS[error.name]}]'", 2
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"the name {error.filename} is too long for this file system; choose another", 2
     where = "(KVBENCH_DEBUG=1 shows where this happened)"
     return f"{type(error).__name__}: {error} {where}", 1

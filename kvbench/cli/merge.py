@@ -27,6 +27,6 @@ def merge(
     from kvbench.sweep.command import RUNS
     from kvbench.sweep.merge import merge as merged
 
-    cells, failed = merged(folders, out, RUNS)
+    cells, failed = merged(folders, out, RUNS, lambda text: say(text, name="note: "))
     say(f"{out} holds {cells} cells" + (f", {failed} of them failed" if failed else ""))
     return 0

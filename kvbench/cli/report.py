@@ -9,7 +9,8 @@ import typer
 from kvbench.cli import complete, options
 from kvbench.cli.messages import say
 from kvbench.cli.options import FOLDER, OUTPUT, opt
-from kvbench.errors import BAD_INPUT, InputError
+from kvbench.errors import BAD_INPUT
+from kvbench.files import check_folder
 from kvbench.sweep.command import RUNS
 
 Form = Literal["table", "json", "csv", "markdown", "latex"]
@@ -61,10 +62,9 @@ def write_report(
     from kvbench.report.publish import publish
     from kvbench.report.tables import print_report
 
-    found = make_report(folders, threshold, latest=latest)
     folder = out or (folders[0] if len(folders) == 1 else RUNS.parent / "report")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {folder} is a file; name a folder")
+    check_folder(folder)
+    found = make_report(folders, threshold, latest=latest)
     published = publish(found, folder)
     print_report(found, form)
     for note in found.notes:

@@ -5,11 +5,12 @@ A training holds its folder while it runs, so that no second one writes there to
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,16 +209,26 @@ def digest(tensors: Mapping[str, Tensor], about: str) -> str:
     return found.hexdigest()
 
 
-def resume_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """The log's lines before `step`; lines that a killed run added after its checkpoint go."""
-    lines = []
+def resume_log(path: Path, step: int, names: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The log's lines before `step`; lines that a killed run added after its checkpoint go.
+
+    So do those that are no lines of a log: an object with a `step` after that of the line before,
+    and with a finite number for each of `names`.
+    """
+    lines: list[dict[str, Any]] = []
     if path.is_file():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+            last = lines[-1]["step"] if lines else -1
+            with suppress(ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
                 line = json.loads(text)
-                if line["step"] < step:
-                    lines.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue
+                numbers = [line[name] for name in ("step", *names)]
+                if all(type(each) in (int, float) and math.isfinite(each) for each in numbers):
+                    lines += [line] if last < line["step"] < step else []
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
+
+
+def seconds_of(log: Sequence[Mapping[str, Any]], steps: int) -> float | None:
+    """The seconds of all steps of a training; None if its log no longer has them all."""
+    found = [line["seconds"] for line in log if line["seconds"] >= 0]
+    return round(sum(found), 1) if len(found) == steps else None

@@ -21,7 +21,7 @@ from kvbench.engine.self_check import self_check
 from kvbench.errors import InputError
 from kvbench.files import write_atomically
 from kvbench.heads import Table
-from kvbench.learning.checkpoint import holding, save_model, writing
+from kvbench.learning.checkpoint import holding, save_model, seconds_of, writing
 from kvbench.learning.corpus import STANDARD_LIBRARY
 from kvbench.learning.duoattention import DuoAttention
 from kvbench.learning.loop import learn
@@ -58,7 +58,7 @@ class LearntSet:
 
     target: float | None  # None for a method without a target
     sparsity: float | None  # reached, 0..1; None if no heads are chosen
-    seconds: float
+    seconds: float | None  # None: not known, its log was damaged
     scores: Table  # [L][K], larger for heads that need the whole cache
 
 
@@ -136,7 +136,7 @@ def learn_set(
     return LearntSet(
         target=recipe.target,
         sparsity=round(end["sparsity"], 6) if "sparsity" in end else None,
-        seconds=round(sum(line["seconds"] for line in log), 1),
+        seconds=seconds_of(log, recipe.steps),
         scores=scores,
     )
 

@@ -57,7 +57,7 @@ def learn(
     log: list[dict[str, float]] = []
     if writes:
         with writing(out):
-            log = resume_log(out / LOG, step)
+            log = resume_log(out / LOG, step, ("loss", "seconds", *objective.state(0)))
         if checkpoints.note:
             note(checkpoints.note)
     diverged = False

@@ -46,11 +46,12 @@ def model_folder(name: str) -> Path | None:
     if name in WHEELS:
         return WHEELS[name].folder
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # `Path.is_dir` raises OSError for a name that is too long
         if not (folder / "config.json").is_file():
             raise InputError(f"model folder '{name}' has no config.json")
         return folder
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    looks_like_path = looks_like_path or os.path.exists(folder)
     if looks_like_path or "/" not in name:
         known = ", ".join([*EMBEDDED, *WHEELS])
         raise InputError(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pandas import DataFrame, Series, concat, isna
 
 from kvbench.errors import InputError
-from kvbench.files import open_regular
+from kvbench.files import as_bytes, open_regular
 from kvbench.records import BASELINE, SAMPLE_FILES, Record, told
 from kvbench.report.frames import (
     POOLED,
@@ -51,7 +51,9 @@ from kvbench.run_folder import (
     RUN_FILE,
     current_codes,
     find_run_folders,
+    hash_of,
     read_settings,
+    unfinished,
 )
 
 FEWEST_SHARE = 0.5  # a budget with a smaller share of its curve's samples is no point of it
@@ -309,7 +311,7 @@ def make_report(folders: Sequence[Path], threshold: float = 0.9, *, latest: bool
     names = ", ".join(str(folder) for folder in folders)
     # Hash before reading: if a file grows in between, the next report is made anew.
     source = _hash_of_files(folders, f"{threshold} {latest}")
-    records, damaged = read_frame(folders)
+    records, damaged, again = read_frame(folders)
     left_out = tuple(f"left out: {text}" for text in told(damaged))
     if records.empty and damaged:
         raise InputError(f"{names}: nothing to report; {'; '.join(left_out)}")
@@ -325,7 +327,7 @@ def make_report(folders: Sequence[Path], threshold: float = 0.9, *, latest: bool
         )
     report = report_records(records, threshold, runs, latest=latest)
     lost = [f"{folder} has no {RUN_FILE}: its settings are not known" for folder in unknown]
-    notes = (*left_out, *lost, *report.notes)
+    notes = (*left_out, *lost, *again, *report.notes)
     report = replace(report, source=source, notes=notes, damaged=left_out)
     if not report.curves:
         raise InputError(f"{names}: nothing to report; " + "; ".join(report.notes))
@@ -372,7 +374,12 @@ def report_records(
     names = task_names(frame, runs)
     shown = [names[key] for key in zip(frame["task"], frame["source"], strict=True)]
     cells, notes = select(frame.assign(task=shown), latest, current_codes(runs, names))
-    notes = [*_notes_on_runs(runs), *notes, *_notes_on_lengths(cells, runs, names)]
+    notes = [
+        *_notes_on_runs(runs),
+        *_notes_on_the_rest(frame.assign(task=shown), runs, names),
+        *notes,
+    ]
+    notes += _notes_on_lengths(cells, runs, names)
     notes += _notes_on_metrics(cells)
     curves: list[Curve] = []
     groups: dict[Setting, list[CellGroup]] = {}
@@ -457,6 +464,27 @@ def _notes_on_lengths(
             shown = ", ".join(map(str, left_out[:FEW_SAMPLES]))
             more = ", ..." if len(left_out) > FEW_SAMPLES else ""
             notes.append(f"{name}: {many} left out, too long: {shown}{more}")
+    return notes
+
+
+def _notes_on_the_rest(
+    records: DataFrame, runs: Sequence[dict[str, Any]], names: Mapping[tuple[str, str], str]
+) -> list[str]:
+    """Return notes on samples that the runs were asked for and lack; see `unfinished`.
+
+    What runs of the same settings have, such as the shards of one sweep, is taken together.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault(hash_of(run["common"]), []).append(run)
+    baseline = records[records["method"] == BASELINE]
+    notes = []
+    for group in groups.values():
+        found = baseline[baseline["run"].isin({as_bytes(run["folder"]).decode() for run in group})]
+        there = set(found[["task", "seed", "sample"]].itertuples(index=False, name=None))
+        told = unfinished([each for run in group for each in run["invocations"]], there, names)
+        where = ", ".join(run["folder"] for run in group)
+        notes += [f"{where}: {note}" for note in told] if len(groups) > 1 else told
     return notes
 
 

@@ -22,7 +22,7 @@ from pandas import DataFrame, Series
 from kvbench.arguments import check_paths
 from kvbench.errors import InputError
 from kvbench.files import as_bytes
-from kvbench.records import BASELINE, Damage, Record, read_records, told
+from kvbench.records import BASELINE, Damage, Record, read_folders, told
 from kvbench.run_folder import END, find_run_folders, read_common
 
 SETTING = ["model", "task", "context", "seed", "compress"]  # what the curves of one picture share
@@ -47,30 +47,30 @@ def load_records(*folders: str | Path) -> DataFrame:
     """Return the records of run folders, or of folders of run folders, as one frame.
 
     The module's docstring describes the columns. Failed cells are included; `error` is missing
-    where a cell was measured. Damaged records are left out, with a warning that names their lines.
-    Raises InputError if a folder holds no run.
+    where a cell was measured. Damaged records are left out, with a warning that names their lines;
+    of several records of a cell, the latest counts (`kvbench.records.read_folders`). Raises
+    InputError if a folder holds no run.
     """
     check_paths("load_records", folders)
     if not folders:
         raise InputError("load_records: name at least one run folder")
-    frame, damaged = read_frame(folders)
-    for text in told(damaged):
+    frame, damaged, notes = read_frame(folders)
+    for text in (*told(damaged), *notes):
         warnings.warn(text, stacklevel=2)
     return frame
 
 
-def read_frame(folders: Iterable[str | Path]) -> tuple[DataFrame, list[Damage]]:
-    """As `load_records`; what is damaged is returned."""
-    rows: list[Record] = []
-    runs: list[str] = []
+def read_frame(folders: Iterable[str | Path]) -> tuple[DataFrame, list[Damage], list[str]]:
+    """As `load_records`; what is damaged is returned, and notes on cells that are there twice."""
     damaged: list[Damage] = []
+    notes: list[str] = []
     collecting = gc.isenabled()
     gc.disable()  # the collector would walk over all rows again and again: a third of the time
     try:
-        for folder in find_run_folders(folders, Path()):
-            rows += read_records(folder, damaged, read_common(folder))
-            runs += [as_bytes(folder.name).decode()] * (len(rows) - len(runs))
-        return _frame(rows, runs), damaged
+        commons = {folder: read_common(folder) for folder in find_run_folders(folders, Path())}
+        found = read_folders(commons, damaged, notes)
+        runs = [as_bytes(file.parent.name).decode() for _, file in found]
+        return _frame([record for record, _ in found], runs), damaged, notes
     finally:
         if collecting:
             gc.enable()

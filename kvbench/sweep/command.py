@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvbench.arguments import LARGEST, MOST_SAMPLES, check_share, check_text, check_whole
 from kvbench.errors import InputError, did_you_mean
+from kvbench.files import check_folder
 from kvbench.judge import Judge, use_judge
 from kvbench.machine import limit_threads
 from kvbench.models.card import ModelCard, model_folder, read_card
@@ -338,6 +339,8 @@ def plan_sweep(choices: Choices, only: Set[Unit] | None = None) -> SweepPlan:
 
     Raises InputError for choices that cannot be measured.
     """
+    if choices.out is not None:
+        check_folder(choices.out)
     use_judge(None if choices.judge is None else Judge(choices.judge, choices.judge_url or ""))
     tasks = ready_tasks(choices)
     folder = model_folder(choices.model)
@@ -365,15 +368,15 @@ def plan_sweep(choices: Choices, only: Set[Unit] | None = None) -> SweepPlan:
     sources = {task.name: task.source for task in tasks if task.source}
     wanted = experiment([task.name for task in tasks], choices.method, choices.option, sources)
     out = choices.out or find_folder(RUNS, common, wanted)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out: {out} is a file; name a folder")
     check_common(out, common)
     make = partial(make_plan, model, tasks, specs, settings, choices.seeds)
     every = make(only)
     cells = [cell for cell in every if not cell.skipped]
     added = AddedRecords(out)  # before the others are read, so that none is missed in between
     damaged: list[Damage] = []
-    known = {r.fingerprint: r for r in read_records(out, damaged, common)} if out.is_dir() else {}
+    again: list[str] = []
+    found = read_records(out, damaged, common, again) if out.is_dir() else []
+    known = {record.fingerprint: record for record in found}
     sweep = Sweep(
         model=model,
         tasks={task.name: task for task in tasks},
@@ -393,7 +396,7 @@ def plan_sweep(choices: Choices, only: Set[Unit] | None = None) -> SweepPlan:
         index, count = choices.shard
         notes.append(f"shard {index} of {count}: {len(mine)} of {len(cells)} cells")
     notes += [note] if (note := limit_threads()) else []
-    notes += note_on_damage(damaged)
+    notes += [*note_on_damage(damaged), *again]
     notes += note_on_template(model, settings)
     notes += [remark for task in tasks for remark in task.remarks]
     notes += notes_on_samples(every, tasks, settings)

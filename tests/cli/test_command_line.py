@@ -18,6 +18,7 @@ from kvbench.errors import InputError
 from kvbench.models.card import EMBEDDED
 
 SMALL = ["--task", "rag", "--context", "256", "--samples", "3", "--budgets", "0.3,0.6"]
+LONG = 300 * "x"
 ONE = ["1" if text == "3" else text for text in SMALL]  # sample
 
 
@@ -73,6 +74,9 @@ def records(folder: Path) -> list[dict[str, Any]]:
         ("run --chat-template on", "no chat template"),
         ("run --out words.tsv --method recency", "is a file"),
         ("run --out /proc/none --method recency --task rag --samples 1", "cannot write"),
+        (f"run --out {LONG}", "File name too long; choose another --out"),
+        (f"run --model /{LONG}", "no model"),
+        (f"merge empty --out {LONG}", "File name too long; choose another --out"),
         ("run --config none.yaml", "cannot read"),
         ("run --config unknown.yaml", "did you mean 'budgets'"),
         ("report nowhere", "nowhere"),

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, checked when read, and only for the training they belong to."""
 
 import contextlib
+import json
 import os
 import re
 import resource
@@ -18,7 +19,15 @@ from helpers.process import KVBENCH, kvbench_here
 from safetensors.torch import load_file, save_file
 
 from kvbench.errors import InputError
-from kvbench.learning.checkpoint import BEFORE, CHECKPOINT, DRAFT, Checkpoints, holding, resume_log
+from kvbench.learning.checkpoint import (
+    BEFORE,
+    CHECKPOINT,
+    DRAFT,
+    Checkpoints,
+    holding,
+    resume_log,
+    seconds_of,
+)
 from kvbench.learning.command import HeadChoices, TrainingResult, train_heads
 from kvbench.learning.recipe import TinyRecipe
 from kvbench.learning.tiny import train_tiny
@@ -129,6 +138,21 @@ def test_a_log_loses_only_what_comes_after_the_checkpoint(tmp_path: Path) -> Non
     log.write_bytes(b'{"step": 0}\n{"step": 1}\n[1]\n\xff\n{"step": 2}\n{"st')
     assert resume_log(log, 2) == [{"step": 0}, {"step": 1}]
     assert log.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_a_damaged_log_costs_lines_and_the_time_is_not_known(tmp_path: Path) -> None:
+    log, good = tmp_path / "log.jsonl", [{"step": n, "seconds": 1.5} for n in range(2)]
+    odd = [
+        *('{"step": 1}', '{"step": 1, "seconds": "x"}', '{"step": 1, "seconds": NaN}', "[]"),
+        *('{"step": true, "seconds": 1}', '{"step": -5, "seconds": 1}', '{"seconds": 1}'),
+        *('{"step": 0, "seconds": 9}', '{"step": 1, "seconds": 1' + "0" * 400 + "}", "[" * 10**5),
+    ]
+    log.write_text("\n".join([json.dumps(good[0]), *odd, json.dumps(good[1]), odd[0]]))
+    assert resume_log(log, 5, ("seconds",)) == good
+    assert log.read_text().splitlines() == [json.dumps(line) for line in good]
+    assert seconds_of(good, 2) == 3.0
+    assert seconds_of(good, 3) is seconds_of([], 1) is None
+    assert seconds_of([{**good[0], "seconds": -1.0}, good[1]], 2) is None
 
 
 @contextlib.contextmanager

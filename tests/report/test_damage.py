@@ -170,6 +170,10 @@ KINDS: dict[str, tuple[bytes, str]] = {
     "no rows of full attention": (with_values(full_rows=0), "50 of 0 rows are resident"),
     "more read than held": (with_values(kv_reads=0.9), "kv_reads is 0.9, more than kv_footprint"),
     "a peak without a reason": (with_values(kv_peak=1.5), "kv_peak is 1.5; expected at most 1"),
+    "no rows at all": (with_values(resident_rows=0, full_rows=0), "full_rows is 0; expected 1 or"),
+    "a budget of 0": (with_values(budget=0), "budget is 0; expected more"),
+    "no such day": (with_values(finished="2026-02-31T00:00:00"), "day is out of range"),
+    "an absurd peak": (with_values(kv_peak=9e18, patch_rows=None), "kv_peak is 9e.*; expected at"),
     "a held peak without a reason": (with_values(kv_held_peak=9), "kv_held_peak is 9.0; expected"),
     # timelines
     "a timeline as a text": (with_values(timeline="x"), "timeline: Expected array"),
@@ -381,6 +385,13 @@ def test_an_invocation_that_is_no_file(kind: str, tmp_path: Path) -> None:
         ('{"common": {}, "invocations": [{"started": 3}]}', "started"),
         ('{"common": {"a": ' + deep(600) + '}, "invocations": []}', "nested"),
         ("[" * 100_000, "is damaged"),
+        ('{"common": {}, "common": {}}', "common is there twice"),
+        ('{"common": {}, "invocations": [{"settings": {"samples": 1e99}}]}', "samples"),
+        ('{"format": "3", "common": {}}', "its format is '3'; expected a whole number like 2"),
+        *(
+            (f'{{"format": {number}, "common": {{}}}}', "its format is ")
+            for number in ("3.0", "[3]", "1e99", "null", "true", "0", "-1")
+        ),
         ('{"format": 3, "other": "keys"}', "newer kvbench wrote it"),
         ('{"format": 99, "common": {}, "invocations": []}', "newer kvbench wrote it"),
     ],
