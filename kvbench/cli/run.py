@@ -150,7 +150,17 @@ def run(
     command continues an interrupted run. If you ask for more samples,
     budgets or prefill chunks, only the missing cells are measured.
     """
-    chunks = None if prefill_chunk is None else comma_list(prefill_chunk, "sizes", options.tokens)
+    choices = read_choices(locals())
+    if dry_run:
+        print_plan(choices)
+        return 0
+    return measure(choices)
+
+
+def read_choices(given: Mapping[str, Any]) -> Choices:
+    """What the values of the options of `run`, by their names, mean; InputError for others."""
+    chunks = given["prefill_chunk"]
+    method, task, limit = given["method"], given["task"], given["memory_limit"]
     choices = Choices(
         model=model,
         method=None if method is None else comma_list(method, "methods", str),

@@ -18,7 +18,7 @@ from kvbench.errors import InputError
 from kvbench.report.build import make_report
 from kvbench.sweep.command import Choices
 from kvbench.sweep.progress import Listener, Progress
-from kvbench.sweep.workers import Crew, environments, from_json, run_workers, to_json
+from kvbench.sweep.workers import Crew, environments, run_workers
 
 
 @pytest.fixture(scope="module")
@@ -124,20 +124,6 @@ def test_a_worker_that_never_gets_anywhere_is_given_up(
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(InputError, match="all workers died"):
         run_workers(Choices(out=tmp_path / "x", workers=2, device="cpu"))
-
-
-def test_choices_reach_a_worker_as_they_are() -> None:
-    choices = Choices(
-        method=("snapkv",),
-        task=("recall", "a,b.jsonl"),
-        seed=(0, 2),
-        option={"window": ("8", "16"), "snapkv.kernel": "3"},
-        template_option={"enable_thinking": "false"},
-        out=Path("somewhere"),
-        shard=(1, 2),
-        workers=3,
-    )
-    assert from_json(to_json(choices)) == choices
 
 
 def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
