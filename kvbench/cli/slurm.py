@@ -193,8 +193,8 @@ def hours_of(found: "Forecast", choices: Choices, shards: int) -> float:
     """The time limit of a job: its part of the sweep, and a long sample, which may come last."""
     if left := sum(line.left_out for line in found.lines):
         raise InputError(
-            f"{left:,.0f} cells do not fit in the memory of {found.gpu.name}, so that their time is "
-            "not known; choose another --gpu, or give --hours"
+            f"{left:,.0f} cells do not fit in the memory of {found.gpu.name}, so that nobody knows "
+            "their time; choose another --gpu, or give --hours"
         )
     longest = max(
         sum(line.seconds for line in found.lines if line.task == task)

@@ -19,8 +19,8 @@ from kvbench.errors import InputError
 from kvbench.models.card import EMBEDDED
 from kvbench.models.load import wrap_model
 from kvbench.models.shapes import parameters, shapes_of
-from kvbench.reproduce.full import SHAPE
 from kvbench.registry import open_task
+from kvbench.reproduce.full import SHAPE
 from kvbench.sweep import forecast as cost
 from kvbench.sweep.command import Choices
 from kvbench.sweep.forecast import Gpu, Workload, forecast, read_gpu
