@@ -20,13 +20,16 @@ MEMORY, OUTPUT, TRAINING = "Memory", "Output", "Training"
 SCALE = "Several processes"
 METHOD_OPTION = "Option of a method, like window=32 or snapkv.window=32; repeatable."
 SWEPT_OPTION = "Option of a method, like snapkv.window=32, or window=8,32 to try both; repeatable."
+WHOLE = re.compile(r"\s*[+-]?[0-9]+\s*")
+NO_NUMBER = re.compile(r"\s*[+-]?(nan|inf|infinity)\s*", re.IGNORECASE)
 LIST, FOLDER = "A,B,...", "FOLDER"  # placeholders of values
 
 
 class Command(TyperCommand):
     """A command that refuses what would be accepted in silence.
 
-    An option that is given twice, an empty text, and numbers that are none (nan, inf).
+    An option that is given twice, an empty text, and what is a number for Python alone: nan, inf,
+    and whole numbers like 1_0 and 2.0.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -48,13 +51,22 @@ class Command(TyperCommand):
             rest = super().parse_args(ctx, args)
         except typer.BadParameter as error:
             name = "" if error.param is None else error.param.name
+            if error.param is not None and NO_NUMBER.fullmatch(str(given.get(name))):
+                said = f"{error.param.opts[0]} must be a number, not {given[name]}"
+                raise InputError(said) from None
             if name in given or name not in (ctx.default_map or {}):
                 raise
             raise InputError(f"{ctx.params['config']}: {error.format_message()}") from None
         for param in self.params:
-            value = ctx.params.get(param.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"{param.opts[0]} must be a number, not {value}")
+            value, text = ctx.params.get(param.name), given.get(param.name)
+            where = ""
+            if text is None and param.name in (ctx.default_map or {}):
+                where, text = f"{ctx.params['config']}: ", ctx.default_map[param.name]
+            if isinstance(value, float) and (not math.isfinite(value) or "_" in str(text)):
+                raise InputError(f"{where}{param.opts[0]} must be a number, not {text}")
+            if type(value) is int and isinstance(text, str) and not WHOLE.fullmatch(text):
+                name = param.opts[0]
+                raise InputError(f"{where}{name} must be a whole number, like {value}, not {text}")
         return rest
 
 
@@ -189,9 +201,16 @@ def number(kind: Callable[[str], T], what: str) -> Callable[[str], T]:
     return convert
 
 
+def whole(text: str) -> int:
+    """A whole number in plain digits; ValueError for anything else."""
+    if not WHOLE.fullmatch(text):
+        raise ValueError
+    return int(text)
+
+
 budget = number(float, "a budget: a share of the cache, like 0.3")
-tokens = number(int, "a number of tokens, like 4096")
-seed = number(int, "a seed: a whole number, like 0")
+tokens = number(whole, "a number of tokens, like 4096")
+seed = number(whole, "a seed: a whole number, like 0")
 
 
 def sparsity(text: str) -> float:

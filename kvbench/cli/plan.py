@@ -56,7 +56,8 @@ def plan(
         str, opt(HOW_MUCH, "Shares of the cache to keep, above 0 and at most 1.", metavar=LIST)
     ] = "0.1,0.2,0.3,0.5,0.7,0.9",
     samples: Annotated[
-        int | None, opt(HOW_MUCH, "Samples of each task, at most.", "the paper's", min=1)
+        int | None,
+        opt(HOW_MUCH, "Samples of each task; the paper's data sets have no more.", "all", min=1),
     ] = None,
     context: Annotated[
         int, opt(HOW_MUCH, "Tokens of prompt and answer together, at most.", min=2)
@@ -84,7 +85,7 @@ def plan(
     Without options the cost of the paper's scale is told. The exit code is 1
     if some cells do not fit in the GPU's memory.
     """
-    from kvbench.reproduce.full import options_for, shapes, workloads
+    from kvbench.reproduce.full import FULL_SCALE, options_for, shapes, workloads
     from kvbench.sweep.command import Choices
     from kvbench.sweep.forecast import forecast, read_gpu
 
@@ -100,6 +101,15 @@ def plan(
     )
     tasks = None if task is None else comma_list(task, "tasks", planned)
     loads = workloads(tasks, context=context, samples=samples, answer=answer)
+    asked = ctx.get_parameter_source("samples")
+    if config != FULL_SCALE or (asked is not None and asked.name == "COMMANDLINE"):
+        for each in dict.fromkeys(load.task for load in loads):
+            there = sum(load.samples for load in loads if load.task == each)
+            if there < (samples or 0):
+                say(
+                    f"{each}: {there} samples, all that the paper has; for samples that a run "
+                    "makes, see 'kvbench run --dry-run' and 'kvbench slurm'"
+                )
     given = ctx.get_parameter_source("model")
     own_name = model_config is None or (given is not None and given.name == "COMMANDLINE")
     name = model if own_name else str(model_config)

@@ -1,9 +1,10 @@
 """`kvbench run`: the options of a sweep, and what it prints."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from kvbench import escape
 from kvbench.cli import complete, options
@@ -41,6 +42,13 @@ EXAMPLES = options.examples(
 
 TEMPLATE_VALUE = "Value for the chat template, like enable_thinking=false; repeatable."
 TASKS = "Tasks to use: names, .jsonl files, folders of them, hf:NAME:CONFIG:SPLIT."
+LISTS: Mapping[str, tuple[str, Callable[[str], Any]]] = {  # options with commas between values
+    "method": ("methods", str),
+    "task": ("tasks", str),
+    "budgets": ("budgets", options.budget),
+    "prefill_chunk": ("sizes", options.tokens),
+    "seed": ("seeds", options.seed),
+}
 CONFIG = "YAML file with any of these options; the command line overrides it."
 
 
@@ -150,41 +158,27 @@ def run(
     command continues an interrupted run. If you ask for more samples,
     budgets or prefill chunks, only the missing cells are measured.
     """
-    chunks = None if prefill_chunk is None else comma_list(prefill_chunk, "sizes", options.tokens)
-    choices = Choices(
-        model=model,
-        method=None if method is None else comma_list(method, "methods", str),
-        task=in_folder(None if task is None else comma_list(task, "tasks", str), lm_eval_path),
-        budgets=comma_list(budgets, "budgets", options.budget),
-        samples=samples,
-        context=context,
-        prefill_chunk=chunks,
-        seed=comma_list(seed, "seeds", options.seed),
-        out=out,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        option=options.swept(options.key_value(option)),
-        chat_template=chat_template,
-        compress=compress,
-        metric=metric,
-        max_new_tokens=max_new_tokens,
-        too_long=too_long,
-        judge=judge,
-        judge_url=judge_url,
-        template_date=template_date,
-        template_option=options.key_value(template_option, "--template-option"),
-        batch_rows=batch_rows,
-        memory_limit=None if memory_limit is None else options.memory(memory_limit),
-        shard=slurm_shard(os.environ) if shard is None else options.shard(shard),
-        workers=workers,
-        gpus_per_worker=gpus_per_worker,
-        ray=ray,
-    )
+    choices = read_choices(locals())
     if dry_run:
         print_plan(choices)
         return 0
     return measure(choices)
+
+
+def read_choices(given: Mapping[str, Any]) -> Choices:
+    """What the values of all options of `run` mean; InputError for what no sweep can have."""
+    read = {each.name: given[each.name] for each in fields(Choices)}
+    for name, (what, item) in LISTS.items():
+        if read[name] is not None:
+            read[name] = comma_list(read[name], what, item)
+    read["task"] = in_folder(read["task"], given["lm_eval_path"])
+    read["option"] = options.swept(options.key_value(read["option"]))
+    read["template_option"] = options.key_value(read["template_option"], "--template-option")
+    if read["memory_limit"] is not None:
+        read["memory_limit"] = options.memory(read["memory_limit"])
+    text = read["shard"]
+    read["shard"] = slurm_shard(os.environ) if text is None else options.shard(text)
+    return Choices(**read)
 
 
 def in_folder(tasks: tuple[str, ...] | None, folder: Path | None) -> tuple[str, ...] | None:

@@ -51,7 +51,7 @@ from kvbench.sweep.folder import experiment, find_folder
 from kvbench.sweep.length import TOO_LONG
 from kvbench.sweep.plan import Cell, Settings, Unit, common_settings, get_tasks, make_plan
 from kvbench.sweep.progress import Listener, Progress
-from kvbench.sweep.units import shard
+from kvbench.sweep.units import note_on_workers, shard, units_of
 from kvbench.task import Task
 
 if TYPE_CHECKING:
@@ -339,12 +339,8 @@ def plan_sweep(choices: Choices, only: Set[Unit] | None = None) -> SweepPlan:
 
     Raises InputError for choices that cannot be measured.
     """
-    if choices.out is not None:
-        check_folder(choices.out)
-    use_judge(None if choices.judge is None else Judge(choices.judge, choices.judge_url or ""))
-    tasks = ready_tasks(choices)
-    folder = model_folder(choices.model)
-    specs, left_out = choose_methods(choices, read_card(folder) if folder else ModelCard())
+    tasks, card = ready(choices)
+    specs, left_out = choose_methods(choices, card)
 
     from kvbench.engine.attention import resolve_attention
     from kvbench.engine.self_check import self_check
@@ -396,6 +392,9 @@ def plan_sweep(choices: Choices, only: Set[Unit] | None = None) -> SweepPlan:
         index, count = choices.shard
         notes.append(f"shard {index} of {count}: {len(mine)} of {len(cells)} cells")
     notes += [note] if (note := limit_threads()) else []
+    if choices.workers > 1 and choices.ray is None:
+        cores = len(os.sched_getaffinity(0)) if model.device.type == "cpu" else None
+        notes += note_on_workers(choices.workers, len(units_of(missing)), cores)
     notes += [*note_on_damage(damaged), *again]
     notes += note_on_template(model, settings)
     notes += [remark for task in tasks for remark in task.remarks]
@@ -425,6 +424,19 @@ def plan_sweep(choices: Choices, only: Set[Unit] | None = None) -> SweepPlan:
         skipped,
         make,
     )
+
+
+def ready(choices: Choices) -> tuple[list[Task], ModelCard]:
+    """The tasks of a sweep and the model's card: what needs no model that is loaded.
+
+    InputError if a task is damaged, or there can be no such model or folder.
+    """
+    if choices.out is not None:
+        check_folder(choices.out)
+    use_judge(None if choices.judge is None else Judge(choices.judge, choices.judge_url or ""))
+    tasks = ready_tasks(choices)
+    folder = model_folder(choices.model)
+    return tasks, read_card(folder) if folder else ModelCard()
 
 
 def note_on_damage(damaged: Sequence[Damage]) -> list[str]:
@@ -528,7 +540,7 @@ def choose_settings(choices: Choices, model: "LoadedModel", reads: bool = False)
             f"{model.max_context}{where}"
         )
     default = model.card.prefill_chunk if not choices.context else 0
-    has_template = model.tokenizer.chat_template is not None
+    has_template = getattr(model.tokenizer, "chat_template", None) is not None
     if choices.chat_template == "on" and not has_template:
         raise InputError(f"model '{model.name}' has no chat template; use --chat-template off")
     return Settings(

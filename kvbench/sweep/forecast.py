@@ -29,13 +29,14 @@ from kvbench.sweep.command import Choices, choose_methods
 from kvbench.sweep.cost import cost_of_policies
 from kvbench.sweep.plan import Cell, Settings, variants
 from kvbench.sweep.runner import MEMORY_SHARE, MOST_ROWS, batches
-from kvbench.task import Sample
+from kvbench.task import Sample, Task
 
 GPUS = Path(__file__).parent / "gpus.yaml"
 
 # Shares of a GPU's peaks that a run reaches, and seconds that a layer of a forward costs beside its
 # operations and bytes; all from results/benchmarks/gpu_shapes.txt (docs/cost.md).
 PRODUCTS, ATTENTION, BANDWIDTH, LAYER_SECONDS = 0.47, 0.56, 0.9, 0.00015
+ANSWER = 128  # tokens, where nothing says how long an answer is
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,14 @@ class Workload:
     samples: int
     prompt: int  # tokens
     answer: int  # tokens
+
+
+class Rough:
+    """A tokenizer for lengths: a token is two bytes, since most models have longer ones."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """As many tokens as a model may need for the text."""
+        return [0] * (len(text.encode(errors="replace")) // 2)
 
 
 @dataclass
@@ -169,6 +178,37 @@ def read_gpu(name: str) -> Gpu:
     if name not in known:
         raise InputError(f"unknown GPU '{name}': {did_you_mean(name, known)}")
     return Gpu(**known[name])
+
+
+def workloads_of(tasks: Sequence[Task], samples: int, context: int, limit: int) -> list[Workload]:
+    """What a sweep measures of tasks that are ready, for each seed, by subtask.
+
+    Samples that are made fill the `context`. Those that are read have at most `limit` tokens, and
+    each counts like the longest of its subtask. One that cannot be made without the model's
+    tokenizer fills its context with an answer of `ANSWER` tokens.
+    """
+    loads: dict[tuple[str, str], Workload] = {}
+    for task in tasks:
+        most = limit if task.reads else context
+        count = samples if task.size is None else task.size
+        kinds = count if task.reads else min(count, len(task.subtasks))  # take turns
+        for index in range(kinds):
+            name = task.subtasks[index % len(task.subtasks)]
+            try:
+                sample = task.sample(index, seed=0, context=most, tokenizer=Rough())
+                name, answer = sample.subtask, min(sample.max_new_tokens, most - 1)
+                size = len(Rough().encode(sample.prompt)) if task.reads else most
+            except (Exception, SystemExit):
+                answer, size = min(ANSWER, most - 1), most
+            known = loads.get((task.name, name), Workload(task.name, name, 0, 1, 1))
+            loads[task.name, name] = Workload(
+                task.name,
+                name,
+                known.samples + len(range(index, count, kinds)),
+                max(known.prompt, min(size, most - answer)),
+                max(known.answer, answer),
+            )
+    return list(loads.values())
 
 
 def forecast(

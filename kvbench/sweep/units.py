@@ -53,10 +53,21 @@ def shard(cells: Sequence[C], index: int, count: int) -> list[C]:
     return [cell for cell in cells if cell.unit in mine]
 
 
+def note_on_workers(workers: int, units: int, cores: int | None) -> list[str]:
+    """A note if there are more workers than units, or than the cores of a CPU that they share."""
+    if not units or workers <= min(units, cores or units):
+        return []
+    what = f"{units} samples" + (f" and {cores} cores" if cores else "")
+    most = min(units, cores or units)
+    return [f"{workers} workers share {what}; more than {most} take memory and save no time"]
+
+
 def slurm_shard(environment: Mapping[str, str]) -> tuple[int, int] | None:
     """The shard of a job in a Slurm array, by its variables; None outside of an array.
 
-    InputError if they cannot be understood, since another shard would measure other cells.
+    They describe the array that was submitted last. If only some jobs of an array are submitted
+    again, they do not say how many shards there were. InputError for an array that looks so, with a
+    single job or a first one other than 0 and 1, and for variables that cannot be understood.
     """
     names = ("ID", "COUNT", "MIN", "MAX", "STEP")
     texts = [environment.get(f"SLURM_ARRAY_TASK_{name}") for name in names]
@@ -66,9 +77,10 @@ def slurm_shard(environment: Mapping[str, str]) -> tuple[int, int] | None:
         number, count, first, last, step = (int(text) for text in texts if text is not None)
     except ValueError:
         number = count = first = last = step = 0
-    if step < 1 or (last - first) // step + 1 != count or not first <= number <= last:
+    jobs = range(first, last + 1, max(1, step))
+    if step < 1 or len(jobs) != count or count < 2 or first not in (0, 1) or number not in jobs:
         raise InputError(
             "this job is part of a Slurm array whose SLURM_ARRAY_TASK_* variables do not say "
             "which part (an array like 1-8, or 0-14:2, does); give --shard I/N"
         )
-    return (number - first) // step + 1, count
+    return jobs.index(number) + 1, count

@@ -1,11 +1,11 @@
 """A sweep in several processes of one machine: `kvbench run --workers N` (docs/scale.md).
 
 Every worker runs the whole sweep into the same folder, where each claims what it measures
-(`claims.py`): a process for each GPU, or for an equal part of a CPU's cores. A worker tells the
-process that started it what it does, in lines of JSON. One that dies is started again.
+(`claims.py`): a process for each GPU, or for an equal part of a CPU's cores. A worker gets its
+choices, and tells what it does, over a connection that it shares with the process that started it
+alone, so that it does not matter what plug-ins print. One that dies is started again.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -13,18 +13,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from kvbench.errors import InputError, debugging
-from kvbench.records import Record, from_line, to_line
+from kvbench.machine import free_memory
+from kvbench.models.card import model_folder
+from kvbench.records import Record
+from kvbench.registry import load_plugins
 from kvbench.sweep.command import Choices, SweepResult, ended_by_signals, run_sweep
 from kvbench.sweep.progress import Listener, Progress
 
-TUPLES = ("method", "task", "budgets", "prefill_chunk", "seed", "shard")
 MOST_STARTS = 10  # of a worker in a row, without a cell that is finished in between
 GRACE_SECONDS = 30.0  # that workers have to end when the sweep is interrupted
+WORKER_BYTES = 2**28  # that a process with PyTorch takes, at least, beside the model
 
 
 def run_workers(choices: Choices, listener: Listener | None = None) -> SweepResult:
@@ -32,6 +35,7 @@ def run_workers(choices: Choices, listener: Listener | None = None) -> SweepResu
     given = [str(task) for task in choices.task or () if not isinstance(task, str)]
     if given:
         raise InputError("workers open tasks by their names or paths; give these, or one worker")
+    load_plugins()  # names what cannot be loaded; workers do not
     crew = Crew(choices, listener or Listener(), environments(choices))
     threads = [
         threading.Thread(target=crew.work, args=(index,), daemon=True)
@@ -74,11 +78,24 @@ def environments(choices: Choices) -> list[dict[str, str]]:
     if not gpus:
         given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # of nested levels
         cores = int(given) if given.isdecimal() else len(os.sched_getaffinity(0))
+        check_memory(choices)
         return [{**os.environ, "OMP_NUM_THREADS": str(max(1, cores // count))}] * count
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
     names = [name.strip() for name in names]
     parts = (names[start : start + each] for start in range(0, count * each, each))
     return [{**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+
+
+def check_memory(choices: Choices) -> None:
+    """InputError if the machine cannot hold the models of all workers on a CPU."""
+    folder = model_folder(choices.model)
+    files = folder.glob("*.safetensors") if folder else ()
+    each = WORKER_BYTES + sum(file.stat().st_size for file in files)
+    if each * choices.workers > (free := free_memory()):
+        raise InputError(
+            f"{choices.workers} workers need {each * choices.workers / 2**30:.1f} GiB at least, "
+            f"{free / 2**30:.1f} are free; choose --workers {max(1, free // each)} or less"
+        )
 
 
 @dataclass
@@ -89,7 +106,7 @@ class Crew:
     listener: Listener
     environments: list[dict[str, str]]
     results: list[dict[str, Any]] = field(default_factory=list)
-    processes: dict[int, "subprocess.Popen[str]"] = field(default_factory=dict)
+    processes: dict[int, "subprocess.Popen[bytes]"] = field(default_factory=dict)
     error: str = ""  # of input that cannot be measured
     stopping: bool = False
     cells: int = 0  # to measure, when the first worker started
@@ -119,31 +136,29 @@ class Crew:
 
     def watch(self, index: int, errors: Any) -> int | None:
         """Run a worker to its end; its exit code if it died, else None."""
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from kvbench.sweep.workers import main; main()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if debugging() else errors,
-            text=True,
-            env=self.environments[index],
-            start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
-        )
-        with self.lock:
-            self.processes[index] = process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        ended = False
-        try:
-            process.stdin.write(to_json(self.choices) + "\n")
-            process.stdin.flush()
-            for line in process.stdout:
-                if not line.endswith("\n"):
-                    break  # it died in the middle of a line
-                event = json.loads(line)
-                ended |= event["what"] in ("result", "error")
-                self.hear(index, event)
-        except OSError:
-            pass  # it died before it read its choices
+        events, theirs = Pipe()
+        with events:
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", f"from {__name__} import main; main({theirs.fileno()})"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=2 if debugging() else errors,
+                    stderr=2 if debugging() else errors,
+                    env=self.environments[index],
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,  # Ctrl-C reaches this process, which ends the others
+                )
+            with self.lock:
+                self.processes[index] = process
+            ended = False
+            try:
+                events.send(self.choices)
+                while True:
+                    event = events.recv()
+                    ended |= event["what"] in ("result", "error")
+                    self.hear(index, event)
+            except (EOFError, OSError):
+                pass  # it has ended, or died
         code = process.wait()
         with self.lock:
             if self.speaker == index:
@@ -208,15 +223,14 @@ class Crew:
             raise KeyboardInterrupt
         failed: dict[str, Record] = {}
         for each in self.results:
-            records = [from_line(line.encode()) for line in each["failed"]]
-            failed |= {record.fingerprint: record for record in records}
+            failed |= {record.fingerprint: record for record in each["failed"]}
         first = min(self.results, key=lambda each: int(each["reused"]))
         planned, reused = int(first["planned"]), int(first["reused"])
         done = planned - reused - len(failed)
         if interrupted:
             done = sum(int(each["measured"]) for each in self.results)
         return SweepResult(
-            Path(first["folder"]),
+            first["folder"],
             planned,
             reused,
             done,
@@ -226,21 +240,19 @@ class Crew:
         )
 
 
-class Pipe(Listener):
+class Told(Listener):
     """A worker's side: tells what it hears to the process that started it."""
 
     done = 0
 
-    def __init__(self) -> None:
-        # What plug-ins and libraries print must not get between the lines.
-        self.out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
+    def __init__(self, events: Connection) -> None:
+        self.events = events
 
     def tell(self, what: str, **told: Any) -> None:
-        """Write an event; the sweep is interrupted if nobody reads any more."""
+        """Send an event; the sweep is interrupted if nobody reads any more."""
         try:
-            print(json.dumps({"what": what, **told}), file=self.out, flush=True)
-        except BrokenPipeError:
+            self.events.send({"what": what, **told})
+        except OSError:
             raise KeyboardInterrupt from None
 
     def note(self, text: str) -> None:
@@ -262,33 +274,19 @@ class Pipe(Listener):
         self.tell("progress", left=progress.seconds_left, finished=finished, **told)
 
 
-def to_json(choices: Choices) -> str:
-    """The choices as a line of JSON."""
-    return json.dumps(asdict(choices), default=str)
-
-
-def from_json(text: str) -> Choices:
-    """The choices that `to_json` wrote."""
-    given = json.loads(text)
-    for name in TUPLES:
-        if isinstance(given[name], list):
-            given[name] = tuple(given[name])
-    options = given["option"].items()
-    given["option"] = {k: tuple(v) if isinstance(v, list) else v for k, v in options}
-    given["out"] = given["out"] and Path(given["out"])
-    return Choices(**given)
-
-
-def main() -> None:
-    """A worker: measures the choices on its standard input."""
-    pipe = Pipe()
+def main(descriptor: int) -> None:
+    """A worker: measures the choices that come over the connection of this descriptor."""
+    os.set_inheritable(descriptor, False)
+    listener = Told(Connection(descriptor))
     try:
-        result = run_sweep(from_json(sys.stdin.readline()), pipe)
-        lines = [to_line(record).decode() for record in result.failed]
-        names = ("planned", "reused", "measured", "left_out", "interrupted")
-        told = {name: getattr(result, name) for name in names}
-        pipe.tell("result", folder=str(result.folder), failed=lines, **told)
+        try:
+            choices = listener.events.recv()
+        except EOFError:  # the process that started it is gone
+            raise KeyboardInterrupt from None
+        result = run_sweep(choices, listener)
+        names = ("planned", "reused", "measured", "left_out", "interrupted", "folder", "failed")
+        listener.tell("result", **{name: getattr(result, name) for name in names})
     except InputError as error:
-        pipe.tell("error", text=str(error))
+        listener.tell("error", text=str(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None

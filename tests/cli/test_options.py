@@ -22,6 +22,11 @@ REFUSED = [
     (["run", "--seed", "0,,1"], "empty entry"),
     (["run", "--seed", "-1"], "seed must be at least 0"),
     (["run", "--budgets", "0.1", "--budgets", "0.2"], "--budgets is given 2 times"),
+    (["run", "--samples", "1_0"], "--samples must be a whole number, like 10, not 1_0"),
+    (["run", "--context", "1_024"], "--context must be a whole number"),
+    (["run", "--workers", "2.0"], "--workers must be a whole number"),
+    (["report", "--threshold", "0.9_1", "r"], "--threshold must be a number, not 0.9_1"),
+    (["run", "--prefill-chunk", "6_4"], "'6_4' is not a number of tokens"),
     (["run", "--budgets", "nan"], "more than 0 and at most 1"),
     (["run", "--option", "window=8", "--option", "window=9"], "given twice, as 8 and as 9"),
     (["run", "--option", "snapkv.window=8,,9"], "empty entry"),
@@ -45,6 +50,7 @@ REFUSED = [
 
 CONFIGURATIONS = [
     ("samples: -1", "c.yaml: Invalid value for '--samples'"),
+    ("samples: 1_0", "c.yaml: --samples must be a whole number, like 10, not 1_0"),
     ("samples: 1.5", "c.yaml: Invalid value for '--samples'"),
     ("samples: 1\nsamples: 2", "c.yaml, line 2: 'samples' is there twice"),
     ("max-new-tokens: 1\nmax_new_tokens: 2", "'max_new_tokens' is there twice"),

@@ -1,5 +1,7 @@
 """`kvbench slurm`: a script that Slurm and a shell accept, and options that a job could not use."""
 
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,14 +10,16 @@ import pytest
 from helpers.process import kvbench_here
 
 from kvbench.cli.slurm import clock
-from kvbench.reproduce.full import FULL_SCALE
+from kvbench.reproduce.paper import MODEL
 
+FIXED = ["--hours", "1", "--memory", "3", "--"]
 RUN = ["--model", "tiny", "--out", "runs/a b", "--samples", "4"]
 
 
 def test_the_script_runs_a_shard_in_each_job(tmp_path: Path) -> None:
     options = ["--shards", "6", "--at-once", "2", "--gpus", "0", "--cpus", "1", "--hours", "2.5"]
     more = ["--memory", "3", "--sbatch", "partition=debug", "--sbatch", "exclusive"]
+    more += ["--sbatch", "comment=two words"]
     done = kvbench_here("slurm", *options, *more, "--", *RUN, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -32,8 +36,10 @@ def test_the_script_runs_a_shard_in_each_job(tmp_path: Path) -> None:
         "output=kvbench-%A_%a.out",
         "partition=debug",
         "exclusive",
+        'comment="two words"',
     ]
-    assert lines[-1] == "exec kvbench run --model tiny --out 'runs/a b' --samples 4"
+    ran = "kvbench run --shard \"$SLURM_ARRAY_TASK_ID/6\" --model tiny --out 'runs/a b' --samples 4"
+    assert lines[-1] == f"exec {ran}"
     script = tmp_path / "job.sh"
     script.write_text(done.stdout)
     assert subprocess.run(["bash", "-n", script]).returncode == 0
@@ -44,15 +50,43 @@ def test_the_script_runs_a_shard_in_each_job(tmp_path: Path) -> None:
             assert found.returncode == 0 or "contact" in found.stderr, found.stderr
 
 
-def test_time_and_memory_are_predicted(tmp_path: Path) -> None:
-    shutil.copy(FULL_SCALE, tmp_path / "full.yaml")
-    run = ["--", "--config", "full.yaml", "--out", "runs/paper"]
-    few = kvbench_here("slurm", "--shards", "512", *run, folder=tmp_path).stdout
-    many = kvbench_here("slurm", "--shards", "64", *run, folder=tmp_path).stdout
-    assert "--mem=46G" in few  # 16 and twice the 15 GiB of an 8B model
-    assert "--time=0-07:" in few  # 2,536 hours, 1.5 times as many
-    assert "--time=2-11:" in many
-    assert "--gres=gpu:1" in many
+LARGE = [
+    *("--model", MODEL, "--context", "8192", "--prefill-chunk", "2048", "--out", "runs/a"),
+    *("--method", "snapkv-naive", "--budgets", "0.5"),
+]
+
+
+def hours_of(folder: Path, *run: str, shards: int = 1) -> tuple[float, str]:
+    """The time limit of a script in hours, and what was said."""
+    done = kvbench_here("slurm", "--shards", str(shards), "--", *LARGE, *run, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "--mem=46G" in done.stdout  # 16 and twice the 15 GiB of an 8B model
+    assert "--gres=gpu:1" in done.stdout
+    time = re.search(r"--time=(\d+)-(\d+):(\d+):00", done.stdout)
+    assert time is not None
+    days, hours, minutes = map(int, time.groups())
+    return 24 * days + hours + minutes / 60, done.stderr
+
+
+def test_the_time_counts_what_a_run_measures(tmp_path: Path) -> None:
+    few, said = hours_of(tmp_path, "--task", "recall", "--samples", "10000")
+    assert said == ""
+    # the paper has 600 of them
+    many, said = hours_of(tmp_path, "--task", "recall", "--samples", "1000000")
+    assert many == pytest.approx(100 * few, rel=0.03)
+    assert "days, more than many clusters allow" in said
+    parts, _ = hours_of(tmp_path, "--task", "recall", "--samples", "1000000", shards=100)
+    assert parts == pytest.approx(few, rel=0.03)
+    seeds, _ = hours_of(tmp_path, "--task", "recall", "--samples", "10000", "--seed", "0,1,2")
+    assert seeds == pytest.approx(3 * few, rel=0.03)
+    swept, _ = hours_of(
+        tmp_path, "--task", "recall", "--samples", "10000", "--option", "window=8,32"
+    )
+    assert swept > 1.05 * few
+    line = json.dumps({"prompt": "word " * 5000, "reference": "x"})
+    (tmp_path / "my.jsonl").write_text(f"{line}\n" * 3)
+    own = ["--task", "my.jsonl", "--metric", "exact_match", "--max-new-tokens", "8"]
+    assert hours_of(tmp_path, *own, "--samples", "9999")[0] == 0.5  # there are three
 
 
 @pytest.mark.parametrize(
@@ -65,8 +99,7 @@ def test_time_and_memory_are_predicted(tmp_path: Path) -> None:
 def test_a_job_asks_for_the_gpus_of_its_workers(
     tmp_path: Path, run: list[str], directive: str | None
 ) -> None:
-    fixed = ["--hours", "1", "--memory", "3"]
-    done = kvbench_here("slurm", *fixed, "--", *RUN, *run, folder=tmp_path)
+    done = kvbench_here("slurm", *FIXED, *RUN, *run, folder=tmp_path)
     found = [line for line in done.stdout.splitlines() if "--gres" in line]
     assert found == [directive] * (directive is not None)
 
@@ -81,7 +114,25 @@ def test_a_job_asks_for_the_gpus_of_its_workers(
         (["--sbatch", "time=", "--", *RUN], "no directive"),
         (["--gpu", "h10", "--", *RUN], "did you mean 'h100'"),
         (["--shards", "0", "--", *RUN], "--shards"),
-        (["--hours", "nan", "--", *RUN], "--hours"),
+        (["--shards", "100001", "--", *RUN], "--shards"),
+        (["--hours", "nan", "--", *RUN], "--hours must be a number, not nan"),
+        (["--", *RUN, "--help"], "--help"),
+        (["--gpus", "0", "--", *RUN], "give --hours"),
+        (["--sbatch", "qos=a", "--sbatch", "--qos=b", "--", *RUN], "qos is given twice"),
+        (["--sbatch", "array=1,3", "--", *RUN], "use --shards"),
+        (["--sbatch", "comment=it's", "--", *RUN], "without quotes"),
+        (["--sbatch", "comment=a\rb", "--", *RUN], "no directive"),
+        (["--sbatch", "p=gpu", "--", *RUN], "long name"),
+        # as `kvbench run` refuses it
+        ([*FIXED, *RUN, "--budgets", "7"], "a budget must be more than 0 and at most 1, not 7"),
+        ([*FIXED, *RUN, "--seed", "x"], "'x' is not a seed"),
+        ([*FIXED, *RUN, "--task", "recal"], "did you mean 'recall'"),
+        ([*FIXED, *RUN, "--task", "none.jsonl"], "cannot read the task none.jsonl"),
+        ([*FIXED, *RUN, "--method", "snapk"], "did you mean 'snapkv'"),
+        ([*FIXED, *RUN, "--method", "snapkv", "--option", "window=x"], "must be int"),
+        ([*FIXED, *RUN[2:], "--model", "tin"], "no model 'tin'"),
+        ([*FIXED, *RUN, "--context", "99999"], "is more than model 'tiny' takes"),
+        ([*FIXED, *RUN[2:], "--model", MODEL, "--method", "prulong"], "prulong needs"),
         (["--gpus", "2", "--", *RUN, "--gpus-per-worker", "4"], "1 workers with 4 each need 4"),
     ],
 )

@@ -19,10 +19,12 @@ from kvbench.errors import InputError
 from kvbench.models.card import EMBEDDED
 from kvbench.models.load import wrap_model
 from kvbench.models.shapes import parameters, shapes_of
+from kvbench.registry import open_task
 from kvbench.reproduce.full import SHAPE
 from kvbench.sweep import forecast as cost
 from kvbench.sweep.command import Choices
 from kvbench.sweep.forecast import Gpu, Workload, forecast, read_gpu
+from kvbench.task import Sample, Task, Tokenizer
 
 ROOT = Path(__file__).parents[2]
 SMALL = LlamaConfig(
@@ -130,6 +132,35 @@ def test_what_does_not_fit_is_left_out() -> None:
     assert found.total.seconds == 0
 
 
+class Pairs(Task):
+    """Sample 1 cannot be made without the model's tokenizer."""
+
+    name, metric, subtasks = "pairs", "exact match", ("a", "b")
+
+    def sample(self, index: int, *, seed: int, context: int, tokenizer: Tokenizer) -> Sample:
+        """The answer takes a tenth of the context."""
+        if index % 2:
+            raise InputError("no tokenizer")
+        return Sample("pairs", "a", index, "text", "x", context // 10)
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        """Not needed."""
+        return 0
+
+
+def test_a_run_measures_all_samples_that_it_makes_and_those_that_there_are(tmp_path: Path) -> None:
+    file = tmp_path / "my.jsonl"
+    lines = [{"prompt": "ab" * n, "reference": "x", "max_new_tokens": 5} for n in (30, 70, 500)]
+    file.write_text("".join(f"{json.dumps(line | {'metric': 'exact_match'})}\n" for line in lines))
+    task = open_task(str(file))
+    task.ready(100, None, None)
+    assert cost.workloads_of([Pairs(), task], 1001, 1000, 300) == [
+        Workload("pairs", "a", 501, 900, 100),
+        Workload("pairs", "b", 500, 1000 - cost.ANSWER, cost.ANSWER),
+        Workload("my", "my", 3, 295, 5),
+    ]
+
+
 def test_unknown_gpus_are_refused() -> None:
     with pytest.raises(InputError, match="did you mean 'h100'"):
         read_gpu("h10")
@@ -151,6 +182,14 @@ def test_plan_tells_the_cost_of_the_papers_scale(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert "GPU-hours" in printed
     assert "weights 15.0 GiB" in printed
+
+
+def test_plan_says_where_a_data_set_has_no_more(capsys: pytest.CaptureFixture[str]) -> None:
+    some = ["plan", "--task", "travel_planning", "--method", "recency", "--budgets", "0.5"]
+    assert main([*some, "--samples", "5000"]) == 0
+    assert "travel_planning: 100 samples, all that the paper has" in capsys.readouterr().err
+    assert main(some) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_plan_says_what_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from kvbench.spec import parse_method
 from kvbench.sweep.plan import Cell
-from kvbench.sweep.units import dealt, longest_first, shard, tokens_of, units_of
+from kvbench.sweep.units import (
+    dealt,
+    longest_first,
+    note_on_workers,
+    shard,
+    tokens_of,
+    units_of,
+)
 from kvbench.task import Sample
 
 SPEC = parse_method("recency", {})
@@ -43,6 +50,12 @@ def test_the_longest_goes_to_the_least_loaded() -> None:
         ("a", 2),
         ("c", 2),
     ]
+
+
+def test_workers_that_save_no_time_are_named() -> None:
+    assert note_on_workers(4, 4, None) == note_on_workers(4, 0, 2) == note_on_workers(2, 9, 2) == []
+    assert "share 3 samples; more than 3" in note_on_workers(4, 3, None)[0]
+    assert "share 9 samples and 2 cores; more than 2" in note_on_workers(4, 9, 2)[0]
 
 
 lengths = st.dictionaries(

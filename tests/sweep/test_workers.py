@@ -18,7 +18,8 @@ from kvbench.errors import InputError
 from kvbench.report.build import make_report
 from kvbench.sweep.command import Choices
 from kvbench.sweep.progress import Listener, Progress
-from kvbench.sweep.workers import Crew, environments, from_json, run_workers, to_json
+from kvbench.sweep.units import slurm_shard
+from kvbench.sweep.workers import Crew, environments, run_workers
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,18 @@ def test_a_slurm_array_says_which_shard(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     done = kvbench_here("run", *SMALL, "--dry-run", folder=tmp_path)
     assert "shard 3 of 3: 10 of 30 cells" in done.stderr
-    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")  # such as --array=0,2,4 with a job left out
-    done = kvbench_here("run", *SMALL, "--dry-run", folder=tmp_path)
-    assert (done.returncode, "give --shard I/N" in done.stderr) == (2, True)
+    for wrong in (
+        {"COUNT": 2},  # such as --array=0,2,4 with a job left out
+        {"ID": 3, "COUNT": 1, "MIN": 3, "MAX": 3, "STEP": 1},  # one job of an array, repeated
+        {"ID": 1, "COUNT": 1, "MIN": 1, "MAX": 1, "STEP": 1},
+        {"ID": 3, "COUNT": 2, "MIN": 3, "MAX": 4, "STEP": 1},
+        {"ID": 1},
+        {"STEP": 0},
+        {"STEP": "x"},
+    ):
+        given = {f"SLURM_ARRAY_TASK_{name}": str(n) for name, n in (array | wrong).items()}
+        with pytest.raises(InputError, match="give --shard I/N"):
+            slurm_shard(given)
 
 
 def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
@@ -126,20 +136,6 @@ def test_a_worker_that_never_gets_anywhere_is_given_up(
         run_workers(Choices(out=tmp_path / "x", workers=2, device="cpu"))
 
 
-def test_choices_reach_a_worker_as_they_are() -> None:
-    choices = Choices(
-        method=("snapkv",),
-        task=("recall", "a,b.jsonl"),
-        seed=(0, 2),
-        option={"window": ("8", "16"), "snapkv.kernel": "3"},
-        template_option={"enable_thinking": "false"},
-        out=Path("somewhere"),
-        shard=(1, 2),
-        workers=3,
-    )
-    assert from_json(to_json(choices)) == choices
-
-
 def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     found = environments(Choices(workers=3, device="cpu"))
@@ -158,6 +154,12 @@ def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
         environments(Choices(workers=2, gpus_per_worker=3))
     with pytest.raises(InputError, match="give cuda or cpu"):
         environments(Choices(workers=2, device="cuda:1"))
+
+
+def test_more_workers_than_the_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvbench.sweep.workers.free_memory", lambda: 2**31)
+    with pytest.raises(InputError, match=r"64 workers need .* 2\.0 are free; choose --workers 7"):
+        environments(Choices(workers=64, device="cpu"))
 
 
 def test_progress_counts_the_cells_of_all_workers() -> None:
@@ -193,7 +195,11 @@ def test_two_workers_measure_what_one_process_does_whatever_a_plugin_prints(
     info.mkdir(parents=True)
     (site / "kv_printing.py").write_text(PRINTING)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kv-printing\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[kvbench.plugins]\nprinting = kv_printing\n")
+    (info / "entry_points.txt").write_text(
+        "[kvbench.plugins]\nprinting = kv_printing\nbroken = kv_broken\n"
+    )
+    (site / "kv_broken.py").write_text("import kvbench\nkvbench.no_such_name\n")
+    (site / "sitecustomize.py").write_text("print('{}', flush=True)\n")
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "2,1"}
     command = [*KVBENCH, "run", *SMALL, "--workers", "2", "--out", "out"]
     done = subprocess.run(
@@ -201,5 +207,6 @@ def test_two_workers_measure_what_one_process_does_whatever_a_plugin_prints(
     )
     assert done.returncode == 0, done.stderr
     assert "started again" not in done.stderr
+    assert done.stderr.count("plug-in broken (kv_broken) cannot be loaded") == 1
     assert results(tmp_path / "out") == results(alone)
     assert not list((tmp_path / "out").glob("claims-*"))
