@@ -99,13 +99,14 @@ def sparsely_mixed(
     group = query.unflatten(1, (heads, -1)).flatten(0, 1)
     entries = key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None]
     out = group.new_zeros((*group.shape[:3], value.shape[3]))
-    for weight, attend in (
-        (gate, lambda *call: full_attention(*call, stream.sliding)),
-        (1 - gate, lambda *call: streaming_attention(*call, stream)),
-    ):
+    for weight, streams in ((gate, False), (1 - gate, True)):
         rows = weight.nonzero()[:, 0]
         if len(rows):
-            part = attend(group[rows], *(each[rows] for each in entries), scaling)
+            some = group[rows], entries[0][rows], entries[1][rows], scaling
+            if streams:
+                part = streaming_attention(*some, stream)
+            else:
+                part = full_attention(*some, stream.sliding)
             out = out.index_add(0, rows, weight[rows, None, None, None] * part)
     return out.unflatten(0, (batch, heads)).flatten(1, 2)
 

@@ -25,15 +25,21 @@ from kvbench.learning.checkpoint import holding, save_model, seconds_of, writing
 from kvbench.learning.corpus import STANDARD_LIBRARY
 from kvbench.learning.duoattention import DuoAttention
 from kvbench.learning.loop import learn
+from kvbench.learning.objective import Objective
 from kvbench.learning.pictures import save_training_pictures
 from kvbench.learning.prulong import PruLong
 from kvbench.learning.recipe import HeadRecipe, make_recipe
 from kvbench.learning.rows import Rows, make_rows
 from kvbench.learning.saliency import Saliency
+from kvbench.method import KVShape
 from kvbench.models.card import model_folder, read_card
 from kvbench.models.load import LoadedModel, load_model
 
-OBJECTIVES = {"prulong": PruLong, "duoattention": DuoAttention, "saliency": Saliency}
+OBJECTIVES: dict[str, Callable[[KVShape, HeadRecipe, torch.device], Objective]] = {
+    "prulong": PruLong,
+    "duoattention": DuoAttention,
+    "saliency": Saliency,
+}
 METHODS = {"saliency": "saliency-heads"}  # what uses the scores, where it has another name
 LONGEST = 8192  # tokens of a row, for a model whose card gives no length
 SECONDS_BETWEEN_LINES = 10.0

@@ -129,7 +129,7 @@ def test_a_result_says_what_was_learnt_and_nothing_is_printed(
     assert [(each.target, each.scores) for each in read_scores(result.scores)] == [
         (each.target, each.scores) for each in result.sets
     ]
-    assert 0 < result.sets[0].sparsity < 1
+    assert 0 < (result.sets[0].sparsity or 0) < 1
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2  # no step was repeated
     assert capfd.readouterr() == ("", "")
 
