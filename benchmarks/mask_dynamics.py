@@ -1,12 +1,14 @@
 """How PruLong's masks follow the target sparsity: two constraints, three models, three lengths.
 
-`python benchmarks/mask_dynamics.py` prints a line for each training. Rows are short, because only
-the course of the masks is looked at. `missed` is the sparsity at the end less the target, in KV
-heads, `worst` the largest such difference in the second half of the training. `spread` is the
-standard deviation of log_alpha at the end, `between` the share of heads whose mask is neither
-mostly 0 nor mostly 1.
+    python benchmarks/mask_dynamics.py [MODEL ...] [--steps 100,300,1000]
+
+prints a line for each training. Rows are short, because only the course of the masks is looked at.
+`missed` is the sparsity at the end less the target, in KV heads, and `worst` the largest such
+difference in the second half of the training. `spread` is the standard deviation of log_alpha at
+the end, `between` the share of heads whose mask is neither mostly 0 nor mostly 1.
 """
 
+import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvbench.errors import InputError
 from kvbench.learning.loop import learn
 from kvbench.learning.masks import zero_probability
 from kvbench.learning.prulong import PruLong
@@ -23,7 +24,7 @@ from kvbench.learning.recipe import make_recipe
 from kvbench.learning.rows import make_rows
 from kvbench.models.load import LoadedModel, load_model, wrap_model
 
-STEPS = (100, 300, 1000)
+RANDOM = "random-128-heads"
 TARGETS = (0.3, 0.5, 0.7, 0.8)
 LENGTH = 192
 SETTINGS = {"model": "m", "model_fingerprint": "", "seed": 0, "length": LENGTH, "batch": 1}
@@ -40,9 +41,8 @@ class OneProcess:
         return tensor
 
 
-def models() -> dict[str, LoadedModel]:
-    """The models by name; smollm2-135m only where it is installed."""
-    tiny = load_model("tiny", device="cpu")
+def random_model(tiny: LoadedModel) -> LoadedModel:
+    """A model of random weights with 128 KV heads and the tokenizer of `tiny`."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=tiny.vocabulary,
@@ -53,13 +53,7 @@ def models() -> dict[str, LoadedModel]:
         num_key_value_heads=8,
         initializer_range=0.2,
     )
-    random = wrap_model(LlamaForCausalLM(config).eval(), tiny.tokenizer, name="random-128-heads")
-    found = {"tiny": tiny, "random-128-heads": random}
-    try:
-        found["smollm2-135m"] = load_model("smollm2-135m", device="cpu", dtype="bfloat16")
-    except InputError as error:
-        print(f"smollm2-135m left out: {error}")
-    return found
+    return wrap_model(LlamaForCausalLM(config).eval(), tiny.tokenizer, name=RANDOM)
 
 
 def train(model: LoadedModel, **changes: Any) -> str:
@@ -83,11 +77,19 @@ def train(model: LoadedModel, **changes: Any) -> str:
 
 def main() -> None:
     """Train all combinations and print a line for each."""
-    for name, model in models().items():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", default=["tiny", RANDOM, "smollm2-135m"])
+    parser.add_argument("--steps", default="100,300,1000")
+    chosen = parser.parse_args()
+    for name in chosen.models:
+        dtype = "bfloat16" if name == "smollm2-135m" else "float32"
+        base = "tiny" if name == RANDOM else name
+        model = load_model(base, device="cpu", dtype=dtype)
+        model = random_model(model) if name == RANDOM else model
         model.model.requires_grad_(False)
         heads = model.shape.layers * model.shape.kv_heads
-        print(f"\n{name}, {heads} KV heads")
-        for steps in STEPS:
+        print(f"\n{name}, {heads} KV heads, {dtype}")
+        for steps in map(int, chosen.steps.split(",")):
             for constraint, rate in (("multipliers", 1.0), ("exact", 60 / steps)):
                 kind = {"steps": steps, "constraint": constraint, "rate": rate}
                 found = train(model, target=0.7, focus=0.1, **kind)
