@@ -568,10 +568,12 @@ def check_common(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The contents of `run.json` if there is one; InputError if its records have others."""
     contents = read_settings(folder)
     if contents is None and any(os.path.getsize(path) for path in folder.glob(SAMPLE_FILES)):
-        raise InputError(
-            f"{folder} holds records but no {RUN_FILE}, which says how they were measured; put it "
-            "back, or choose another --out"
-        )
+        contents = read_settings(folder)  # another process may have made both since the first look
+        if contents is None:
+            raise InputError(
+                f"{folder} holds records but no {RUN_FILE}, which says how they were measured; put "
+                "it back, or choose another --out"
+            )
     if contents is not None:
         known = contents["common"]
         different = [key for key in {**known, **wanted} if known.get(key) != wanted.get(key)]
