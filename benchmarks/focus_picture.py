@@ -86,15 +86,14 @@ def draw_shares(axes: Axes, rises: list[float]) -> None:
         axes.spines[side].set_visible(False)
 
 
-def draw_heads(axes: Axes, table: list[list[float]], target: float | None) -> None:
+def draw_heads(axes: Axes, table: list[list[float]]) -> None:
     """The scores of all heads, layers from left to right."""
     axes.imshow(np.asarray(table).T, cmap="Oranges", aspect="auto")
     axes.set_xlabel("layer", fontsize=7)
     axes.set_ylabel("KV head", fontsize=7)
     axes.set_yticks(range(len(table[0])))
     axes.tick_params(labelsize=6.5)
-    of = "" if target is None else f" at target sparsity {target:g}"
-    axes.set_title(f"the heads that PruLong keeps for them{of}", fontsize=8)
+    axes.set_title("the heads that PruLong keeps for them", fontsize=8)
 
 
 def main() -> None:
@@ -119,7 +118,7 @@ def main() -> None:
     grid = figure.add_gridspec(2, 2, width_ratios=(2.2, 1), height_ratios=(1.5, 1))
     draw_text(figure.add_subplot(grid[:, 0]), pieces[1:], rises, marks)
     draw_shares(figure.add_subplot(grid[0, 1]), rises)
-    draw_heads(figure.add_subplot(grid[1, 1]), sets[0].scores, sets[0].target)
+    draw_heads(figure.add_subplot(grid[1, 1]), sets[0].scores)
     with escape.drawing(figure):
         for kind, dated in (("png", "Software"), ("pdf", "CreationDate")):
             figure.savefig(chosen.out.with_suffix(f".{kind}"), dpi=160, metadata={dated: None})

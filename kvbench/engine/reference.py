@@ -206,7 +206,8 @@ class ReferenceKV:
         tokens, prompt = call.key.shape[2], len(self.row.prompt)
         chunks = self.queries[call.layer]
         since = self.interval if self.fed else tokens  # tokens since the method was last asked
-        queries = torch.cat(chunks[-1:] if self.chunked else chunks, 1)
+        own = self.chunking is not Chunking.NONE and not self.fed  # a chunk's own queries
+        queries = torch.cat(chunks[-1:] if own else chunks, 1)
         window = min(since if self.window >= EVERY_QUERY else self.window, queries.shape[1])
         grouped = queries[:, queries.shape[1] - window :].unflatten(0, (-1, self.shape.group))
         seen, patched = self.start + tokens, tokens - self.new

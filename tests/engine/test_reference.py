@@ -95,6 +95,13 @@ def test_chunked_eviction(name: str, chunk: int, budget: float) -> None:
     assert_agrees(loaded_model(), [Row(tokens(96, 5), 4, spec(name), budget)], chunk)
 
 
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_chunks_that_are_shorter_than_the_observation_window(chunk: int) -> None:
+    names = [name for name in METHODS if name.endswith(("-naive", "-bounded"))]
+    rows = [Row(tokens(24, 7), 5, spec(name), 0.5) for name in names]
+    assert_agrees(loaded_model(), rows, chunk)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 @pytest.mark.parametrize(("chunk", "budget"), [(None, 0.3), (25, 0.3), (16, 0.7)])
 def test_a_question_that_is_read_after_the_eviction(

@@ -44,7 +44,7 @@ def scores_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec(name: str, scores: Path, **options: Any) -> MethodSpec:
-    if name.startswith(("prulong", "duoattention")):
+    if name.startswith(("prulong", "duoattention", "saliency-heads")):
         options = {"scores": str(scores), "sinks": 2, "window": 5, **options}
     if "kv" in name and "window" not in options:
         options["snapkv.window"] = options["pyramidkv.window"] = 6

@@ -26,7 +26,7 @@ def spec(name: str, window: int = 6, interval: int = 3) -> MethodSpec:
     """A method with windows for short prompts, and with head scores if it needs them."""
     options: dict[str, Any] = {"window": window, "interval": interval, "dense": 1, "page": 4}
     options |= {"least": 1}
-    for split in ("prulong", "duoattention"):
+    for split in ("prulong", "duoattention", "saliency-heads"):
         options |= {f"{split}.scores": str(SCORES), f"{split}.sinks": 2, f"{split}.window": 7}
     return parse_method(name, options)
 
