@@ -3,10 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/workers.py [--samples 96] [--rounds 2] [--ray]
 
 Every round runs the same sweep on the embedded model three times, in folders of their own: in one
-process with one thread, with `--workers 2 --threads 2`, a thread each, and with `--ray local`
-where Ray is installed and wanted. `whole` is the time of the command with its start; `cells a
-second` counts from the first record to the last. The floor is 1.8 times for two workers, and
-0.9 of two workers for Ray.
+process with one thread, in two workers with a thread each, and, if wanted, with `--ray local`.
+`whole` is the time of the command with its start; `cells a second` counts from the first record to
+the last. The floor is 1.8 times for two workers, and 0.9 of two workers for Ray.
 """
 
 import argparse
@@ -25,7 +24,7 @@ BUDGETS = ("--budgets", "0.1,0.3,0.5,0.7")
 KINDS = {
     "one process": ("--threads", "1"),
     "--workers 2": ("--workers", "2", "--threads", "2"),
-    "--ray local": ("--ray", "local", "--threads", "2"),
+    "--ray local": ("--ray", "local", "--threads", "1"),
 }
 
 
