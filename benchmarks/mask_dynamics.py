@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvbench.learning.loop import learn
@@ -29,16 +29,6 @@ TARGETS = (0.3, 0.5, 0.7, 0.8)
 LENGTH = 192
 SETTINGS = {"model": "m", "model_fingerprint": "", "seed": 0, "length": LENGTH, "batch": 1}
 STREAM = {"sinks": 4, "window": 32, "data": "stdlib"}
-
-
-class OneProcess:
-    """The part of accelerate's Accelerator that `learn` uses, for one process."""
-
-    is_main_process, process_index, num_processes = True, 0, 1
-
-    @staticmethod
-    def reduce(tensor: Tensor, how: str) -> Tensor:
-        return tensor
 
 
 def random_model(tiny: LoadedModel) -> LoadedModel:
@@ -62,7 +52,15 @@ def train(model: LoadedModel, **changes: Any) -> str:
     objective = PruLong(model.shape, how, model.device)
     rows = make_rows(how, model.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        log = learn(model.model, objective, rows, how, Path(folder), OneProcess, lambda line: None)
+        log = learn(
+            model.model,
+            objective,
+            rows,
+            how,
+            Path(folder),
+            Accelerator(cpu=True),
+            lambda line: None,
+        )
     heads = objective.log_alpha.numel()
     gaps = [line["sparsity"] - line["target"] for line in log[len(log) // 2 :]]
     end = objective.state(how.steps)

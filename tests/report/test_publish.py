@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.disk import full_after
 from helpers.records import record, store
 
 from kvbench.errors import InputError
@@ -79,15 +80,7 @@ def test_a_full_disk_leaves_the_old_report(
 ) -> None:
     publish(make_report([run], 0.9), run)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    left = iter(range(written))
-    sync = os.fsync
-
-    def full(file: int) -> None:
-        if next(left, None) is None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        sync(file)
-
-    monkeypatch.setattr(os, "fsync", full)
+    full_after(written, monkeypatch)
     with pytest.raises(InputError, match="No space left on device; choose another --out"):
         publish(make_report([run], 0.8), run)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before

@@ -1,10 +1,10 @@
 """Run folders put together: what does not belong together is refused, and nothing is lost."""
 
-import errno
 import os
 from pathlib import Path
 
 import pytest
+from helpers.disk import full_after
 from helpers.records import record, store
 
 from kvbench import run_folder
@@ -85,15 +85,7 @@ def test_a_full_disk_leaves_nothing(
 ) -> None:
     folders = [run(tmp_path / "a", 0), run(tmp_path / "b", 1)]
     before = sorted(tmp_path.rglob("*"))
-    left = iter(range(written))
-    sync = os.fsync
-
-    def full(file: int) -> None:
-        if next(left, None) is None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        sync(file)
-
-    monkeypatch.setattr(os, "fsync", full)
+    full_after(written, monkeypatch)
     with pytest.raises(InputError, match="No space left on device; choose another --out"):
         merge(folders, tmp_path / "new" / "c", HOME)
     assert sorted(tmp_path.rglob("*")) == before
