@@ -55,8 +55,11 @@ def steps(out: Path, device: str) -> list[Step]:
     long = [*run, "--model", str(model), "--context", str(LONG[device]), "--task", "recall"]
     long += ["--method", ",".join(FAMILIES), "--budgets", "0.3", "--dtype", "bfloat16"]
     shapes = [PYTHON, str(HERE / "gpu_shapes.py"), "--new", "32"]
+    tests = [PYTHON, "-m", "pytest", "-q", str(HERE.parent / "tests/test_gpu.py")]
+    if find_spec("xdist"):  # most of a test is waiting for the compiler
+        tests += ["-n", "4"]
     return [
-        Step("tests", [PYTHON, "-m", "pytest", "-q", str(HERE.parent / "tests/test_gpu.py")], 150),
+        Step("tests", tests, 150),
         Step("sweep", [*run, *few, "--budgets", "0.3", "--out", str(out / "sweep")], 60, "any", 12),
         Step("families", [*long, "--out", str(out / "families")], 90, "any", len(FAMILIES) + 1),
         Step("flash-attn", [*long, "--attention", "flash", "--out", str(out / "flash-attn")], 60)

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import dispatch_model
+from helpers.engine import measurable, spec, tokens
 from helpers.models import plain_model
 from helpers.sequences import Made
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,26 +28,19 @@ from kvbench.spec import method_names, parse_method
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)
 
-SCORES = Path(__file__).parent / "data" / "scores.tsv"
-
 
 def on_gpu(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> LoadedModel:
     return wrap_model(plain_model(architecture).to("cuda", dtype), None, name=architecture)
 
 
-def rows(budget: float = 0.4, new: int = 12) -> list[Row]:
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(1, 199, (2, 90), generator=generator).tolist()
-    options = {"scores": str(SCORES), "sinks": 2, "window": 5}
-    names = [*method_names(), "prulong+snapkv-naive"]
-    made = []
-    for index, prompt in enumerate(prompts):
-        for name in names:
-            given = options if name.startswith(("prulong", "duo")) else {}
-            if "kv" in name and "norm" not in name:
-                given = given | {"snapkv.window": 6, "pyramidkv.window": 6}
-            made.append(Row(prompt, new + index, parse_method(name, given), budget, index))
-    return made
+def rows(model: LoadedModel, budget: float = 0.4, new: int = 12) -> list[Row]:
+    """Two prompts with every method that the model can be measured with."""
+    names = measurable([*method_names(), "prulong+snapkv-naive"], model)
+    return [
+        Row(tokens(90, seed), new + seed, spec(name), budget, seed)
+        for seed in range(2)
+        for name in names
+    ]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral-sliding", "gemma3"])
@@ -55,8 +48,8 @@ def test_every_method_gives_on_a_gpu_what_it_gives_on_a_cpu(architecture: str) -
     torch.backends.cuda.matmul.allow_tf32 = False
     # Some architectures normalise keys: their norms tie, but for rounding.
     tie = architecture in ("gemma3", "qwen3")
-    names = [row for row in rows() if not (tie and "knorm" in row.spec.name)]
     cpu = wrap_model(plain_model(architecture), None, name=architecture)
+    names = [row for row in rows(cpu) if not (tie and "knorm" in row.spec.name)]
     expected = run_rows(cpu, names, prefill_chunk=25)
     got = run_rows(on_gpu(architecture), names, prefill_chunk=25)
     for row, a, b in zip(names, expected, got, strict=True):
@@ -67,13 +60,14 @@ def test_every_method_gives_on_a_gpu_what_it_gives_on_a_cpu(architecture: str) -
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_model_on_two_gpus_gives_what_it_gives_on_one(architecture: str) -> None:
-    names = [row for row in rows() if not (architecture == "gemma3" and "knorm" in row.spec.name)]
     model = plain_model(architecture)
     outside = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
     layers = {f"model.layers.{index}": int(index > 0) for index in range(3)}
     split = wrap_model(dispatch_model(model, outside | layers), None, name=architecture)
     assert [device.index for device in split.devices] == [0, 1]
-    expected = run_rows(on_gpu(architecture), names, prefill_chunk=25)
+    whole = on_gpu(architecture)
+    names = [r for r in rows(whole) if not (architecture == "gemma3" and "knorm" in r.spec.name)]
+    expected = run_rows(whole, names, prefill_chunk=25)
     got = run_rows(split, names, prefill_chunk=25)
     for row, a, b in zip(names, expected, got, strict=True):
         assert a.resident_rows == b.resident_rows
@@ -140,11 +134,13 @@ def test_no_layer_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torc
         monkeypatch.setattr(kind, "attend", watched)
     with pytest.raises(RuntimeError, match="synchroniz"), waiting_is_an_error():
         torch.ones(1, device="cuda").item()  # shows that the check works
-    assert run_rows(on_gpu(dtype=dtype), rows(), prefill_chunk=25)
+    model = on_gpu(dtype=dtype)
+    assert run_rows(model, rows(model), prefill_chunk=25)
 
 
 def test_a_captured_step_gives_what_a_plain_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, several = on_gpu(), rows(new=30)
+    model = on_gpu()
+    several = rows(model, new=30)
     replayed = []
     replay = torch.cuda.CUDAGraph.replay
 
@@ -180,7 +176,8 @@ def test_rows_end_at_stop_strings_and_limits_as_on_a_cpu() -> None:
 
 
 def test_a_step_that_cannot_be_captured_goes_on_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, several = on_gpu(), rows(new=20)
+    model = on_gpu()
+    several = rows(model, new=20)
     expected = run_rows(model, several, prefill_chunk=25)
     attend = DecodeKV.attend
 
@@ -213,8 +210,9 @@ def test_bfloat16_agrees_with_the_reference_as_far_as_it_can() -> None:
         plain_model().to("cuda", torch.bfloat16), None, name="llama", attention="reference"
     )
     assert isinstance(backend_of(slow.attention), Float64)
+    several = rows(model, new=2)
     first = [
-        [outcome.tokens[0] for outcome in run_rows(each, rows(new=2), prefill_chunk=25)]
+        [outcome.tokens[0] for outcome in run_rows(each, several, prefill_chunk=25)]
         for each in (model, slow)
     ]
     assert sum(a == b for a, b in zip(*first, strict=True)) > len(first[0]) * 0.8

@@ -150,7 +150,7 @@ def _read(
         k_at = tl.multiple_of(k_at, (ALIGNED, ALIGNED))
         k = tl.load(k_at, mask=there[None, :] & (d < SIZE)[:, None], other=0.0)
         logits = tl.dot(q, k, input_precision="ieee") * scaling
-        if SOFTCAP:
+        if SOFTCAP > 0:
             logits = SOFTCAP * (2 * tl.sigmoid(2 * logits / SOFTCAP) - 1)  # tanh
         seen = there
         if SLIDING:
@@ -209,7 +209,7 @@ def _join(
     for g in range(GROUP):
         q = tl.load(queries + (u * GROUP + g) * SIZE + d, mask=d < SIZE, other=0.0)
         logit = tl.sum(q.to(tl.float32) * k.to(tl.float32), 0) * scaling
-        if SOFTCAP:
+        if SOFTCAP > 0:
             logit = SOFTCAP * (2 * tl.sigmoid(2 * logit / SOFTCAP) - 1)
         at = (u * parts + p) * GROUP + g
         most = tl.load(mosts + at, mask=p < parts, other=-1e30)
