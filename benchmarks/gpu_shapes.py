@@ -7,8 +7,8 @@ flash (or SDPA) attention and transformers' cache in the same run, and with a fl
 at the speed of a large matrix product, the bytes at the speed of a large copy, both measured here.
 Peak bytes of keys and values as counted are compared with what the peak of entries predicts. The
 last column is everything that was allocated besides the weights, mostly a chunk's activations.
-Random weights and head scores keep nothing sensible, which changes neither time nor memory. Up to
-32,768 tokens, the second of two runs counts.
+Random weights and head scores keep nothing sensible, which changes neither time nor memory. The
+second of two runs counts; beyond 32,768 tokens the first one is of a short prompt.
 """
 
 import argparse
@@ -42,7 +42,8 @@ SHAPE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-WARMED = 32768  # tokens; longer prompts run once, without a warm-up
+WARMED = 32768  # tokens; longer prompts run once, after a short one
+SHORT = 2048
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,15 @@ def seconds(function: Callable[[], object]) -> float:
     return statistics.median(times[2:])
 
 
+def warm_up(prompt: list[int]) -> list[int]:
+    """What is run first, so that kernels are compiled: the prompt, if it is not long."""
+    return prompt if len(prompt) <= WARMED else prompt[:SHORT]
+
+
 def plain_times(model: LlamaForCausalLM, prompt: list[int], new: int) -> Times:
     """Times with the model's own attention and cache."""
-    ids = torch.tensor([prompt], device="cuda")
-    for _ in range(2 if len(prompt) <= WARMED else 1):
+    for tokens in (warm_up(prompt), prompt):
+        ids = torch.tensor([tokens], device="cuda")
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         weights = torch.cuda.memory_allocated()
@@ -156,9 +162,9 @@ def measured(
     """A line of the table."""
     options = {"prulong.scores": str(scores)}
     spec = parse_method(method, options if method == "prulong" else {})
-    row = Row(prompt, arguments.new, spec, 1.0 if method == "full" else 0.3)
     try:
-        for _ in range(2 if len(prompt) <= WARMED else 1):
+        for tokens in (warm_up(prompt), prompt):
+            row = Row(tokens, arguments.new, spec, 1.0 if method == "full" else 0.3)
             torch.cuda.empty_cache()
             weights = torch.cuda.memory_allocated()
             outcome = run_rows(model, [row], prefill_chunk=arguments.chunk)[0]
@@ -166,7 +172,7 @@ def measured(
         return f"{method:15} out of memory"
     shape, read = model.shape, len(prompt)
     entry = 2 * shape.head_dim * model.dtype.itemsize
-    peak = outcome.kv_peak * (read + outcome.new_tokens - 1) * shape.layers * shape.kv_heads * entry
+    peak = outcome.kv_held_peak * (read + outcome.new_tokens - 1) * shape.layers * shape.kv_heads * entry
     prefill, decoded = outcome.prefill_seconds, outcome.new_tokens - 1
     token = outcome.decode_seconds / decoded
     held = outcome.timeline[-1][1]  # entries at the end, about what each token reads
