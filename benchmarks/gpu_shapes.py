@@ -172,7 +172,8 @@ def measured(
         return f"{method:15} out of memory"
     shape, read = model.shape, len(prompt)
     entry = 2 * shape.head_dim * model.dtype.itemsize
-    peak = outcome.kv_held_peak * (read + outcome.new_tokens - 1) * shape.layers * shape.kv_heads * entry
+    of_all = (read + outcome.new_tokens - 1) * shape.layers * shape.kv_heads * entry
+    peak = outcome.kv_held_peak * of_all
     prefill, decoded = outcome.prefill_seconds, outcome.new_tokens - 1
     token = outcome.decode_seconds / decoded
     held = outcome.timeline[-1][1]  # entries at the end, about what each token reads
