@@ -32,4 +32,5 @@ class ChunkKV(WholeRow):
         means = chunks.sum(1) / (entries - starts).clamp_max(length)
         best = starts[means.topk(len(means)).indices]
         chosen = (best[:, None] + torch.arange(length, device=summed.device)).flatten()
-        return chosen[chosen < entries][:capacity].expand(len(scores), -1)
+        there = (chosen >= entries).argsort(stable=True)  # what is padding goes last
+        return chosen[there[:capacity]].expand(len(scores), -1)

@@ -45,9 +45,11 @@ class CriticalKV(WholeRow):
                 f"criticalkv: the attention of layer {view.layer} has no o_proj.weight for "
                 f"{group} x {size} values of each KV head; choose snapkv for this model"
             )
-        projections = weight.float().T.unflatten(0, (-1, group, size))[list(view.kv_heads)]
+        projections = weight.float().T.unflatten(0, (-1, group, size))
         rows = []
-        for values, of_group in zip(view.values, projections, strict=True):
-            parts = (part.float() @ of_group for part in values.split(ROWS))  # [G, rows, hidden]
+        for head, values in zip(view.kv_heads, view.values, strict=True):
+            parts = (
+                part.float() @ projections[head] for part in values.split(ROWS)
+            )  # [G, rows, hidden]
             rows.append(torch.cat([part.abs().sum(-1).mean(0) for part in parts]))
         return torch.stack(rows)

@@ -49,4 +49,4 @@ class ExpectedAttention(Method):
                 expected.append(hidden.softmax(0) + self.epsilon)
             rows.append(torch.stack(expected).mean(0) * values.float().norm(dim=-1))
         scores = torch.stack(rows)
-        return scores.masked_fill(sinks, scores.max() + 1)
+        return torch.where(sinks, scores.max() + 1, scores)

@@ -50,7 +50,7 @@ class RKV(DecodingMethod):
     def _redundancy(self, keys: Tensor) -> Tensor:
         """[E], the mean cosine with all keys, each of which spares the latest key like it."""
         unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
-        order, total = torch.arange(len(keys)).to(keys), keys.new_zeros(len(keys))
+        order, total = torch.arange(len(keys), device=keys.device), keys.new_zeros(len(keys))
         for first in range(0, len(keys), ROWS):
             cosines = unit[first : first + ROWS] @ unit.T
             cosines.diagonal(first).zero_()  # of a key with itself

@@ -20,4 +20,4 @@ class RandomDecoding(DecodingMethod):
         """[K, E], uniform in 0..1 for entries of the answer, in 1..2 for those of the prompt."""
         view.generator.manual_seed(view.generator.initial_seed() + self.draw)
         drawn = torch.rand(view.positions.shape, generator=view.generator)
-        return drawn + (view.positions < view.prompt).cpu()
+        return drawn.to(view.positions.device, non_blocking=True) + (view.positions < view.prompt)

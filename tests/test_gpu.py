@@ -20,7 +20,7 @@ from kvbench.engine.prefill import PrefillKV
 from kvbench.engine.row import Row
 from kvbench.engine.run import run_rows
 from kvbench.learning.attention import Stream, streaming_blocks, streaming_flex
-from kvbench.method import Entries, Family
+from kvbench.method import Entries, Family, Method
 from kvbench.models.attention import AttentionCall
 from kvbench.models.load import LoadedModel, load_model, wrap_model
 from kvbench.spec import method_names, parse_method
@@ -29,12 +29,13 @@ if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)
 
 ALL = [*method_names(), "prulong+snapkv-naive"]
-# The host knows how many entries each KV head holds, and all of them are read.
-EVEN = [
-    name
-    for name in ALL
-    if not spec(name).uneven and spec(name).method.family is not Family.DYNAMIC_SPARSITY
-]
+
+
+def waits(name: str) -> bool:
+    """Whether the host must know how many entries a KV head holds, or what a method selected."""
+    each = spec(name)
+    selects = each.scorer is not None and type(each.scorer).select is not Method.select
+    return each.uneven or selects or each.method.family is Family.DYNAMIC_SPARSITY
 
 
 def on_gpu(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -143,7 +144,7 @@ def waiting_is_an_error() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", EVEN)
+@pytest.mark.parametrize("name", [name for name in ALL if not waits(name)])
 def test_no_layer_waits_for_the_gpu(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, name: str
 ) -> None:

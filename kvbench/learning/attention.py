@@ -78,7 +78,7 @@ class GatedAttention:
         stream = Stream(self.sinks, self.window, sliding, self.chunk)
         if sliding is not None and sliding < query.shape[2]:  # sinks leave the model's own window
             stream = Stream(0, min(self.sinks + self.window, sliding - 1), sliding, self.chunk)
-        gate = self.gates[call.layer].to(query.dtype)
+        gate = self.gates[call.layer].to(query)
         if self.fixed and not query.is_cuda:
             return sparsely_mixed(query, key, value, scaling, stream, gate)
         full = full_attention(query, key, value, scaling, sliding)

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from kvbench.models.load import LoadedModel, wrap_model
 
 MOVES = {"to", "cpu", "copy_", "set_data"}
+FREE = {"_has_compatible_shallow_copy_type", "__set__"}  # of `data` and `grad`, wherever they are
 INDEXED = {"__getitem__", "__setitem__", "index_put_"}
 
 
@@ -53,6 +54,8 @@ class Apart(TorchFunctionMode):
             return torch.device("cpu") if place is None else torch.device("cpu", place)
         if name in MOVES:
             return self.moved(function, name, arguments, keywords)
+        if name in FREE:
+            return function(*arguments, **keywords)
         given = list(tensors_in((arguments, keywords)))
         if name in INDEXED:
             given = [each for each in given if each is arguments[0] or self.place(each)]
@@ -87,6 +90,7 @@ class Apart(TorchFunctionMode):
 
 
 MAKERS = {"tensor", "arange", "zeros", "ones", "empty", "full", "rand", "randn", "randint", "eye"}
+MAKERS.add("randperm")
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -1,16 +1,19 @@
 """Learning on the tokens that need far context, at an exact sparsity, and by gradient alone."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from helpers.devices import Apart, split_model
 from helpers.learning import SHAPE, OneProcess, RandomRows, quiet, recipe
-from helpers.models import loaded_model
+from helpers.models import loaded_model, plain_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kvbench.learning.attention import GatedAttention
+from kvbench.learning.duoattention import DuoAttention
 from kvbench.learning.examples import TrainingRow
 from kvbench.learning.focus import Focus, token_losses
 from kvbench.learning.loop import learn
@@ -21,7 +24,7 @@ from kvbench.learning.prulong import BOUND, PruLong
 from kvbench.learning.saliency import Saliency
 from kvbench.models.load import LoadedModel
 
-CPU = torch.device("cpu")
+CPU, DEVICE = torch.device("cpu"), torch.device("cpu:1")
 
 
 class Counting:
@@ -256,3 +259,30 @@ def test_saliency_is_the_rise_of_the_loss_to_first_order(tmp_path: Path) -> None
     torch.testing.assert_close(objective.scores(), rises, atol=1e-4, rtol=2e-2)
     assert rises.abs().max() > 1e-3
     assert set(log[0]) == {"step", "loss", "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        (PruLong, {"focus": 0.2, "constraint": "exact"}),
+        (PruLong, {}),
+        (Saliency, {"focus": 0.2}),
+        (DuoAttention, {}),
+    ],
+)
+def test_a_training_on_another_device_learns_the_same(kind: Any, given: dict[str, Any]) -> None:
+    how = recipe(kind.__name__.lower(), steps=2, rate=0.1, **given)
+
+    def learnt(model: Any, device: torch.device) -> Tensor:
+        model.requires_grad_(False)
+        objective = kind(SHAPE, how, device)
+        with TemporaryDirectory() as folder:
+            learn(model, objective, RandomRows(40), how, Path(folder), OneProcess, quiet)
+        scores: Tensor = objective.scores()
+        return scores
+
+    with Apart():
+        elsewhere = learnt(split_model(plain_model(), [1] * SHAPE.layers).model, DEVICE)
+        assert elsewhere.device == DEVICE
+        found = elsewhere.tolist()
+    assert found == learnt(loaded_model().model, CPU).tolist()
