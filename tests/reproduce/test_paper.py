@@ -141,6 +141,23 @@ def test_claims_are_undecided_where_the_intervals_do_not_tell(tmp_path: Path) ->
     assert judge(make_report([store(tmp_path / "t", rows)], 0.9))[2].verdict is Verdict.FALSE
 
 
+def test_methods_that_are_near_each_other_are_judged_where_they_differ(tmp_path: Path) -> None:
+    few, many, even = [0.4, 0.9, 0.9], [0.1, 0.4, 0.9], [0.1, 0.6, 0.9]
+    for chunks, expected in (
+        ((few, many, even, even), Verdict.TRUE),
+        ((even, even, many, few), Verdict.FALSE),
+        ((few, many, many, few), Verdict.UNDECIDED),
+        ((even, even, even, even), Verdict.UNDECIDED),
+    ):
+        here, there, here_128, there_128 = chunks
+        rows = curves(prulong={256: here, 128: here_128}, duoattention={256: there, 128: there_128})
+        claim = judge(report_records(rows, 0.9))[2]
+        assert claim.verdict is expected
+        assert [finding.where for finding in claim.findings] == [
+            f"prulong and duoattention on recall, chunk {chunk}" for chunk in (256, 128)
+        ]
+
+
 def sparse(held: float, reads: dict[float, float]) -> Report:
     """The report of full attention and a method of dynamic sparsity, with its reads by budget."""
     measured: dict[str, Any] = {"family": "dynamic sparsity", "kv_footprint": held, "kv_peak": 1.0}
