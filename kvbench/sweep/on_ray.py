@@ -3,8 +3,9 @@
 Actors hold the model, one for each GPU of the cluster, or for each CPU. The process that the user
 started gives them work units, the longest first, and writes what they send back. So the nodes need
 no common file system, and the process needs no GPU. An actor that dies is replaced, and its unit is
-measured again in halves; a cell that ended two actors alone is recorded as failed. Nodes may join
-and leave meanwhile.
+measured again in halves; a cell that ended two actors alone is recorded as failed. An actor gets its
+first unit when it is ready, so no unit is blamed for one that died before. Nodes may join and leave
+meanwhile.
 """
 
 import importlib
@@ -96,6 +97,10 @@ class Worker:
             ],
         }
 
+    def ready(self) -> None:
+        """Load the model, so that units can be measured."""
+        self.plan(frozenset())
+
     def measure(self, work: Work) -> list[bytes]:
         """The records of some cells, as lines; if there is an error, cells that failed by it.
 
@@ -129,6 +134,10 @@ class Driver:
     choices: Choices
     actors: list[Any] = field(default_factory=list)
     units: list[Work] = field(default_factory=list)  # to be given out, the next one last
+    starting: dict[Any, Any] = field(
+        default_factory=dict
+    )  # actors, by what tells that one is ready
+    idle: list[Any] = field(default_factory=list)  # actors that are ready
     busy: dict[Any, tuple[Any, Work]] = field(default_factory=dict)  # by what an actor will send
     deaths: int = 0  # of actors, in a row
 
@@ -161,23 +170,29 @@ class Driver:
             self.actors.append(kind.remote(self.choices))
 
     def step(self) -> list[Record]:
-        """Give units to actors that have none, and wait a little; the records that arrived."""
+        """Give units to actors that are ready, and wait a little; the records that arrived."""
         self.look()
-        engaged = {id(actor) for actor, _ in self.busy.values()}
+        known = [*self.starting.values(), *self.idle, *(actor for actor, _ in self.busy.values())]
         for actor in self.actors:
-            if self.units and id(actor) not in engaged:
-                unit = self.units.pop()
-                self.busy[actor.measure.remote(unit)] = actor, unit
-        arrived, _ = self.ray.wait(list(self.busy), timeout=LOOK_SECONDS)
+            if not any(actor is other for other in known):
+                self.starting[actor.ready.remote()] = actor
+        while self.units and self.idle:
+            actor, unit = self.idle.pop(), self.units.pop()
+            self.busy[actor.measure.remote(unit)] = actor, unit
+        arrived, _ = self.ray.wait([*self.busy, *self.starting], timeout=LOOK_SECONDS)
         records = []
         for sent in arrived:
-            actor, unit = self.busy.pop(sent)
+            actor, unit = self.busy.pop(sent, None) or (self.starting.pop(sent), None)
             try:
-                records += [from_line(line) for line in self.ray.get(sent)]
-                self.deaths = 0
+                lines = self.ray.get(sent)
             except self.ray.exceptions.RayActorError:
-                self.units += unit.after_death()
+                self.units += unit.after_death() if unit else []
                 self.bury(actor)
+                continue
+            self.idle.append(actor)
+            if unit:
+                records += [from_line(line) for line in lines]
+                self.deaths = 0
         return records
 
     def bury(self, actor: Any) -> None:

@@ -51,7 +51,7 @@ class Cluster:
         self.exceptions = SimpleNamespace(RayActorError=Died)
         self.started, self.killed = 0, 0
         self.given: list[list[str]] = []
-        self.cannot_start = False  # whether all actors die, whatever they are given
+        self.cannot_start: Callable[[], bool] = lambda: False
 
     def nodes(self) -> list[dict[str, Any]]:
         gone = {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 8.0}}
@@ -67,12 +67,15 @@ class Cluster:
 
     def actor(self, choices: Choices) -> Any:
         self.started += 1
-        return SimpleNamespace(measure=SimpleNamespace(remote=self.measure))
+        return SimpleNamespace(
+            ready=SimpleNamespace(remote=lambda: Sent([], self.cannot_start())),
+            measure=SimpleNamespace(remote=self.measure),
+        )
 
     def measure(self, work: Work) -> Any:
         cells = list(work.cells)
         self.given.append(cells)
-        dead = self.cannot_start or (not work.error and self.dies(cells))
+        dead = not work.error and self.dies(cells)
         return Sent([line(name, work.error) for name in cells], dead)
 
     def wait(self, sent: list[Any], timeout: float) -> Any:
@@ -187,11 +190,20 @@ def test_an_actor_gets_gpus_of_one_node(each: int, actors: int) -> None:
 
 def test_actors_that_all_die_end_the_run(tmp_path: Path) -> None:
     cluster = Cluster(2)
-    cluster.cannot_start = True
+    cluster.cannot_start = lambda: True
     choices = Choices(out=tmp_path / "out", ray="local")
     with pytest.raises(InputError, match="20 workers died one after the other"):
         measured(Driver(cluster, choices), told(64), choices, Listener())
     assert not (tmp_path / "out").exists()
+
+
+def test_no_unit_is_blamed_for_actors_that_died_before_they_were_ready(tmp_path: Path) -> None:
+    cluster, deaths = Cluster(1), iter([True] * 5 + [False])
+    cluster.cannot_start = lambda: next(deaths)
+    choices = Choices(out=tmp_path / "out", ray="local")
+    result = measured(Driver(cluster, choices), told(2, 1), choices, Listener())
+    assert cluster.given == [["0", "1"], ["2"]]
+    assert (result.measured, result.failed, cluster.started) == (3, [], 6)
 
 
 def test_a_node_that_joins_gets_an_actor(tmp_path: Path) -> None:
