@@ -3,12 +3,13 @@
 Actors hold the model, one for each GPU of the cluster, or for each CPU. The process that the user
 started gives them work units, the longest first, and writes what they send back. So the nodes need
 no common file system, and the process needs no GPU. An actor that dies is replaced, and its unit is
-measured again in halves; a cell that ended two actors alone is recorded as failed. An actor gets its
-first unit when it is ready, so no unit is blamed for one that died before. Nodes may join and leave
-meanwhile.
+measured again in halves; a cell that ended two actors alone is recorded as failed. An actor gets
+its first unit when it is ready, so no unit is blamed for one that died before. Nodes may join and
+leave meanwhile.
 """
 
 import importlib
+import socket
 import tempfile
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ from kvbench.sweep.units import longest_first, tokens_of, units_of
 LOCAL = "local"  # starts a Ray of its own on this machine
 NOWHERE = Path("kvbench-on-ray")  # actors read no run folder
 LOOK_SECONDS = 5.0  # between looks at how large the cluster is
+CONNECT_SECONDS = 10.0
 MOST_DEATHS = 2  # actors that a cell may end alone
 MOST_IN_A_ROW = 20  # actors that may die without a cell that is finished in between
 ENDED = f"{MOST_DEATHS} workers ended without a word while they measured it (out of memory?)"
@@ -218,6 +220,7 @@ def run_on_ray(choices: Choices, listener: Listener | None = None) -> SweepResul
         raise InputError("--ray needs Ray: pip install 'kvbench[ray]'") from None
     where = {"include_dashboard": False} if choices.ray == LOCAL else {"address": choices.ray}
     try:
+        check_answers(choices.ray)
         ray.init(**where, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -227,6 +230,13 @@ def run_on_ray(choices: Choices, listener: Listener | None = None) -> SweepResul
         return measured(driver, driver.learn(), choices, listener)
     finally:
         ray.shutdown()
+
+
+def check_answers(address: str) -> None:
+    """OSError if nobody listens at an address with a port; Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def measured(
