@@ -21,8 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-IMPORTED = ("torch._dynamo", "transformers.models.llama.modeling_llama", "transformers.generation")
-IMPORTED += ("transformers.conversion_mapping", "accelerate", "pandas", "matplotlib.pyplot")
+IMPORTED = ["torch._dynamo", "transformers.models.llama.modeling_llama", "transformers.generation"]
+IMPORTED += ["transformers.conversion_mapping", "accelerate", "pandas", "matplotlib.pyplot"]
 
 
 @cache

@@ -176,6 +176,7 @@ def forked(folder: Path, *arguments: str) -> None:
         ("duoattention", [], forked),
         ("duoattention", ["--option", "shard=true"], launched),
     ],
+    ids=["whole-prulong", "sharded-prulong", "whole-duoattention", "sharded-duoattention"],
 )
 def test_two_processes_learn_what_one_learns(
     method: str,
