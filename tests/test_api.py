@@ -9,6 +9,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 import pytest
+from helpers.warm import python
 from nbclient import NotebookClient
 
 import kvbench
@@ -78,7 +79,7 @@ def test_in_a_script(elsewhere: Path, wheel: Path) -> None:
         + "\nassert len(result.records) == 10"
         + '\nkvbench.report("results/runs/demo").save("pictures")'
     )
-    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True)
+    done = python("script.py", folder=elsewhere)
     assert done.returncode == 0, done.stderr
     assert done.stdout == done.stderr == ""  # nothing is printed unless it is asked for
     assert (elsewhere / "pictures" / "report.html").is_file()

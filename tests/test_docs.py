@@ -11,8 +11,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import textwrap
 import tomllib
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.warm import python
 
 from kvbench.cli.app import main
 
@@ -109,9 +108,7 @@ def test_runnable_blocks_run(page: Path, tmp_path: Path) -> None:
         for block in blocks(page)
         if block.mark == "runnable"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = python("-c", script, folder=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -225,7 +222,5 @@ def test_example_projects_work_as_installed(page: Path, file: str, tmp_path: Pat
             f"import sys; sys.path.insert(0, {str(site)!r}); from kvbench.cli.app import main; "
             f"sys.exit(main({[*without(command, shorter), *shorter]!r}))"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-        )
+        done = python("-c", code, folder=tmp_path)
         assert done.returncode == 0, done.stderr

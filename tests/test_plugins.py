@@ -1,11 +1,10 @@
 """A new method is one new file: next to the built-in ones, or in a package of its author."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import warm
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,13 +54,8 @@ ONE_THREAD = {"PATH": "/usr/bin", "OMP_NUM_THREADS": "1"}
 
 def run(code: str, folder: Path, **environment: str) -> tuple[str, str]:
     """What code that imports from `folder` first prints on stdout and on stderr."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**ONE_THREAD, "PYTHONPATH": f"{folder}:{ROOT / 'tests'}", **environment},
-    )
+    environment = {"PYTHONPATH": f"{folder}:{ROOT / 'tests'}", **environment}
+    done = warm.python("-c", code, folder=folder, environment={**ONE_THREAD, **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.process import KVBENCH, interrupted, interrupted_at_import, kvbench, kvbench_here
+from helpers.warm import Program
 
 from kvbench.cli.app import main
 from kvbench.errors import InputError
@@ -169,8 +170,7 @@ def test_a_sweep_a_report_and_the_same_sweep_again(tmp_path: Path) -> None:
 
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     sweep = ["run", "--method", "recency,random", *SMALL, "--out", "r", "--batch-rows", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*KVBENCH, *sweep], cwd=tmp_path, env=environment)
+    process = Program("-m", "kvbench", *sweep, folder=tmp_path)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (tmp_path / "r").is_dir() and len(records(tmp_path / "r")) >= 4:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -95,10 +96,24 @@ def test_a_compiler_that_is_no_command_is_bad_input(
     assert not (tmp_path / "r").exists()
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that copies what the compiler makes, which takes seconds, to its last argument."""
+    folder = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        made = place(library(8, 8))
+    program = folder / "cc"
+    program.write_text(f'#!/bin/sh\nfor last; do :; done\ncp {shlex.quote(str(made))} "$last"\n')
+    program.chmod(0o700)
+    return program
+
+
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def kernels(compiled: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The folder of compiled files, not made yet, in an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", str(compiled))
     return tmp_path / "kvbench" / "kernels"
 
 
@@ -189,9 +204,10 @@ def test_nothing_is_loaded_from_a_folder_of_another_user(
 
 @without_compiler
 def test_a_relative_cache_folder_is_ignored(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    compiled: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CC", str(compiled))
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert place(library(8, 8)).is_relative_to(tmp_path / "home" / ".cache" / "kvbench" / "kernels")

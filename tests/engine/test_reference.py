@@ -46,7 +46,7 @@ def names_for(architecture: str) -> list[str]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("chunk", [None, 25])
 def test_every_method_on_every_architecture(architecture: str, chunk: int | None) -> None:
-    rows = [Row(tokens(90, 1), 10, spec(name), 0.4, seed=3) for name in names_for(architecture)]
+    rows = [Row(tokens(64, 1), 7, spec(name), 0.4, seed=3) for name in names_for(architecture)]
     assert_agrees(loaded_model(architecture), rows, chunk)
 
 
@@ -58,7 +58,7 @@ def test_evictions_while_the_models_own_windows_fill(name: str, attention: str) 
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
-@pytest.mark.parametrize("budget", [0.05, 0.2, 0.7, 1.0])
+@pytest.mark.parametrize("budget", [0.05, 0.4, 1.0])
 def test_every_method_at_every_budget(attention: str, budget: float) -> None:
     rows = [Row(tokens(70, 2), 6, spec(name), budget, seed=1) for name in METHODS]
     assert_agrees(loaded_model(attention=attention), rows, 16)
@@ -108,7 +108,7 @@ def test_a_question_that_is_read_after_the_eviction(
     architecture: str, chunk: int | None, budget: float
 ) -> None:
     rows = [
-        Row(tokens(90, 1), 10, spec(name), budget, seed=3, context=60)
+        Row(tokens(64, 1), 7, spec(name), budget, seed=3, context=42)
         for name in names_for(architecture)
     ]
     assert_agrees(loaded_model(architecture), rows, chunk)

@@ -53,7 +53,7 @@ def test_all_methods_and_budgets_of_a_prompt_equal_those_alone(
     rows = [
         Row(prompt, 9, spec(name), budget, seed=4)
         for name in names
-        for budget in ((1.0,) if name == "full" else (0.1, 0.45, 0.8))
+        for budget in ((1.0,) if name == "full" else (0.1, 0.6))
     ]
     assert_equals_alone(model, rows, chunk)
     without_baseline = [row for row in rows if row.spec.name in ("snapkv", "pyramidkv", "random")]
@@ -77,7 +77,7 @@ def test_answers_of_which_one_outgrows_the_models_own_windows() -> None:
     assert_equals_alone(loaded_model("mistral-sliding"), [*rows, replace(rows[0], budget=1)], 5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     prompts=st.lists(st.integers(2, 80), min_size=1, max_size=3),
     picks=st.lists(

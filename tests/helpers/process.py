@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import signal
 import subprocess
 import sys
@@ -10,16 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from helpers.warm import Program, python
 from kvbench.cli.app import main
 
 KVBENCH = [sys.executable, "-m", "kvbench"]
 
 
 def kvbench(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*KVBENCH, *arguments], cwd=folder, capture_output=True, text=True, env=environment
-    )
+    return python("-m", "kvbench", *arguments, folder=folder)
 
 
 def kvbench_here(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -41,20 +38,14 @@ def interruptible() -> None:
 
 def interrupted(arguments: list[str], folder: Path, under_way: Callable[[], bool]) -> str:
     """Run kvbench and press Ctrl-C once it is under way; its stderr, which has no traceback."""
-    process = subprocess.Popen(
-        [*KVBENCH, *arguments],
-        cwd=folder,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=interruptible,
-    )
+    process = Program("-m", "kvbench", *arguments, folder=folder)
     while process.poll() is None and not under_way():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    return errors
+    done = process.wait()
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    return done.stderr
 
 
 def interrupted_at_import(module: str, arguments: list[str], folder: Path) -> tuple[int, str]:

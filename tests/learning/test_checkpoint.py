@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import resource
 import signal
@@ -15,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.process import KVBENCH, kvbench_here
+from helpers.process import kvbench_here
+from helpers.warm import Program
 from safetensors.torch import load_file, save_file
 
 from kvbench.errors import InputError
@@ -222,13 +222,12 @@ def test_a_folder_with_the_name_of_a_text_is_no_data(tmp_path: Path) -> None:
 def test_a_killed_training_goes_on_to_the_same_scores(tmp_path: Path) -> None:
     """A kill while it trains; `benchmarks/train_kills.py` makes many, at any moment."""
     small = ["prulong", "--steps", "20", "--batch", "1", "--length", "32", "--data", "tasks"]
-    command = [*KVBENCH, "train", *small, "--device", "cpu", "--out", "t"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = ["-m", "kvbench", "train", *small, "--device", "cpu", "--out", "t"]
     log = tmp_path / "t" / "log.jsonl"
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    process = Program(*command, folder=tmp_path)
     while process.poll() is None and not (log.is_file() and log.stat().st_size):
         time.sleep(0.01)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "t" / "scores-prulong.json").exists()
     for folder in ("t", "whole"):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.process import interrupted, kvbench, kvbench_here
+from helpers.warm import Program
 
 from kvbench.heads import read_scores
 from kvbench.learning.command import HeadChoices, train_heads
@@ -148,12 +150,42 @@ def launched(folder: Path, *arguments: str) -> None:
     assert done.stderr.count("step 6 of 6") == 1  # only one process reports
 
 
-@pytest.mark.parametrize("method", ["prulong", "duoattention"])
-@pytest.mark.parametrize("options", [[], ["--option", "shard=true"]], ids=["whole", "sharded"])
+def forked(folder: Path, *arguments: str) -> None:
+    """The same without the launcher: two processes whose environment says who is who."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = ["-m", "kvbench", "train", *arguments, "--device", "cpu"]
+    started = [
+        Program(
+            *command, folder=folder, environment={**os.environ, **both, "RANK": n, "LOCAL_RANK": n}
+        )
+        for n in ("0", "1")
+    ]
+    errors = [process.wait().stderr for process in started]
+    assert [process.returncode for process in started] == [0, 0], errors
+    assert "".join(errors).count("step 6 of 6") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "run"),
+    [
+        ("prulong", [], forked),
+        ("prulong", ["--option", "shard=true"], forked),
+        ("duoattention", [], forked),
+        ("duoattention", ["--option", "shard=true"], launched),
+    ],
+    ids=["whole-prulong", "sharded-prulong", "whole-duoattention", "sharded-duoattention"],
+)
 def test_two_processes_learn_what_one_learns(
-    method: str, options: list[str], alone: Callable[[str], list[list[float]]], tmp_path: Path
+    method: str,
+    options: list[str],
+    run: Callable[..., None],
+    alone: Callable[[str], list[list[float]]],
+    tmp_path: Path,
 ) -> None:
-    launched(tmp_path, method, *SMALL, *options, "--out", "two")
+    run(tmp_path, method, *SMALL, *options, "--out", "two")
     file = json.loads((tmp_path / "two" / f"scores-{method}.json").read_text())
     assert file["processes"] == 2
     one, together = alone(method), scores(tmp_path / "two", method)

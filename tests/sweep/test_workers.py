@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -11,8 +10,9 @@ from typing import ClassVar
 
 import psutil
 import pytest
-from helpers.process import KVBENCH, kvbench_here
+from helpers.process import kvbench_here
 from helpers.runs import SMALL, results
+from helpers.warm import Program, python
 
 from kvbench.errors import InputError
 from kvbench.report.build import make_report
@@ -70,7 +70,10 @@ def test_a_slurm_array_says_which_shard(tmp_path: Path, monkeypatch: pytest.Monk
             slurm_shard(given)
 
 
-def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+TWO_WORKERS = ["-m", "kvbench", "run", *SMALL, "--workers", "2", "--out", "out"]
+
+
+def workers_of(process: Program) -> list[psutil.Process]:
     return psutil.Process(process.pid).children()
 
 
@@ -90,29 +93,24 @@ def until(true: Callable[[], bool], seconds: float = 600) -> None:
 
 def test_a_worker_that_dies_costs_its_unit_once(alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [*KVBENCH, "run", *SMALL, "--workers", "2", "--batch-rows", "4", "--out", "out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        until(lambda: any(path.stat().st_size for path in out.glob("samples-*")))
-        workers_of(process)[0].kill()
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert "ended (signal 9) and is started again" in errors
+    process = Program(*TWO_WORKERS, "--batch-rows", "4", folder=tmp_path)
+    until(lambda: any(path.stat().st_size for path in out.glob("samples-*")))
+    workers_of(process)[0].kill()
+    done = process.wait()
+    assert done.returncode == 0, done.stderr
+    assert "ended (signal 9) and is started again" in done.stderr
     assert results(out) == results(alone)
 
 
 def test_an_interrupt_ends_all_workers_and_the_run_continues(alone: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [*KVBENCH, "run", *SMALL, "--workers", "2", "--batch-rows", "4", "--out", "out"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        until(lambda: any(path.stat().st_size for path in out.glob("samples-*")))
-        workers = workers_of(process)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
+    process = Program(*TWO_WORKERS, "--batch-rows", "4", folder=tmp_path)
+    until(lambda: any(path.stat().st_size for path in out.glob("samples-*")))
+    workers = workers_of(process)
+    process.send_signal(signal.SIGTERM)
+    done = process.wait()
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
     until(lambda: not any(lives(worker) for worker in workers), seconds=20)
     assert 0 < len(results(out)) < 30
     assert kvbench_here("run", *SMALL, "--out", "out", folder=tmp_path).returncode == 0
@@ -201,10 +199,7 @@ def test_two_workers_measure_what_one_process_does_whatever_a_plugin_prints(
     (site / "kv_broken.py").write_text("import kvbench\nkvbench.no_such_name\n")
     (site / "sitecustomize.py").write_text("print('{}', flush=True)\n")
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "2,1"}
-    command = [*KVBENCH, "run", *SMALL, "--workers", "2", "--out", "out"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120
-    )
+    done = python(*TWO_WORKERS, folder=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr
     assert "started again" not in done.stderr
     assert done.stderr.count("plug-in broken (kv_broken) cannot be loaded") == 1
