@@ -25,7 +25,6 @@ from kvbench.method import KVShape
 
 START = 4.0  # of log_alpha: nearly all masks are 1
 SPREAD = 0.01  # standard deviation of log_alpha around START
-TIE = 1e-3  # weight of a head's mean log_alpha in its score
 BOUND = math.log(100)  # largest |log_alpha|; beyond it P(mask = 0) has almost no gradient
 
 
@@ -110,8 +109,12 @@ class PruLong(Objective):
         self.log_alpha.clamp_(-BOUND, BOUND)
 
     def scores(self) -> Tensor:
-        """log_alpha. Heads that reached the same bound are ordered by when they reached it."""
-        return self.log_alpha.detach() + TIE * self.mean
+        """log_alpha at the end, as in the paper; with `constraint=exact` its mean over all steps.
+
+        The mean has less of the noise of the last steps, and orders heads that reached the same
+        bound by when they reached it.
+        """
+        return self.mean if self.exact else self.log_alpha.detach()
 
     def state(self, step: int) -> dict[str, float]:
         sparsity = expected_sparsity(self.log_alpha.detach()).item()

@@ -286,3 +286,17 @@ def test_a_training_on_another_device_learns_the_same(kind: Any, given: dict[str
         assert elsewhere.device == DEVICE
         found = elsewhere.tolist()
     assert found == learnt(loaded_model().model, CPU).tolist()
+
+
+def test_scores_at_an_exact_sparsity_are_the_mean_over_all_steps() -> None:
+    how = recipe("prulong", steps=3, constraint="exact", target=0.5)
+    objective, passed = PruLong(SHAPE, how, CPU), []
+    for step in range(3):
+        with torch.no_grad():
+            objective.log_alpha += torch.randn(SHAPE.layers, SHAPE.kv_heads)
+        objective.settle(step)
+        passed.append(objective.log_alpha.detach().clone())
+    torch.testing.assert_close(objective.scores(), torch.stack(passed).mean(0))
+    paper = PruLong(SHAPE, recipe("prulong", steps=3), CPU)
+    paper.settle(0)
+    assert paper.scores().equal(paper.log_alpha.detach())
