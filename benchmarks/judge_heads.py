@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from kvbench.report.build import Report, report_records
 from kvbench.report.frames import read_frame
@@ -148,7 +149,8 @@ def judged(out: Path, folders: Sequence[Path]) -> Report:
         kinds.get(str(options.get("scores", "")).rpartition(" ")[2], method)
         for method, options in zip(frame["method"], frame["options"], strict=True)
     ]
-    return report_records(frame.assign(method=names, options=[{} for _ in names]))
+    options: list[Any] = [{} for _ in names]
+    return report_records(frame.assign(method=names, options=options))
 
 
 def main() -> None:

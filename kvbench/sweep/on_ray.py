@@ -179,12 +179,16 @@ class Driver:
             if not any(actor is other for other in known):
                 self.starting[actor.ready.remote()] = actor
         while self.units and self.idle:
-            actor, unit = self.idle.pop(), self.units.pop()
-            self.busy[actor.measure.remote(unit)] = actor, unit
+            actor, work = self.idle.pop(), self.units.pop()
+            self.busy[actor.measure.remote(work)] = actor, work
         arrived, _ = self.ray.wait([*self.busy, *self.starting], timeout=LOOK_SECONDS)
         records = []
         for sent in arrived:
-            actor, unit = self.busy.pop(sent, None) or (self.starting.pop(sent), None)
+            unit = None
+            if sent in self.busy:
+                actor, unit = self.busy.pop(sent)
+            else:
+                actor = self.starting.pop(sent)
             try:
                 lines = self.ray.get(sent)
             except self.ray.exceptions.RayActorError:
@@ -218,13 +222,14 @@ def run_on_ray(choices: Choices, listener: Listener | None = None) -> SweepResul
         ray: Any = importlib.import_module("ray")
     except ImportError:
         raise InputError("--ray needs Ray: pip install 'kvbench[ray]'") from None
-    where = {"include_dashboard": False} if choices.ray == LOCAL else {"address": choices.ray}
+    address = choices.ray or LOCAL
+    where = {"include_dashboard": False} if address == LOCAL else {"address": address}
     try:
-        check_answers(choices.ray)
+        check_answers(address)
         ray.init(**where, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"cannot reach a Ray cluster at '{choices.ray}': {reason}") from None
+        raise InputError(f"cannot reach a Ray cluster at '{address}': {reason}") from None
     try:
         driver = Driver(ray, choices)
         return measured(driver, driver.learn(), choices, listener)
