@@ -61,7 +61,7 @@ KINDS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A command of kvbench; what it prints goes to `log`."""
 

@@ -48,8 +48,7 @@ class CriticalKV(WholeRow):
         projections = weight.float().T.unflatten(0, (-1, group, size))
         rows = []
         for head, values in zip(view.kv_heads, view.values, strict=True):
-            parts = (
-                part.float() @ projections[head] for part in values.split(ROWS)
-            )  # [G, rows, hidden]
+            pieces = values.split(ROWS)
+            parts = (piece.float() @ projections[head] for piece in pieces)  # [G, rows, hidden]
             rows.append(torch.cat([part.abs().sum(-1).mean(0) for part in parts]))
         return torch.stack(rows)

@@ -136,9 +136,7 @@ class Driver:
     choices: Choices
     actors: list[Any] = field(default_factory=list)
     units: list[Work] = field(default_factory=list)  # to be given out, the next one last
-    starting: dict[Any, Any] = field(
-        default_factory=dict
-    )  # actors, by what tells that one is ready
+    starting: dict[Any, Any] = field(default_factory=dict)  # actors, by what they send when ready
     idle: list[Any] = field(default_factory=list)  # actors that are ready
     busy: dict[Any, tuple[Any, Work]] = field(default_factory=dict)  # by what an actor will send
     deaths: int = 0  # of actors, in a row
