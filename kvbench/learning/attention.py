@@ -139,14 +139,19 @@ def streaming_blocks(
     """Streaming attention by blocks of queries, each against the entries that any of them sees."""
     length, sinks = query.shape[2], stream.sinks
     order = torch.arange(length, device=query.device)
-    parts = []
+    seen, masks = [], []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(length, start + QUERY_BLOCK)
         first = start // stream.chunk * stream.chunk - stream.window
-        seen = torch.cat([order[: min(sinks, stop)], order[max(sinks, first) : stop]])
-        mask = stream.sees(order[start:stop, None], seen)
-        part = query[:, :, start:stop], key.index_select(2, seen), value.index_select(2, seen)
-        parts.append(sdpa(*part, attn_mask=mask, scale=scaling, enable_gqa=True))
+        seen.append(torch.cat([order[: min(sinks, stop)], order[max(sinks, first) : stop]]))
+        masks.append(stream.sees(order[start:stop, None], seen[-1]))
+    # All entries are taken at once: each selection on its own would have a gradient of full length.
+    taken, sizes = torch.cat(seen), [len(each) for each in seen]
+    keys, values = (each.index_select(2, taken).split(sizes, dim=2) for each in (key, value))
+    parts = [
+        sdpa(*part, attn_mask=mask, scale=scaling, enable_gqa=True)
+        for *part, mask in zip(query.split(QUERY_BLOCK, 2), keys, values, masks, strict=True)
+    ]
     return torch.cat(parts, dim=2)
 
 
