@@ -149,8 +149,8 @@ def streaming_blocks(
     taken, sizes = torch.cat(seen), [len(each) for each in seen]
     keys, values = (each.index_select(2, taken).split(sizes, dim=2) for each in (key, value))
     parts = [
-        sdpa(*part, attn_mask=mask, scale=scaling, enable_gqa=True)
-        for *part, mask in zip(query.split(QUERY_BLOCK, 2), keys, values, masks, strict=True)
+        sdpa(some, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
+        for some, k, v, mask in zip(query.split(QUERY_BLOCK, 2), keys, values, masks, strict=True)
     ]
     return torch.cat(parts, dim=2)
 
