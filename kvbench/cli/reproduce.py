@@ -23,7 +23,7 @@ EXAMPLES = options.examples(
 # The options that each scale has, beside --scale and --rehearse.
 EVERY = {"scale", "rehearse", "samples", "threads", "threshold", "out"}
 OF_SCALE = {
-    "--scale small": EVERY | {"seed", "dry_run"},
+    "--scale small": EVERY | {"seed", "dry_run", "workers"},
     "--scale full": EVERY
     | {"data", "method", "task", "option", "budgets", "judge", "judge_url", "dry_run"}
     | {"workers", "gpus_per_worker", "ray"},
@@ -96,10 +96,16 @@ def reproduce(
     if scale == "small":
         count, folder = samples or 24, out or Path("results/reproduce")
         if dry_run:
-            print_plan(command.small_choices(folder / command.RUN, samples=count, seed=seed))
+            run = folder / command.RUN
+            print_plan(command.small_choices(run, samples=count, seed=seed, workers=workers))
             return 0
         found = command.reproduce_small(
-            folder, samples=count, seed=seed, threshold=threshold, listener=Terminal()
+            folder,
+            samples=count,
+            seed=seed,
+            threshold=threshold,
+            workers=workers,
+            listener=Terminal(),
         )
         print_reproduction(found)
         return found.code

@@ -56,12 +56,17 @@ class Reproduction:
 
 
 def reproduce_small(
-    out: Path, *, samples: int, seed: int, threshold: float, listener: Listener | None = None
+    out: Path,
+    *,
+    samples: int,
+    seed: int,
+    threshold: float,
+    workers: int = 1,
+    listener: Listener | None = None,
 ) -> Reproduction:
     """Sweep the embedded model, or continue a sweep, and report it as `reproduced`."""
-    return reproduced(
-        small_choices(out / RUN, samples=samples, seed=seed), out, threshold, listener
-    )
+    choices = small_choices(out / RUN, samples=samples, seed=seed, workers=workers)
+    return reproduced(choices, out, threshold, listener)
 
 
 def reproduced(
@@ -102,7 +107,7 @@ def reproduced(
     return Reproduction(code, out, report, table, tuple(claims), files, tuple(notes), paper)
 
 
-def small_choices(run: Path, *, samples: int, seed: int) -> Choices:
+def small_choices(run: Path, *, samples: int, seed: int, workers: int = 1) -> Choices:
     """Return the choices of the sweep: what a run measures by default, and tasks that ship."""
     tasks = (
         n for n in default_tasks() if task_registry.get(n).__module__.startswith("kvbench.tasks.")
@@ -117,6 +122,7 @@ def small_choices(run: Path, *, samples: int, seed: int) -> Choices:
         seed=seed,
         out=run,
         device="cpu",
+        workers=workers,
     )
 
 

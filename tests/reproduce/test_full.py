@@ -108,6 +108,7 @@ WRONG = {
     f"{REHEARSAL} --data nowhere": "--data has no effect with --rehearse, only with --scale full",
     f"{REHEARSAL} --option foo=1": "--option has no effect with --rehearse",
     f"{REHEARSAL} --judge x --judge-url http://host/v1": "--judge has no effect with --rehearse",
+    f"{REHEARSAL} --workers 2": "only with --scale small and --scale full",
     f"{REHEARSAL} --dry-run": "only with --scale small and --scale full",
     "--task recall": "--task has no effect with --scale small, only with --scale full and --rehe",
     "--budgets 0.5": "--budgets has no effect with --scale small",

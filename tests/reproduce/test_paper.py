@@ -248,14 +248,14 @@ def test_reproduce_writes_tables_claims_and_page(
         return SweepResult(choices.out, len(rows), 0, failed=rows[:1])
 
     monkeypatch.setattr(reproduce, "start", sweep)
-    how: Any = {"samples": 5, "seed": 3, "threshold": 0.9}
+    how: Any = {"samples": 5, "seed": 3, "threshold": 0.9, "workers": 2}
     found = reproduce.reproduce_small(tmp_path / "out", **how)
     assert found.code == 1
     assert capsys.readouterr().out == ""
     print_reproduction(found)
     assert seen[0].prefill_chunk == (256, 128)
     assert seen[0].budgets == (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-    assert (seen[0].samples, seen[0].seed) == (5, 3)
+    assert (seen[0].samples, seen[0].seed, seen[0].workers) == (5, 3, 2)
     # What the paper compares, controls and dynamic sparsity, whatever plug-ins are installed.
     assert {"snapkv", "snapkv-patched", "prulong", "random-heads"} <= set(seen[0].method or ())
     measured = read_csv(RESULTS / "table.csv")["method"].dropna()
