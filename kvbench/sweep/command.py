@@ -292,10 +292,13 @@ class Ending:
 
     def tell(self, listener: Listener, out: Path) -> None:
         """Tell how an interrupted sweep goes on."""
-        if self.interrupted:
-            listener.note(
-                f"interrupted; what is finished is in {out}, the same command continues it"
-            )
+        if not self.interrupted:
+            return
+        if is_run(out):
+            kept = f"what is finished is in {out}, the same command continues it"
+        else:  # a run folder without records is removed
+            kept = "nothing was finished, so nothing is kept"
+        listener.note(f"interrupted; {kept}")
 
 
 @contextmanager

@@ -421,6 +421,27 @@ def test_an_end_by_the_system_keeps_what_is_finished(
     assert len(read_records(tmp_path / "elsewhere")) == 2
 
 
+def test_an_interrupt_before_the_first_record_does_not_promise_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = Choices(
+        method=("recency",),
+        task=("rag",),
+        budgets=(0.5,),
+        samples=2,
+        context=256,
+        out=tmp_path / "r",
+    )
+    monkeypatch.setattr(
+        "kvbench.sweep.runner.warm_up", lambda model: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    heard = Notes()
+    result = run_sweep(choices, heard)
+    assert (result.exit_code, result.measured) == (130, 0)
+    assert heard.notes[-1] == "interrupted; nothing was finished, so nothing is kept"
+    assert not (tmp_path / "r").exists()
+
+
 def test_debugging_shows_the_traceback_of_a_cell_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
