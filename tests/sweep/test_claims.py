@@ -391,18 +391,23 @@ class Notes(Listener):
         self.notes.append(text)
 
 
-def test_an_end_by_the_system_keeps_what_is_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    choices = Choices(
+def two_cells(out: Path) -> Choices:
+    """One method and one budget on two samples, in batches of one row."""
+    return Choices(
         method=("recency",),
         task=("rag",),
         budgets=(0.5,),
         samples=2,
         context=256,
         batch_rows=1,
-        out=tmp_path / "r",
+        out=out,
     )
+
+
+def test_an_end_by_the_system_keeps_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = two_cells(tmp_path / "r")
     stop_with(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
     heard = Notes()
     result = run_sweep(choices, heard)
@@ -424,14 +429,7 @@ def test_an_end_by_the_system_keeps_what_is_finished(
 def test_an_interrupt_before_the_first_record_does_not_promise_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choices = Choices(
-        method=("recency",),
-        task=("rag",),
-        budgets=(0.5,),
-        samples=2,
-        context=256,
-        out=tmp_path / "r",
-    )
+    choices = two_cells(tmp_path / "r")
     monkeypatch.setattr(
         "kvbench.sweep.runner.warm_up", lambda model: os.kill(os.getpid(), signal.SIGTERM)
     )
