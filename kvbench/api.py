@@ -23,7 +23,7 @@ from kvbench.report.frames import load_records
 from kvbench.report.show import Report, report
 from kvbench.spec import check_option_names, parse_method
 from kvbench.sweep.chat import TEMPLATE_DATE
-from kvbench.sweep.command import Choices, SweepResult, choose_settings
+from kvbench.sweep.command import Choices, SweepResult, choose_settings, what_is_kept
 from kvbench.sweep.progress import Listener
 from kvbench.sweep.start import start
 from kvbench.task import Task
@@ -129,7 +129,7 @@ def run(
 
     Raises:
         InputError: something given cannot be used; nothing is measured.
-        KeyboardInterrupt: an interrupt (Ctrl-C); what was finished is in the run folder.
+        KeyboardInterrupt: an interrupt (Ctrl-C); its text says where what was finished is.
     """
     check_options("options", options)
     check_options("template_options", template_options)
@@ -168,7 +168,7 @@ def run(
     )
     result = start(choices, listener)
     if result.interrupted:
-        raise KeyboardInterrupt(f"what is finished is in {result.folder}")
+        raise KeyboardInterrupt(what_is_kept(result.folder))
     return RunResult(result)
 
 

@@ -292,13 +292,15 @@ class Ending:
 
     def tell(self, listener: Listener, out: Path) -> None:
         """Tell how an interrupted sweep goes on."""
-        if not self.interrupted:
-            return
-        if is_run(out):
-            kept = f"what is finished is in {out}, the same command continues it"
-        else:  # a run folder without records is removed
-            kept = "nothing was finished, so nothing is kept"
-        listener.note(f"interrupted; {kept}")
+        if self.interrupted:
+            listener.note(f"interrupted; {what_is_kept(out)}")
+
+
+def what_is_kept(out: Path) -> str:
+    """Where the records of an interrupted sweep are, if it finished any."""
+    if is_run(out):
+        return f"what is finished is in {out}, the same command continues it"
+    return "nothing was finished, so nothing is kept"  # a run folder without records is removed
 
 
 @contextmanager

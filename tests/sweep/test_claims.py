@@ -14,6 +14,7 @@ import pytest
 from helpers.records import record, store
 from helpers.sweeps import cell, failing, sweep
 
+import kvbench
 from kvbench import locks
 from kvbench.engine.row import Outcome, Row
 from kvbench.errors import InputError
@@ -438,6 +439,8 @@ def test_an_interrupt_before_the_first_record_does_not_promise_any(
     assert (result.exit_code, result.measured) == (130, 0)
     assert heard.notes[-1] == "interrupted; nothing was finished, so nothing is kept"
     assert not (tmp_path / "r").exists()
+    with pytest.raises(KeyboardInterrupt, match=r"^nothing was finished, so nothing is kept$"):
+        kvbench.run(tasks=["recall"], methods=["full"], samples=1, context=256, out=tmp_path / "r")
 
 
 def test_debugging_shows_the_traceback_of_a_cell_that_fails(
