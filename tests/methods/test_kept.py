@@ -175,7 +175,29 @@ def test_while_decoding(
 
     assert after_prompt == [expected([PROMPT])]
     late = [k for k, end in enumerate(ends(interval)) if k and end > capacity]
-    assert held == [expected(ends(interval)[: k + 1]) for k in late]
+    wanted = [expected(ends(interval)[: k + 1]) for k in late]
+    if name == "cur":  # a token that the model repeats has the norms that it had before
+        assert_equal_until_a_tie(held, wanted, layer)
+    else:
+        assert held == wanted
+
+
+def assert_equal_until_a_tie(
+    held: list[oracles.Kept], wanted: list[oracles.Kept], layer: Captured
+) -> None:
+    """All evictions of a head keep what is wanted, or, at the first that does not, equal entries.
+
+    Rounding decides between entries of the same token, and machines round differently. What is kept
+    afterwards follows from that, so it is not compared.
+    """
+    assert len(held) == len(wanted)
+    for head, values in enumerate(layer.values):
+        for ours, theirs in zip(
+            (kept[head] for kept in held), (kept[head] for kept in wanted), strict=True
+        ):
+            if ours != theirs:
+                torch.testing.assert_close(values[ours].sum(0), values[theirs].sum(0))
+                break
 
 
 @pytest.mark.parametrize("interval", [1, 3, 8])
