@@ -34,12 +34,12 @@ def spec(name: str, window: int = 6, interval: int = 3) -> MethodSpec:
 def scores_tie(name: str, held: float) -> bool:
     """Whether a method that holds `held` entries may choose between scores equal but for rounding.
 
-    Two keys are equally far from their mean; a token that the model repeats has the norms that it
-    had before; and what always stays has the same score in all KV heads, which compete.
+    Two keys are equally far from their mean; and what always stays has the same score in all KV
+    heads, which compete.
     """
     if name.startswith("ada-") and methods.get(name.removeprefix("ada-")).ties_by_topk:
         return True
-    return name.startswith("cur") or ("keydiff" in name and held < 2)
+    return "keydiff" in name and held < 2
 
 
 def measurable(names: Iterable[str], model: LoadedModel) -> list[str]:
